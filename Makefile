@@ -1,0 +1,36 @@
+# make quickstart | test | check | format | clean. Everything runs from .venv, which is made on first use.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TESTS ?= tests
+
+.PHONY: quickstart test check lint format install clean
+
+quickstart: install
+	$(BIN)/sip quickstart
+
+test: install
+	$(BIN)/pytest $(TESTS)
+
+check: lint
+	$(BIN)/pytest -m "not slow" $(TESTS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache .hypothesis sip_engine/_csrc*.so *.egg-info

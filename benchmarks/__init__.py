@@ -1,0 +1,1 @@
+"""Measurements that write CSV files to benchmarks/results/."""

@@ -1,0 +1,178 @@
+"""Host time of one decode step: the compiled page planner beside its Python twin, in one run.
+
+Paths: "fixed" - suffix pages were taken at admission, a step looks up slots; "variable" - a step also retires
+finished sequences, closes ranks and takes pages; "admit" - new groups take the place of the finished ones.
+Caches: "warm" - nothing runs between the steps; "cold" - 8 MB are rewritten before each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from sip_engine.sampler.pages import Impl, PagePool, RollingPages, WavePages
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET_US = 60.0
+NUM_ROLLOUTS, PREFIX_TOKENS, SUFFIX_TOKENS, MAX_SUFFIX_TOKENS, PAGE_SIZE = 16, 512, 128, 512, 16
+IMPLS: tuple[Impl, ...] = ("cpp", "python")
+
+
+class Stopwatch:
+    """Microseconds of each call, by path."""
+
+    def __init__(self, cold: bool) -> None:
+        self.times: dict[str, list[float]] = {}
+        self._junk = np.zeros(8 << 20 if cold else 0, np.int8)
+
+    def __call__(self, path: str, action: Callable[[], object]) -> None:
+        self._junk += 1
+        start = time.perf_counter_ns()
+        action()
+        self.times.setdefault(path, []).append((time.perf_counter_ns() - start) / 1000)
+
+
+def groups(num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prefix lengths and rollouts of `num_groups` groups, int32 each."""
+    return np.full(num_groups, PREFIX_TOKENS, np.int32), np.full(num_groups, NUM_ROLLOUTS, np.int32)
+
+
+def run_fixed(impl: Impl, num_sequences: int, num_steps: int, watch: Stopwatch) -> list[np.ndarray]:
+    """Slots of all sequences of a wave, position after position. Returns the slots of every step."""
+    pool = PagePool(num_sequences * (PREFIX_TOKENS + SUFFIX_TOKENS) // PAGE_SIZE, PAGE_SIZE, impl)
+    slots, lens = np.empty(num_sequences, np.int64), np.zeros(num_sequences, np.int32)
+    results = []
+    with WavePages(pool) as wave:
+        tables = wave.admit(*groups(num_sequences // NUM_ROLLOUTS), SUFFIX_TOKENS).suffix_tables
+
+        def step() -> None:
+            pool.planner.fill_slots(tables, lens, PAGE_SIZE, slots)
+            np.add(lens, 1, out=lens)
+
+        step()
+        for number in range(num_steps):
+            lens.fill(number % SUFFIX_TOKENS)
+            slots.fill(-7)
+            watch("fixed", step)
+            results.append(slots.copy())
+    return results
+
+
+def run_variable(impl: Impl, num_sequences: int, num_steps: int, watch: Stopwatch) -> list[np.ndarray]:
+    """A full batch whose sequences end at random, SUFFIX_TOKENS long on average, and are replaced."""
+    generator = np.random.default_rng(0)
+    pool = PagePool(num_sequences * (PREFIX_TOKENS + MAX_SUFFIX_TOKENS) // PAGE_SIZE, PAGE_SIZE, impl)
+    results = []
+    with RollingPages(
+        pool,
+        max_sequences=num_sequences,
+        max_prefix_tokens=PREFIX_TOKENS,
+        max_suffix_tokens=MAX_SUFFIX_TOKENS,
+    ) as batch:
+        for number in range(-SUFFIX_TOKENS, num_steps):  # untimed until suffixes have all lengths
+            timer = watch if number >= 0 else Stopwatch(cold=False)
+            new = groups((num_sequences - batch.num_live) // NUM_ROLLOUTS)
+            if len(new[0]):
+                timer("admit", lambda new=new: batch.admit(*new))
+            finished = generator.random(batch.num_live) < 1 / SUFFIX_TOKENS
+            batch.finished[: batch.num_live] = finished | (
+                batch.suffix_lens[: batch.num_live] == MAX_SUFFIX_TOKENS
+            )
+            batch.slots.fill(-7)
+            timer("variable", batch.step)
+            results.append(batch.slots.copy())
+    return results
+
+
+def measure(num_sequences: int, num_steps: int) -> list[dict[str, object]]:
+    """One row for each path, state of the caches and implementation. RuntimeError if slots differ."""
+    rows = []
+    for run in (run_fixed, run_variable):
+        for caches in ("warm", "cold"):
+            watches = {impl: Stopwatch(cold=caches == "cold") for impl in IMPLS}
+            slots = {impl: run(impl, num_sequences, num_steps, watches[impl]) for impl in IMPLS}
+            if not np.array_equal(slots["cpp"], slots["python"]):
+                raise RuntimeError(f"{run.__name__}: the implementations give different slots")
+            for path in watches["cpp"].times:
+                for impl, watch in watches.items():
+                    p20, p50, p80 = np.percentile(watch.times[path], (20, 50, 80)).round(1).tolist()
+                    row = {"path": path, "caches": caches, "impl": impl, "num_timed": len(watch.times[path])}
+                    rows.append({**row, "p20_us": p20, "p50_us": p50, "p80_us": p80})
+    return rows
+
+
+def machine() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, with -dirty if files have changed since."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "none"
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """Write `rows` with a header; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """One line a row; steps of the compiled planner are held against the target."""
+    print(f"{'path':10}{'caches':8}{'impl':8}{'p20 us':>10}{'p50 us':>10}{'p80 us':>10}")
+    for row in rows:
+        line = f"{row['path']:10}{row['caches']:8}{row['impl']:8}"
+        line += "".join(f"{row[column]:10.1f}" for column in ("p20_us", "p50_us", "p80_us"))
+        if row["impl"] == "cpp" and row["path"] != "admit":
+            met = float(str(row["p50_us"])) <= TARGET_US
+            line += f"  target {TARGET_US:g} us {'met' if met else 'MISSED'}"
+        print(line)
+
+
+def main() -> None:
+    """Measure, print a table, write the CSV file."""
+    parser = argparse.ArgumentParser(description="Host time of one decode step.")
+    parser.add_argument("--sequences", type=int, default=4096, help="live sequences, a multiple of 16")
+    parser.add_argument("--steps", type=int, default=128, help="timed steps of each path")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "host_step.csv")
+    args = parser.parse_args()
+    if args.sequences < NUM_ROLLOUTS or args.sequences % NUM_ROLLOUTS or args.steps < 1:
+        parser.error(f"--sequences must be a positive multiple of {NUM_ROLLOUTS} and --steps at least 1")
+    run = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "command": " ".join(["python -m benchmarks.host_step", *sys.argv[1:]]),
+        "num_sequences": args.sequences,
+    }
+    rows = measure(args.sequences, args.steps)
+    print_table(rows)
+    write_csv(args.out, [{**run, **row} for row in rows])
+
+
+if __name__ == "__main__":
+    main()

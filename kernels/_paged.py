@@ -1,0 +1,74 @@
+"""The paged key/value layout shared by the kernels: its dtypes, its checks and its plain-torch gather.
+
+One layer: k_pages, v_pages [num_pages, page_size, H_kv, D] in bfloat16, float16, float32 (float64 for the
+references), or float8_e4m3fn with one float32 scale a KV head: value = stored * scale[head].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_dense(**tensors: Tensor) -> None:
+    """Raise ValueError unless the last dim of every tensor is contiguous."""
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1, call .contiguous()")
+
+
+def check_shapes(**shapes: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise ValueError unless every tensor has the shape given beside it."""
+    for name, (tensor, expected) in shapes.items():
+        if tensor.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def check_pages(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """Raise ValueError unless the pages are contiguous twins and have scales exactly if they are float8."""
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ValueError(
+            f"k_pages {tuple(k_pages.shape)} {k_pages.dtype} and v_pages {tuple(v_pages.shape)} "
+            f"{v_pages.dtype} must share one shape [num_pages, page_size, H_kv, D] and one dtype"
+        )
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise ValueError(f"pages must be contiguous, got strides {k_pages.stride()} and {v_pages.stride()}")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scale is not None) != (k_pages.dtype == FP8):
+            given = "missing" if scale is None else "given"
+            raise ValueError(
+                f"{name} is {given} with pages of {k_pages.dtype}: pass it with {FP8} and only then"
+            )
+        if scale is not None and (scale.shape != k_pages.shape[2:3] or scale.dtype != torch.float32):
+            raise ValueError(f"{name} is {tuple(scale.shape)} {scale.dtype}, expected [H_kv] float32")
+
+
+def check_queries(q: Tensor, k_pages: Tensor) -> None:
+    """Raise ValueError unless `q` [tokens, Hq, D] fits the pages and its heads share the KV heads evenly."""
+    if q.ndim != 3 or q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)} must be [tokens, Hq, D] with D and a multiple of H_kv from pages "
+            f"[num_pages, page_size, H_kv, D] = {tuple(k_pages.shape)}"
+        )
+
+
+def gather_pages(
+    pages: Tensor, table: Tensor, length: int, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The first `length` tokens of the pages in each row of `table` [..., MB], as `[..., length, H_kv, D]`.
+
+    Entries of -1 read page 0: the caller must mask them.
+    """
+    num_blocks = -(-length // pages.shape[1])
+    raw = pages.view(torch.uint8) if pages.dtype == FP8 else pages  # float8 has no index on the CPU
+    tokens = raw[table[..., :num_blocks].long().clamp(min=0)].flatten(-4, -3)[..., :length, :, :]
+    tokens = tokens.view(pages.dtype).to(dtype)
+    return tokens if scale is None else tokens * scale[:, None]

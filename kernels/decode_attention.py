@@ -1,0 +1,343 @@
+"""Attention of one new token of each rollout over its group's shared prefix and its own suffix.
+
+Shapes: B sequences (rollouts) sorted by group, Gr groups, Hq query heads, H_kv KV heads, R = Hq / H_kv,
+D head dim, MBp and MBs table widths in pages. With K = [K_prefix(group of b); K_suffix(b)], V alike:
+
+    o_b = softmax(scale * q_b K^T) V        (zero when both are empty)
+
+A group's rollouts * R query rows are the M dimension of one tile, so its prefix is read once. Two launches:
+(group tile, KV head, split) programs write each row's partial output and log-sum-exp over one split of the
+prefix; (sequence, KV head) programs join them and go on over the suffix. Splits have a fixed length, and
+grids follow from shapes alone: results do not depend on the batch, and the launch can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sip_engine.kernels._attend import (
+    LOG2_E,
+    Tile,
+    attend_pages,
+    find_tile,
+    num_tiles,
+    padded_head_dim,
+    page_case,
+)
+from sip_engine.kernels._impl import resolve_impl
+from sip_engine.kernels._paged import (
+    FP8,
+    accumulation_dtype,
+    check_dense,
+    check_pages,
+    check_queries,
+    check_shapes,
+    gather_pages,
+)
+from sip_engine.kernels._triton import jit, tl, triton
+from sip_engine.kernels.compile_report import CompileCase
+
+
+def decode_attention_reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    group_starts: Tensor,
+    prefix_tables: Tensor,
+    prefix_lens: Tensor,
+    suffix_tables: Tensor,
+    suffix_lens: Tensor,
+    *,
+    scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """The definition, in plain torch: one group at a time, its prefix read once. See `decode_attention`."""
+    dtype = accumulation_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = torch.zeros_like(q)
+    lens_p, lens_s = prefix_lens.tolist(), suffix_lens.tolist()
+    for g, (first, last) in enumerate(pairwise(group_starts.tolist())):
+        len_p, len_s = lens_p[g], max(lens_s[first:last], default=0)
+        if first == last or len_p + len_s == 0:
+            continue
+        hidden = torch.arange(len_s, device=q.device) >= suffix_lens[first:last, None]  # [n, s]
+        k_p = gather_pages(k_pages, prefix_tables[g], len_p, k_scale, dtype)
+        v_p = gather_pages(v_pages, prefix_tables[g], len_p, v_scale, dtype)
+        k_s = gather_pages(k_pages, suffix_tables[first:last], len_s, k_scale, dtype)
+        v_s = gather_pages(v_pages, suffix_tables[first:last], len_s, v_scale, dtype)
+        queries = q[first:last].to(dtype).unflatten(1, (k_pages.shape[2], -1)) * scale
+        logits_p = torch.einsum("nhrd,phd->nhrp", queries, k_p)
+        logits_s = torch.einsum("nhrd,nshd->nhrs", queries, k_s)
+        logits_s.masked_fill_(hidden[:, None, None], float("-inf"))
+        v_s.masked_fill_(hidden[:, :, None, None], 0.0)
+        weights = torch.cat((logits_p, logits_s), -1).softmax(-1)
+        rows = torch.einsum("nhrp,phd->nhrd", weights[..., :len_p], v_p)
+        rows += torch.einsum("nhrs,nshd->nhrd", weights[..., len_p:], v_s)
+        rows.masked_fill_((suffix_lens[first:last] + len_p == 0)[:, None, None, None], 0.0)
+        out[first:last] = rows.flatten(1, 2).to(q.dtype)
+    return out
+
+
+TILES = {  # prefix: (D up to, query rows up to) -> tile, for 16-bit queries
+    (64, 16): Tile(16, 128, 4, 5),
+    (64, 32): Tile(32, 128, 4, 5),
+    (64, 64): Tile(64, 128, 4, 5),
+    (64, 128): Tile(128, 128, 8, 5),
+    (128, 16): Tile(16, 64, 4, 5),
+    (128, 32): Tile(32, 64, 4, 5),
+    (128, 64): Tile(64, 64, 4, 5),
+    (128, 128): Tile(128, 64, 8, 5),
+    (256, 16): Tile(16, 32, 4, 5),
+    (256, 32): Tile(32, 32, 4, 5),
+    (256, 64): Tile(64, 32, 8, 5),
+}
+SUFFIX_TILES = {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 8, 3)}
+"""D up to -> tile; suffixes are short, so many programs hide their latency rather than many stages."""
+FLOAT32_TILES = {64: Tile(16, 32, 4, 3), 128: Tile(16, 32, 4, 3), 256: Tile(16, 16, 4, 3)}
+SPLIT = 512
+"""Prefix tokens of one program: fixed, so that the sums of a row never depend on the rest of the batch."""
+
+
+@jit
+def _prefix_kernel(
+    q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, group_starts_ptr, tables_ptr, lens_ptr, k_scale_ptr,
+    num_groups, num_seqs, stride_qb, stride_qh, stride_table, scale,
+    H_KV: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    GROUPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One split of one group's prefix for one tile of its (sequence, head of the KV head) rows."""
+    head = tl.program_id(0) % H_KV
+    slot = tl.program_id(0) // H_KV
+    split = tl.program_id(1)
+    if GROUPED:
+        group, first, rows, tile_row = find_tile(group_starts_ptr, num_groups, slot, R, BLOCK_M)
+        if tile_row >= rows:
+            return
+    else:  # every sequence is a group
+        group, first, rows, tile_row = slot, slot, R, 0
+    row = tile_row + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    seq = (first + row // R).to(tl.int64)
+    query_head = head * R + row % R
+    part_row = (split.to(tl.int64) * num_seqs + seq) * (H_KV * R) + query_head
+
+    begin = split * SPLIT
+    end = tl.minimum(begin + SPLIT, tl.load(lens_ptr + group))
+    if begin >= end:
+        nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        tl.store(lse_ptr + part_row, nothing, mask=row < rows)
+        return
+    live = (row < rows)[:, None] & (d < D)[None, :]
+    q_row = seq * stride_qb + query_head * stride_qh
+    q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=live, other=0.0)
+    if k_scale_ptr is not None:
+        scale *= tl.load(k_scale_ptr + head)
+    acc, m, z = attend_pages(
+        q, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32), k_ptr + head * D, v_ptr + head * D,
+        tables_ptr + group.to(tl.int64) * stride_table, begin, end, tl.full([BLOCK_M], end, tl.int32), scale,
+        True, H_KV, D, PAGE, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    tl.store(part_ptr + part_row[:, None] * D + d[None, :], acc / z[:, None], mask=live)
+    tl.store(lse_ptr + part_row, m + tl.log2(z), mask=row < rows)
+
+
+@jit
+def _suffix_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, tables_ptr, lens_ptr, k_scale_ptr, v_scale_ptr,
+    num_splits, num_seqs, stride_qb, stride_qh, stride_table, scale,
+    H_KV: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One sequence and KV head: join the prefix partials (o_s, lse_s), then go on over the suffix.
+
+    m = max lse_s; z = sum 2^(lse_s - m); acc = sum 2^(lse_s - m) o_s; acc / z after the suffix.
+    """
+    head = tl.program_id(0) % H_KV
+    seq = (tl.program_id(0) // H_KV).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    query_head = head * R + row
+    live = (row < R)[:, None] & (d < D)[None, :]
+    q_row = seq * stride_qb + query_head * stride_qh
+    q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=live, other=0.0)
+    end = tl.load(lens_ptr + seq)
+    if k_scale_ptr is not None:
+        scale *= tl.load(k_scale_ptr + head)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    z = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(0, num_splits):
+        part_row = (split * num_seqs + seq) * (H_KV * R) + query_head
+        lse = tl.load(lse_ptr + part_row, mask=row < R, other=float("-inf"))
+        part = tl.load(part_ptr + part_row[:, None] * D + d[None, :], mask=live, other=0.0)
+        part = tl.where((lse > float("-inf"))[:, None], part, 0.0)  # never written past the prefix's end
+        m_new = tl.maximum(m, lse)
+        base = tl.where(m_new > float("-inf"), m_new, 0.0)
+        rescale, weight = tl.exp2(m - base), tl.exp2(lse - base)
+        acc = acc * rescale[:, None] + part * weight[:, None]
+        z = z * rescale + weight
+        m = m_new
+
+    acc, m, z = attend_pages(
+        q, acc, m, z, k_ptr + head * D, v_ptr + head * D, tables_ptr + seq * stride_table,
+        0, end, tl.full([BLOCK_M], end, tl.int32), scale, True, H_KV, D, PAGE, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    out = acc / tl.where(z > 0.0, z, 1.0)[:, None]
+    if v_scale_ptr is not None:
+        out *= tl.load(v_scale_ptr + head)
+    offsets = (seq * (H_KV * R) + query_head)[:, None] * D + d[None, :]
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=live)
+
+
+def _prefix_tile(dtype: torch.dtype, block_d: int, num_rows: int) -> Tile:
+    """The tile for a usual group of `num_rows` query rows."""
+    if dtype.itemsize == 4:
+        return FLOAT32_TILES[block_d]
+    rows = min(triton.next_power_of_2(max(num_rows, 16)), 128 if block_d <= 128 else 64)
+    return TILES[block_d, rows]
+
+
+def _suffix_tile(dtype: torch.dtype, block_d: int, ratio: int) -> Tile:
+    """The tile for the `ratio` query rows of one sequence and KV head."""
+    tile = FLOAT32_TILES[block_d] if dtype.itemsize == 4 else SUFFIX_TILES[block_d]
+    return replace(tile, block_m=triton.next_power_of_2(max(ratio, 16)))
+
+
+def _attend_prefixes(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    group_starts: Tensor,
+    tables: Tensor,
+    lens: Tensor,
+    scale: float,
+    k_scale: Tensor | None,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Partial outputs [splits, B, Hq, D] and base-2 log-sum-exps [splits, B, Hq] over the prefixes, float32.
+
+    Without `group_size` every sequence is a group and `group_starts` is not read.
+    """
+    (num_seqs, num_heads, head_dim), (page_size, num_kv_heads) = q.shape, k_pages.shape[1:3]
+    ratio, block_d = num_heads // num_kv_heads, padded_head_dim(head_dim, q.dtype)
+    num_splits = triton.cdiv(tables.shape[1] * page_size, SPLIT)
+    part = torch.empty((num_splits, num_seqs, num_heads, head_dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((num_splits, num_seqs, num_heads), dtype=torch.float32, device=q.device)
+    if num_splits == 0:
+        return part, lse
+    tile = _prefix_tile(q.dtype, block_d, (group_size or 1) * ratio)
+    slots = num_tiles(tables.shape[0], num_seqs, ratio, tile.block_m) if group_size else num_seqs
+    _prefix_kernel[(slots * num_kv_heads, num_splits)](
+        q, k_pages, v_pages, part, lse, group_starts, tables, lens, k_scale,
+        tables.shape[0], num_seqs, q.stride(0), q.stride(1), tables.stride(0), scale * LOG2_E,
+        num_kv_heads, ratio, head_dim, page_size, SPLIT, group_size is not None,
+        tile.block_m, tile.block_n, block_d, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return part, lse
+
+
+def _attend_suffixes(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    part: Tensor,
+    lse: Tensor,
+    tables: Tensor,
+    lens: Tensor,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    """Join the prefix partials with the suffixes; returns the output [B, Hq, D]."""
+    (num_seqs, num_heads, head_dim), (page_size, num_kv_heads) = q.shape, k_pages.shape[1:3]
+    ratio, block_d = num_heads // num_kv_heads, padded_head_dim(head_dim, q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tile = _suffix_tile(q.dtype, block_d, ratio)
+    _suffix_kernel[(num_seqs * num_kv_heads,)](
+        q, k_pages, v_pages, out, part, lse, tables, lens, k_scale, v_scale,
+        part.shape[0], num_seqs, q.stride(0), q.stride(1), tables.stride(0), scale * LOG2_E,
+        num_kv_heads, ratio, head_dim, page_size, tile.block_m, tile.block_n, block_d,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    group_starts: Tensor,
+    prefix_tables: Tensor,
+    prefix_lens: Tensor,
+    suffix_tables: Tensor,
+    suffix_lens: Tensor,
+    *,
+    scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    group_size: int = 16,
+    impl: str | None = None,
+) -> Tensor:
+    """Attend `q` [B, Hq, D], one query a sequence, to prefix and suffix pages; returns [B, Hq, D].
+
+    `group_starts` [Gr + 1] int32 bounds the sequences of each group; `prefix_tables` [Gr, MBp] and
+    `suffix_tables` [B, MBs] int32 list page numbers, -1 pads; `prefix_lens` [Gr] and `suffix_lens` [B]
+    int32 count tokens, 0 allowed. `scale` is D**-0.5 unless given; `k_scale`, `v_scale` [H_kv] float32 go
+    with float8_e4m3fn pages. `group_size` is the usual number of rollouts a group: it selects the tile
+    of the triton kernel, never the result.
+    `impl`: "reference", "triton" or "triton_ungrouped" (every sequence reads its prefix alone); by
+    default triton on CUDA. ValueError when shapes or dtypes disagree.
+    """
+    check_pages(k_pages, v_pages, k_scale, v_scale)
+    check_queries(q, k_pages)
+    num_seqs, num_groups = q.shape[0], prefix_tables.shape[0]
+    check_shapes(
+        group_starts=(group_starts, (num_groups + 1,)),
+        prefix_lens=(prefix_lens, (num_groups,)),
+        suffix_tables=(suffix_tables, (num_seqs, suffix_tables.shape[-1])),
+        suffix_lens=(suffix_lens, (num_seqs,)),
+    )
+    check_dense(q=q, prefix_tables=prefix_tables, suffix_tables=suffix_tables, group_starts=group_starts)
+    check_dense(prefix_lens=prefix_lens, suffix_lens=suffix_lens)
+    impl = resolve_impl(impl, q, ("reference", "triton", "triton_ungrouped"))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    prefixes, suffixes = (prefix_tables, prefix_lens), (suffix_tables, suffix_lens)
+    if impl == "reference":
+        batch = (q, k_pages, v_pages, group_starts, *prefixes, *suffixes)
+        return decode_attention_reference(*batch, scale=scale, k_scale=k_scale, v_scale=v_scale)
+    if num_seqs == 0:
+        return torch.empty_like(q)
+    if impl == "triton_ungrouped":
+        resolve_impl("triton", q)  # raises where Triton cannot run
+        seqs = torch.arange(num_seqs, dtype=group_starts.dtype, device=q.device)
+        group_of = torch.searchsorted(group_starts, seqs, right=True) - 1
+        prefixes = (prefix_tables[group_of], prefix_lens[group_of])
+    usual_size = group_size if impl == "triton" else None
+    part, lse = _attend_prefixes(q, k_pages, v_pages, group_starts, *prefixes, scale, k_scale, usual_size)
+    return _attend_suffixes(q, k_pages, v_pages, part, lse, *suffixes, scale, k_scale, v_scale)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every tuned tile, those of the prefix over float8 pages for heads of 128."""
+    prefix = {"SPLIT": SPLIT, "GROUPED": True}
+    cases = [
+        ("decode prefix", _prefix_kernel, tile, pages, dim, prefix)
+        for pages in (torch.bfloat16, FP8)
+        for (dim, _), tile in TILES.items()
+        if pages != FP8 or dim == 128
+    ]
+    cases += [
+        ("decode suffix", _suffix_kernel, tile, pages, dim, {})
+        for pages in (torch.bfloat16, FP8)
+        for dim, tile in SUFFIX_TILES.items()
+    ]
+    cases.append(("decode prefix", _prefix_kernel, FLOAT32_TILES[128], torch.float32, 128, prefix))
+    cases.append(("decode suffix", _suffix_kernel, FLOAT32_TILES[128], torch.float32, 128, {}))
+    return [page_case(*case) for case in cases]

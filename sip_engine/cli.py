@@ -1,0 +1,216 @@
+"""The `sip` command: each subcommand checks its input, says what it will do, and does it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sip_engine.errors import ConfigError, SipError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Self-improving pretraining. Start with `sip quickstart`; settings: `sip settings`.",
+)
+
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; errors a user can act on become one line on stderr and their exit code."""
+    _quiet_libraries()
+    from sip_engine.progress import console
+
+    try:
+        app(argv, standalone_mode=False)
+    except SipError as error:
+        console.print(f"[red]error:[/] {_one_line(error)}", markup=True, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command resumes from the newest checkpoint")
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            console.print(f"[red]error:[/] {_one_line(error.format_message())}", soft_wrap=True)  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+    finally:
+        _leave_process_group()
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder of the runs, the report and the summary.")] = Path(
+        "runs/quickstart"
+    ),
+    scale: Annotated[
+        float, typer.Option(help="Share of the full number of steps; below 1 the figures mean little.")
+    ] = 1.0,
+) -> None:
+    """Build a synthetic world, pretrain on it, continue twice, compare: the whole method in minutes."""
+    from sip_engine.quickstart import quickstart as run_quickstart
+
+    run_quickstart(out, scale)
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="A TOML file; configs/ holds examples.")],
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Train from a config, resuming from the newest checkpoint of its `out`.
+
+    Every setting can be overridden: `--data.path DIR --objective.beta 0.2`. `sip settings` lists them.
+    """
+    from sip_engine.config import parse_config, read_toml
+
+    values = _merge(read_toml(config), _parse_overrides(context.args))
+    cfg = parse_config(values, str(config))
+    if dry_run:
+        typer.echo(cfg.model_dump_json(indent=2))
+        return
+    from sip_engine.mesh import start_mesh
+    from sip_engine.progress import console
+    from sip_engine.report import write_report
+    from sip_engine.train import train as run_training
+
+    mesh = start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline, seed=cfg.seed)
+    checkpoint = run_training(cfg, mesh)
+    if mesh.is_main:
+        report = write_report([cfg.out], cfg.out / "report.html", title=cfg.out.name)
+        console.print(f"checkpoint {checkpoint}\nreport     {report}")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt": text} or {"prompt_ids": [...]}.')],
+    out: Annotated[Path, typer.Option(help="JSONL to write, one object a prompt.")],
+    n: Annotated[int, typer.Option(help="Completions a prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus; 1 keeps all tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Likeliest tokens kept; 0 keeps all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed; the same gives the same completions.")] = 0,
+    kv_memory_mb: Annotated[int, typer.Option(help="Memory of the KV pages, MiB.")] = 1024,
+) -> None:
+    """Complete prompts with a checkpoint's policy; completions end at end-of-document."""
+    from sip_engine.generate import generate_file
+    from sip_engine.sampler.sampler import SamplingParams
+
+    params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+    generate_file(checkpoint, prompts, out, n=n, params=params, kv_memory_mb=kv_memory_mb)
+
+
+@app.command()
+def score(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    pairs: Annotated[
+        Path, typer.Option(help='JSONL of {"prefix", "suffix"} or {"prefix_ids", "suffix_ids"}.')
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL to write, one object a pair.")],
+) -> None:
+    """Log-prob of each suffix given its prefix, in nats: per token and summed."""
+    from sip_engine.generate import score_file
+
+    score_file(checkpoint, pairs, out)
+
+
+@app.command(context_settings=_OVERRIDES)
+def data(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="A TOML file with a [data] section.")],
+) -> None:
+    """Read, tokenize and cut the documents of a config, and say what was found; trains nothing."""
+    from sip_engine.config import parse_config, read_toml
+    from sip_engine.inspect_data import describe_data
+
+    describe_data(parse_config(_merge(read_toml(config), _parse_overrides(context.args)), str(config)))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs to show side by side.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write a self-contained HTML report of one or more runs."""
+    from sip_engine.progress import console
+    from sip_engine.report import write_report
+
+    console.print(f"report {write_report(runs, out, title=out.stem)}")
+
+
+@app.command()
+def settings() -> None:
+    """List every setting of a config with its type, default and meaning."""
+    from sip_engine.config import describe_settings
+
+    typer.echo(describe_settings())
+
+
+def _parse_overrides(args: list[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` pairs as nested tables; values are TOML where they parse as it."""
+    result: dict[str, Any] = {}
+    rest = list(args)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag!r}: expected --section.setting VALUE")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{flag} needs a value")
+            value = rest.pop(0)
+        table = result
+        *sections, key = name.replace("-", "_").split(".")
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[key] = _parse_value(value)
+    return result
+
+
+def _parse_value(text: str) -> Any:
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()).replace("[", "\\[")
+
+
+def _quiet_libraries() -> None:
+    """Warnings of libraries about optional packages we do without would bury our own lines."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _leave_process_group() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,437 @@
+"""Every setting of a run, with its meaning; unknown keys and conflicts are refused with the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sip_engine.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, attribute docstrings become descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """A Llama-like decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
+
+    num_layers: Positive = 4
+    """Transformer layers."""
+    hidden_size: Positive = 128
+    """Width of the residual stream."""
+    num_heads: Positive = 4
+    """Query heads."""
+    num_kv_heads: Positive = 2
+    """Key/value heads; divides `num_heads`."""
+    ffn_size: Positive = 352
+    """Inner width of the SwiGLU block."""
+    max_context: Positive = 2048
+    """Longest prefix plus suffix, in tokens."""
+    rope_base: float = Field(default=10000.0, gt=0)
+    """Base of the rotary wavelengths."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon inside RMSNorm."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output head."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Parameter and activation type; auto is bf16 on CUDA and fp32 on the CPU. Optimizer state stays fp32."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if (self.hidden_size // self.num_heads) % 2:
+            raise ValueError("hidden_size / num_heads must be even: rotary positions turn pairs of channels")
+        return self
+
+
+class DataConfig(Section):
+    """Where documents come from and how they are cut into prefix and suffix."""
+
+    path: Path | None = None
+    """Directory of .txt/.md/.rst, or a .txt, .jsonl(.gz/.zst) or .parquet file. Required unless [world] is set."""
+    eval_path: Path | None = None
+    """Held-out documents; unset holds back a share of `path`."""
+    text_column: str = "text"
+    """Field of .jsonl and .parquet rows that holds the text."""
+    tokenizer: Path | None = None
+    """A sentencepiece model; trained on the data when unset."""
+    vocab_size: Positive = 8192
+    """Vocabulary of a tokenizer trained on the data."""
+    suffix_tokens: Positive = 128
+    """N, the length of a suffix (method: 128)."""
+    max_prefix_tokens: Positive = 1920
+    """A longer prefix keeps its last tokens."""
+    min_prefix_tokens: Positive = 32
+    """Cuts with a shorter prefix are not made."""
+    cut: Literal["every_chunk", "random_chunk"] = "every_chunk"
+    """Use every chunk of a document as a suffix, or one random chunk a document and epoch."""
+    cache: Path = Path("cache")
+    """Folder of token files, keyed by content."""
+    holdout: Share = 0.02
+    """Share of the documents kept from training for evaluation, where `eval_path` is unset."""
+
+
+class WorldConfig(Section):
+    """A synthetic world with known truth, whose documents stand in for `data.path` and `data.eval_path`."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the world's facts and documents."""
+    num_people: Positive = 48
+    """People whose facts there are to know."""
+    train_documents: Positive = 8000
+    """Documents written for training."""
+    test_documents: Positive = 400
+    """Documents with combinations of people that no other split shows."""
+
+
+class CandidateStage(Section):
+    """Which kinds of candidates enter the pool from a step on."""
+
+    from_step: Annotated[int, Field(ge=0)] = 0
+    """First step of this stage."""
+    original: bool = True
+    """The document's own suffix."""
+    rewrite: bool = False
+    """The rewriter's suffix; needs `rewriter.backend`."""
+    rollouts: Annotated[int, Field(ge=0)] = 8
+    """Number of the policy's own suffixes (method: 1 to 16)."""
+
+
+class SamplerConfig(Section):
+    """How rollouts are sampled."""
+
+    temperature: float = Field(default=1.0, ge=0.0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Keep the smallest set of tokens with this mass; 1 keeps all."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    page_size: Positive = 16
+    """Tokens a KV page holds."""
+    max_sequences: Positive = 256
+    """Most sequences decoded together; groups beyond it wait for the next wave."""
+    kv_memory_mb: Positive = 1024
+    """Memory of the KV pages on each process, in MiB."""
+
+
+class RewardWeights(Section):
+    """Weights of the three objectives in the total reward; 0 leaves an objective unasked."""
+
+    quality: float = Field(default=1.0, ge=0)
+    """Mean win over the other candidates, in [0, 1]."""
+    safety: float = Field(default=1.0, ge=0)
+    """Share of votes that call the suffix safe."""
+    factuality: float = Field(default=1.0, ge=0)
+    """Agreement with the original suffix, in [0, 1]."""
+
+    @model_validator(mode="after")
+    def _not_all_zero(self) -> RewardWeights:
+        if not (self.quality or self.safety or self.factuality):
+            raise ValueError("all reward weights are 0: give quality, safety or factuality a weight")
+        return self
+
+
+class JudgeConfig(Section):
+    """Who judges the candidates and what counts."""
+
+    backend: Literal["heuristic", "world"] = "heuristic"
+    """heuristic: rules over text, no model; world: the synthetic world's own truth."""
+    weights: RewardWeights = RewardWeights()
+    """Rewards are weighted and added."""
+    both_orders: bool = False
+    """Ask every pair in both orders (for judges whose verdict depends on the order)."""
+    max_failure_rate: Share = 0.5
+    """The run stops when a larger share of a step's judgments fails."""
+
+
+class RewriterConfig(Section):
+    """Who rewrites suffixes."""
+
+    backend: Literal["none", "world"] = "none"
+    """none: there are no rewrites; world: the synthetic world's own rules."""
+
+
+class ObjectiveConfig(Section):
+    """What an update does with the judged candidates."""
+
+    kind: Literal[
+        "dpo", "rf_nll", "next_token", "sft_rewrite", "sft_rollout", "dpo_rewrite_over_rollout"
+    ] = "dpo"
+    """dpo: chosen over rejected; rf_nll: likelihood of the best candidate; the others are baselines without judge."""
+    beta: float = Field(default=0.1, gt=0)
+    """DPO: strength of the pull towards the reference policy."""
+    ties: Literal["drop", "keep"] = "drop"
+    """DPO: what to do with a prefix whose best and worst reward are equal."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """DPO: drop a prefix whose reward gap is not above this."""
+    length_normalised: bool = False
+    """DPO: mean instead of summed log-probs."""
+    nll_weight: float = Field(default=0.0, ge=0)
+    """DPO: weight of the chosen suffix's mean NLL a token, added to the loss."""
+    loss_on: Literal["suffix", "all"] = "all"
+    """next_token: train on the suffix only, or on every token of prefix and suffix."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = Field(default=5e-6, gt=0)
+    """Peak learning rate."""
+    min_lr_ratio: Share = 0.1
+    """Final learning rate as a share of the peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices."""
+    beta1: Share = 0.9
+    """Decay of the first moment."""
+    beta2: Share = 0.95
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Global gradient norm is clipped to this; 0 does not clip."""
+
+
+class ParallelConfig(Section):
+    """How the model is laid over processes; what remains of the world is data parallel."""
+
+    tensor: Positive = 1
+    """Tensor-parallel size."""
+    pipeline: Positive = 1
+    """Pipeline-parallel size; rollouts need 1."""
+    sequence: bool = False
+    """Sequence parallelism beside tensor parallelism."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data-parallel processes."""
+    micro_batch_tokens: Positive = 16384
+    """Most tokens in one forward pass; rows are packed into micro-batches up to it."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: Annotated[int, Field(ge=0)] = 100
+    """Steps between checkpoints; 0 writes the last one only."""
+    keep: Positive = 2
+    """Newest checkpoints to keep."""
+
+
+class EvalConfig(Section):
+    """Evaluation inside training."""
+
+    every: Annotated[int, Field(ge=0)] = 100
+    """Steps between evaluations; 0 evaluates at the end only."""
+    num_prefixes: Positive = 64
+    """Held-out prefixes: for the next-token loss, and continued greedily and judged."""
+    generate: bool = True
+    """Continue and judge held-out prefixes, from before the first update on; off measures the loss only."""
+
+
+class RunConfig(Section):
+    """One run: from documents to a trained policy."""
+
+    out: Path = Path("runs/default")
+    """Folder of records and checkpoints."""
+    init: Path | None = None
+    """Checkpoint to start the policy (and the reference policy) from; unset starts from scratch."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initial weights, data order and sampling."""
+    steps: Positive = 1000
+    """Updates."""
+    batch_size: Positive = 256
+    """Prefixes an update, over all processes."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    world: WorldConfig | None = None
+    """Train on a synthetic world instead of files."""
+    candidates: tuple[CandidateStage, ...] = (CandidateStage(),)
+    """Stages in rising `from_step`; the last one that has begun holds."""
+    sampler: SamplerConfig = SamplerConfig()
+    judge: JudgeConfig = JudgeConfig()
+    rewriter: RewriterConfig = RewriterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    max_drift: float = Field(default=0.05, gt=0)
+    """The run stops when sampler and trainer log-probs of rollouts differ by more than this on average, in nats."""
+    log_rollouts_every: Positive = 1
+    """Steps between records of whole candidate pools."""
+
+    def candidates_at(self, step: int) -> CandidateStage:
+        """The stage in force at a step."""
+        return [stage for stage in self.candidates if stage.from_step <= step][-1]
+
+    @property
+    def needs_sampler(self) -> bool:
+        """Whether the policy writes text in this run: as rollouts, or to be evaluated."""
+        rollouts = self.objective.kind != "next_token" and any(s.rollouts for s in self.candidates)
+        return rollouts or self.eval.generate
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        for check in (_check_sources, _check_stages, _check_objective, _check_parallel, _check_lengths):
+            check(self)
+        return self
+
+
+def _check_sources(cfg: RunConfig) -> None:
+    if cfg.world is not None and cfg.data.path is not None:
+        raise ValueError("both data.path and [world] are set: remove one")
+    for name, backend in (("judge", cfg.judge.backend), ("rewriter", cfg.rewriter.backend)):
+        if backend == "world" and cfg.world is None:
+            raise ValueError(f'{name}.backend = "world" knows the synthetic world only: add a [world] section')
+
+
+def _check_stages(cfg: RunConfig) -> None:
+    starts = [stage.from_step for stage in cfg.candidates]
+    if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+        raise ValueError(f"candidates: from_step must rise from 0, got {starts}")
+
+
+def _check_objective(cfg: RunConfig) -> None:
+    kind = cfg.objective.kind
+    if kind == "next_token":
+        return
+    for stage in cfg.candidates:
+        if stage.rewrite and cfg.rewriter.backend == "none":
+            raise ValueError("candidates.rewrite needs a rewriter: set rewriter.backend, or rewrite=false")
+        size = stage.original + stage.rewrite + stage.rollouts
+        if kind in ("dpo", "rf_nll", "dpo_rewrite_over_rollout") and size < 2:
+            raise ValueError(
+                f"{kind} needs at least 2 candidates a prefix, stage from_step={stage.from_step} has {size}: "
+                "add rollouts, original or rewrite"
+            )
+        if kind in ("sft_rewrite", "dpo_rewrite_over_rollout") and not stage.rewrite:
+            raise ValueError(f"{kind} trains on rewrites: set candidates.rewrite=true")
+        if kind in ("sft_rollout", "dpo_rewrite_over_rollout") and not stage.rollouts:
+            raise ValueError(f"{kind} trains on a rollout: set candidates.rollouts to 1 or more")
+
+
+def _check_parallel(cfg: RunConfig) -> None:
+    model, parallel = cfg.model, cfg.parallel
+    for name in ("num_heads", "num_kv_heads", "ffn_size"):
+        if getattr(model, name) % parallel.tensor:
+            raise ValueError(
+                f"parallel.tensor={parallel.tensor} does not divide model.{name}={getattr(model, name)}"
+            )
+    if model.num_layers % parallel.pipeline:
+        raise ValueError(
+            f"parallel.pipeline={parallel.pipeline} does not divide model.num_layers={model.num_layers}"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ValueError("parallel.sequence needs parallel.tensor of 2 or more")
+    if cfg.needs_sampler and parallel.pipeline > 1:
+        raise ValueError(
+            f"sampling needs parallel.pipeline=1, got {parallel.pipeline}: use parallel.tensor, "
+            "or set rollouts=0 and eval.generate=false"
+        )
+
+
+def _check_lengths(cfg: RunConfig) -> None:
+    data = cfg.data
+    need = data.max_prefix_tokens + data.suffix_tokens
+    if need > cfg.model.max_context:
+        raise ValueError(
+            f"data.max_prefix_tokens + data.suffix_tokens = {need} exceed model.max_context="
+            f"{cfg.model.max_context}: lower the prefix or raise the context"
+        )
+    if data.min_prefix_tokens > data.max_prefix_tokens:
+        raise ValueError(
+            f"data.min_prefix_tokens={data.min_prefix_tokens} is above max_prefix_tokens={data.max_prefix_tokens}"
+        )
+
+
+def parse_config(values: dict[str, Any], source: str) -> RunConfig:
+    """Validate a mapping as a `RunConfig`.
+
+    Raises:
+        ConfigError: every fault, each with its key, in one line; unknown keys get a suggestion.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(_describe(fault) for fault in error.errors())
+        raise ConfigError(f"{source}: {faults}") from None
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or holds a wrong setting.
+    """
+    return parse_config(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's table; ConfigError when it is missing or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; configs/ holds examples") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+
+
+def _describe(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        message = fault["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    near = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(fault["loc"][:-1]), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(_known_keys(fault['loc'][:-1]))}"
+    return f"unknown key {where!r}{hint}"
+
+
+def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in path:
+        if isinstance(part, int):
+            continue
+        nested = {"candidates": CandidateStage, "world": WorldConfig}
+        section = nested.get(part, section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def describe_settings() -> str:
+    """Every setting as `section.name  type  default` with its meaning on the next line."""
+    lines: list[str] = []
+
+    def walk(section: type[Section], prefix: str) -> None:
+        lines.append(f"# {' '.join((section.__doc__ or '').split())}")
+        nested = []
+        for name, info in section.model_fields.items():
+            inner = {"candidates": CandidateStage, "world": WorldConfig}.get(name, info.annotation)
+            if isinstance(inner, type) and issubclass(inner, Section):
+                nested.append((inner, f"{prefix}{name}."))
+            default = info.get_default(call_default_factory=True)
+            if not isinstance(default, BaseModel) and name != "candidates":
+                lines.append(f"{prefix}{name} = {'unset' if default is None else default}")
+                lines.append(f"    {info.description}")
+        for inner, inner_prefix in nested:
+            lines.append("")
+            walk(inner, inner_prefix)
+
+    walk(RunConfig, "")
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""The documents of a run, opened: tokenizer, token files, the training stream and the held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from sip_engine.config import RunConfig
+from sip_engine.data.documents import read_documents
+from sip_engine.data.permutation import hash_key, mix64
+from sip_engine.data.samples import SampleIndex
+from sip_engine.data.stream import SampleStream
+from sip_engine.data.token_files import TokenFiles, build_token_files
+from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.errors import ConfigError, DataError
+from sip_engine.files import write_jsonl
+from sip_engine.mesh import Mesh
+from sip_engine.types import Sample
+from sip_engine.world import World, write_documents
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What training and evaluation read."""
+
+    tokenizer: Tokenizer
+    stream: SampleStream
+    held_out: list[Sample]
+    train_path: Path
+    files: TokenFiles
+    num_samples: int
+    """Samples of one training epoch."""
+
+    def texts(self, limit: int, text_column: str) -> list[str]:
+        """The first documents of the training data, as text."""
+        return list(islice(read_documents(self.train_path, text_column), limit))
+
+
+def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Build or open everything; the first process writes, the others wait and read.
+
+    `tokenizer` is that of the checkpoint a run starts from, which wins over the settings.
+
+    Raises:
+        DataError: see `read_documents`, `SampleIndex`; ConfigError: neither a path nor a world.
+    """
+    train_path, eval_path = _document_paths(cfg, mesh)
+    if mesh.is_main:
+        tokenizer = tokenizer or _tokenizer(cfg, train_path)
+        files = [_token_files(cfg, path, tokenizer) for path in (train_path, eval_path) if path is not None]
+        prefixes = [f.prefix_path for f in files]
+    else:
+        prefixes, tokenizer = None, tokenizer
+    prefixes, tokenizer = mesh.broadcast((prefixes, tokenizer and tokenizer.model))
+    tokenizer = Tokenizer(tokenizer)
+    opened = [TokenFiles.open(prefix) for prefix in prefixes]
+    train, held = opened[0], opened[-1]
+    train_lengths = held_lengths = train.lengths
+    if eval_path is None:
+        is_held = _held_out(train.num_documents, cfg.data.holdout)
+        train_lengths = np.where(is_held, 0, train.lengths)
+        held_lengths = np.where(is_held, train.lengths, 0)
+    else:
+        held_lengths = held.lengths
+    index = _index(cfg, train_lengths, cfg.data.cut, cfg.seed, "training")
+    stream = SampleStream(train, tokenizer, index)
+    # The same held-out samples for every seed, so that runs can be compared.
+    held_index = _index(cfg, held_lengths, "every_chunk", 0, "held-out")
+    count = min(cfg.eval.num_prefixes, held_index.num_samples)
+    held_out = SampleStream(held, tokenizer, held_index).samples_at(0, count)
+    return Corpus(tokenizer, stream, held_out, train_path, train, index.num_samples)
+
+
+def _document_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path | None]:
+    if cfg.world is None:
+        if cfg.data.path is None:
+            raise ConfigError("no documents: set data.path (--data.path PATH), or add a [world] section")
+        return cfg.data.path, cfg.data.eval_path
+    world, spec = World(seed=cfg.world.seed, num_people=cfg.world.num_people), cfg.world
+    folder = cfg.data.cache / f"world-{spec.seed}-{spec.num_people}-{spec.train_documents}-{spec.test_documents}"
+    train, test = folder / "train.jsonl", folder / "test.jsonl"
+    if mesh.is_main:
+        for path, split, count in ((train, "train", spec.train_documents), (test, "test", spec.test_documents)):
+            if not path.is_file():
+                documents = write_documents(world, split, count, spec.seed)
+                write_jsonl(path, ({"text": d.text, "style": d.style} for d in documents))
+    mesh.barrier()
+    return train, test
+
+
+def _tokenizer(cfg: RunConfig, train_path: Path) -> Tokenizer:
+    if cfg.data.tokenizer is not None:
+        return Tokenizer.load(cfg.data.tokenizer)
+    saved = cfg.out / "tokenizer.model"
+    if saved.is_file():
+        return Tokenizer.load(saved)
+    return Tokenizer.train(_tokenizer_texts(cfg, train_path), cfg.data.vocab_size, saved)
+
+
+def _tokenizer_texts(cfg: RunConfig, train_path: Path) -> Iterator[str]:
+    return read_documents(train_path, cfg.data.text_column)
+
+
+def _token_files(cfg: RunConfig, path: Path, tokenizer: Tokenizer) -> TokenFiles:
+    return build_token_files(path, tokenizer, cfg.data.cache, cfg.data.text_column)
+
+
+def _held_out(num_documents: int, share: float) -> np.ndarray:
+    """[num_documents] bool: by a hash of the number, so that more documents move none across."""
+    draws = mix64(np.arange(num_documents, dtype=np.uint64) ^ hash_key(0, 0))
+    return draws < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
+
+
+def _index(cfg: RunConfig, lengths: np.ndarray, cut: str, seed: int, what: str) -> SampleIndex:
+    data = cfg.data
+    try:
+        return SampleIndex(
+            lengths,
+            data.suffix_tokens,
+            data.max_prefix_tokens,
+            data.min_prefix_tokens,
+            cut=cut,  # type: ignore[arg-type]
+            seed=seed,
+        )
+    except DataError as error:
+        raise DataError(f"{what} documents: {error}") from None

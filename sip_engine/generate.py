@@ -1,0 +1,192 @@
+"""`sip generate` and `sip score`: files in, a checkpoint's completions or log-probs out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sip_engine.checkpoint import checkpoint_tokenizer, load_weights, read_state, resolve_checkpoint
+from sip_engine.config import ParallelConfig, SamplerConfig
+from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.errors import DataError, RequestError
+from sip_engine.files import write_jsonl
+from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.policy.model import PolicyModel, build_model
+from sip_engine.policy.packing import Row, pack_rows, split_by_tokens
+from sip_engine.policy.policy import score
+from sip_engine.policy.weights import weight_views
+from sip_engine.progress import console, steps
+from sip_engine.sampler.sampler import Request, Sampler, SamplingParams, check_params
+
+_CHUNK = 64
+_SCORE_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A checkpoint's policy, ready to read or write text in one process."""
+
+    model: PolicyModel
+    tokenizer: Tokenizer
+    vocab_size: int
+    mesh: Mesh
+
+
+def load_policy(checkpoint: Path) -> LoadedPolicy:
+    """Load weights and tokenizer of a checkpoint or of a run's newest one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = resolve_checkpoint(checkpoint)
+    state, tokenizer = read_state(path), checkpoint_tokenizer(path)
+    mesh = start_mesh()
+    model = build_model(state.model, ParallelConfig(), state.vocab_size, mesh, seed=0)
+    load_weights(path, model, state.model, state.vocab_size)
+    model.requires_grad_(False)
+    return LoadedPolicy(model, tokenizer, state.vocab_size, mesh)
+
+
+def generate_file(
+    checkpoint: Path, prompts: Path, out: Path, *, n: int, params: SamplingParams, kv_memory_mb: int
+) -> None:
+    """Write `{"prompt_ids", "completions": [{"ids", "text", "logprobs"}]}` for each prompt, in order.
+
+    Raises:
+        RequestError, DataError, CheckpointError: naming the line; nothing is written then.
+    """
+    check_params(params)
+    if n < 1:
+        raise RequestError(f"n={n}: must be 1 or more")
+    rows = list(_read_rows(prompts))
+    policy = load_policy(checkpoint)
+    encode = _encoder(policy, prompts)
+    ids = [encode(number, row, "prompt", bos=True) for number, row in rows]
+    weights = weight_views(policy.model, policy.vocab_size, 0)
+    cfg = SamplerConfig(kv_memory_mb=kv_memory_mb, max_sequences=max(256, n))
+    sampler = Sampler(weights, policy.mesh.tp, cfg)
+    params = replace(params, stop_ids=(policy.tokenizer.eos_id,))
+    requests = [Request(prompt, n, document=number) for number, prompt in enumerate(ids)]
+    sampler.check(requests, params)
+    results = []
+    with steps("generate", -(-len(requests) // _CHUNK)) as bar:
+        for first in range(0, len(requests), _CHUNK):
+            results.extend(sampler.generate(requests[first : first + _CHUNK], params))
+            bar.advance({"prompts": len(results)})
+    write_jsonl(
+        out,
+        (
+            {
+                "prompt_ids": prompt.tolist(),
+                "completions": [
+                    {
+                        "ids": c.ids.tolist(),
+                        "text": policy.tokenizer.decode(c.ids),
+                        "logprobs": [float(x) for x in c.logprobs],
+                    }
+                    for c in completions
+                ],
+            }
+            for prompt, completions in zip(ids, results, strict=True)
+        ),
+    )
+    console.print(f"{len(results)} prompts x {n} completions -> {out}")
+
+
+def score_file(checkpoint: Path, pairs: Path, out: Path) -> None:
+    """Write `{"prefix_ids", "suffix_ids", "logprobs", "logprob"}` for each pair, in order.
+
+    Raises:
+        RequestError, DataError, CheckpointError: naming the line; nothing is written then.
+    """
+    rows = list(_read_rows(pairs))
+    policy = load_policy(checkpoint)
+    encode = _encoder(policy, pairs)
+    packed = []
+    for number, row in rows:
+        prefix = encode(number, row, "prefix", bos=True)
+        suffix = encode(number, row, "suffix", bos=False)
+        if len(prefix) + len(suffix) > policy.model.max_sequence_length:
+            raise RequestError(
+                f"{pairs}:{number}: {len(prefix)} + {len(suffix)} tokens exceed the model's context of "
+                f"{policy.model.max_sequence_length}; shorten the prefix"
+            )
+        packed.append(Row(prefix, (suffix,)))
+    logprobs: list[np.ndarray] = []
+    groups = split_by_tokens([row.num_tokens for row in packed], _SCORE_TOKENS)
+    with steps("score", len(groups)) as bar:
+        for group in groups:
+            batch = pack_rows([packed[i] for i in group], policy.mesh.device)
+            (values,) = score(policy.model, [batch])
+            logprobs.extend(part.cpu().numpy() for part in values.split(list(batch.target_lens)))
+            bar.advance({"pairs": len(logprobs)})
+    write_jsonl(
+        out,
+        (
+            {
+                "prefix_ids": row.prefix.tolist(),
+                "suffix_ids": row.suffixes[0].tolist(),
+                "logprobs": [float(x) for x in values],
+                "logprob": float(values.astype(np.float64).sum()),
+            }
+            for row, values in zip(packed, logprobs, strict=True)
+        ),
+    )
+    console.print(f"{len(packed)} pairs -> {out}")
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSONL file; blank lines are passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable UTF-8 file ({error})") from None
+    found = False
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a {type(row).__name__}, each line must be a JSON object")
+        found = True
+        yield number, row
+    if not found:
+        raise DataError(f"{path}: no rows; write one JSON object a line")
+
+
+def _encoder(policy: LoadedPolicy, path: Path) -> Callable[..., np.ndarray]:
+    def encode(number: int, row: dict[str, Any], name: str, *, bos: bool) -> np.ndarray:
+        """Token ids of `name` (text, BOS put in front) or `name`_ids (taken as they are)."""
+        where = f"{path}:{number}"
+        given = [key for key in (name, f"{name}_ids") if key in row]
+        if len(given) != 1:
+            raise DataError(f'{where}: needs either "{name}" or "{name}_ids", has {sorted(row)}')
+        value = row[given[0]]
+        if given[0] == name:
+            if not isinstance(value, str):
+                raise DataError(f'{where}: "{name}" is a {type(value).__name__}, must be text')
+            ids = policy.tokenizer.encode(value)
+            ids = np.concatenate([[policy.tokenizer.bos_id], ids]).astype(np.int32) if bos else ids
+        else:
+            if not isinstance(value, list) or not all(type(x) is int for x in value):
+                raise DataError(f'{where}: "{name}_ids" must be a list of integers')
+            bad = [x for x in value if not 0 <= x < policy.vocab_size]
+            if bad:
+                raise RequestError(
+                    f"{where}: token id {bad[0]} is outside the vocabulary of {policy.vocab_size}; "
+                    "encode it with this model's tokenizer"
+                )
+            ids = np.asarray(value, dtype=np.int32)
+        if len(ids) == 0:
+            raise RequestError(f'{where}: "{given[0]}" is empty; give at least one token')
+        return ids
+
+    return encode

@@ -1,0 +1,1 @@
+"""Judges: they compare continuations and say whether a suffix is safe and true to its original."""

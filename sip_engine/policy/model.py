@@ -1,0 +1,192 @@
+"""Megatron-core's GPT model as the policy: packed rows in, log-probs of suffix tokens out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+
+from sip_engine.config import ModelConfig, ParallelConfig
+from sip_engine.cpu_seam import megatron_device
+from sip_engine.errors import ConfigError
+from sip_engine.kernels.shared_prefix_attention import shared_prefix_attention
+from sip_engine.mesh import Mesh
+from sip_engine.policy.packing import PackedRows
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm for Megatron's specs that, unlike its torch wrapper, allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        # Megatron sums the gradient of parameters so marked over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class SharedPrefixAttention(MegatronModule):
+    """Core attention over a packed stream; the micro-batch's rows arrive as `packed_seq_params`."""
+
+    def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
+        super().__init__(config)
+        assert config.kv_channels is not None
+        self.scale = config.kv_channels**-0.5
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: PackedRows, **__: Any
+    ) -> Tensor:
+        """query [T, 1, H, D], key and value [T, 1, G, D] -> [T, 1, H * D]."""
+        out = shared_prefix_attention(
+            query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params.layout, scale=self.scale
+        )
+        return out.flatten(1).unsqueeze(1)
+
+
+class PolicyModel(GPTModel):
+    """A GPT model whose input is a `PackedRows` and whose last stage returns target log-probs.
+
+    Rotary angles follow the rows' own positions, so that every suffix continues its prefix; the head is
+    applied to the rows' scored positions only.
+    """
+
+    def __init__(self, *args: Any, rope_base: float, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.true_vocab_size = true_vocab_size
+        dim = self.config.kv_channels
+        assert dim is not None
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+        inv_freq = (1.0 / rope_base**exponents).to(torch.cuda.current_device())
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def forward(self, rows: PackedRows) -> Tensor:  # type: ignore[override]
+        """Last stage: [num_targets] float32 log-probs in nats. Other stages: hidden states [T, 1, hidden]."""
+        return super().forward(
+            rows.tokens[None],
+            rows.layout.positions[None],
+            attention_mask=None,  # type: ignore[arg-type]
+            labels=rows.targets,
+            packed_seq_params=rows,  # type: ignore[arg-type]
+        )
+
+    def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+        embedded, _, *rest = super()._preprocess(*args, position_ids=position_ids, **kwargs)
+        angles = position_ids[0, :, None].float() * self.inv_freq  # [T, D / 2]
+        return (embedded, torch.cat([angles, angles], dim=-1)[:, None, None, :], *rest)
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor, packed_seq_params: PackedRows, **_: Any
+    ) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        scored = hidden_states.index_select(0, packed_seq_params.scored)  # [num_targets, 1, hidden]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(scored, weight=weight)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        return -vocab_parallel_cross_entropy(self._without_padding(logits), labels[:, None])[:, 0]
+
+    def _without_padding(self, logits: Tensor) -> Tensor:
+        """Columns that only pad the vocabulary get probability 0, as in the sampler."""
+        columns = logits.shape[-1]
+        first = self.pg_collection.tp.rank() * columns
+        num_true = max(0, min(columns, self.true_vocab_size - first))
+        if num_true == columns:
+            return logits
+        padding = torch.arange(columns, device=logits.device) >= num_true
+        return logits.masked_fill(padding, float("-inf"))
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Vocabulary rows of the embedding: the next multiple of 64 times the tensor-parallel size."""
+    multiple = 64 * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The type of parameters and activations for a precision setting."""
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Our settings in Megatron's words; fusions that need CUDA extensions are off."""
+    dtype = parameter_dtype(model.precision)
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.hidden_size // model.num_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        variable_seq_lengths=parallel.pipeline > 1,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        # The same seed gives the same weights for every layout and device.
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _block_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = RMSNorm
+    parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.submodules.core_attention = SharedPrefixAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, vocab_size: int, mesh: Mesh, *, seed: int
+) -> PolicyModel:
+    """This process' part of the model, on its device, with weights that depend on the seed only.
+
+    Raises:
+        ConfigError: the padded vocabulary does not divide over the tensor-parallel processes.
+    """
+    config = transformer_config(model, parallel)
+    padded = padded_vocab_size(vocab_size, parallel.tensor)
+    if padded % mesh.tp.size:
+        raise ConfigError(f"vocabulary of {padded} rows does not divide over {mesh.tp.size} processes")
+    with megatron_device():
+        torch.manual_seed(seed)
+        built = PolicyModel(
+            config,
+            _block_spec(config, model.num_layers // parallel.pipeline),
+            vocab_size=padded,
+            max_sequence_length=model.max_context,
+            pre_process=mesh.pp.is_first,
+            post_process=mesh.pp.is_last,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            rope_base=model.rope_base,
+            true_vocab_size=vocab_size,
+        )
+        return built.to(device=mesh.device, dtype=config.params_dtype)

@@ -1,0 +1,114 @@
+"""Packing: a prefix and its suffixes as one row, rows as one token stream, streams as micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sip_engine.kernels.shared_prefix_attention import RowLayout
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prefix and the suffixes to be scored on it, as int arrays of token ids.
+
+    A suffix token is predicted from the token before it. With an empty prefix the first token of a
+    suffix has nothing before it and is not scored.
+    """
+
+    prefix: np.ndarray
+    suffixes: tuple[np.ndarray, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefix) + sum(len(s) for s in self.suffixes)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A micro-batch: rows laid end to end, without padding.
+
+    Attributes:
+        tokens: [T] int64, the stream; `layout` says where rows and suffixes begin.
+        scored: [num_targets] int64, stream index whose hidden state predicts the target.
+        targets: [num_targets] int64, the suffix tokens in row, suffix, token order.
+        target_lens: scored tokens of each suffix, in order.
+    """
+
+    layout: RowLayout
+    tokens: Tensor
+    scored: Tensor
+    targets: Tensor
+    target_lens: tuple[int, ...]
+    # Megatron asks its packing parameters for this; any value but "thd" leaves the tensors to us.
+    qkv_format: str = "shared_prefix"
+
+    @cached_property
+    def suffix_of_target(self) -> Tensor:
+        """[num_targets] int64: which suffix of the micro-batch each target belongs to."""
+        lens = torch.tensor(self.target_lens)
+        return torch.repeat_interleave(torch.arange(len(lens)), lens).to(self.tokens.device)
+
+    def sum_by_suffix(self, values: Tensor) -> Tensor:
+        """[num_targets] -> [num_suffixes]: sums over each suffix' tokens, differentiable."""
+        zeros = values.new_zeros(len(self.target_lens))
+        return zeros.index_add(0, self.suffix_of_target, values)
+
+
+def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -> PackedRows:
+    """Lay rows end to end.
+
+    Args:
+        rows: at least one, none of them empty.
+        multiple: the stream's length is padded to a multiple of this (sequence parallelism needs the
+            tensor-parallel size) by a row of zeros that nothing scores.
+    """
+    padding = -sum(row.num_tokens for row in rows) % multiple
+    padded = [*rows, Row(np.zeros(padding, np.int32), ())] if padding else list(rows)
+    tokens, scored, targets, target_lens = [], [], [], []
+    start = 0
+    for row in padded:
+        tokens.append(row.prefix)
+        last_of_prefix = start + len(row.prefix) - 1
+        start += len(row.prefix)
+        for suffix in row.suffixes:
+            before = np.arange(start - 1, start + len(suffix) - 1)
+            skip = 0 if len(row.prefix) else 1
+            if not skip:
+                before[0] = last_of_prefix
+            scored.append(before[skip:])
+            targets.append(suffix[skip:])
+            target_lens.append(len(suffix) - skip)
+            tokens.append(suffix)
+            start += len(suffix)
+    layout = RowLayout(
+        tuple(len(row.prefix) for row in padded),
+        tuple(tuple(len(s) for s in row.suffixes) for row in padded),
+        device,
+    )
+
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+
+    return PackedRows(layout, tensor(tokens), tensor(scored), tensor(targets), tuple(target_lens))
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of the rows of each micro-batch: consecutive, as many as fit into `max_tokens`.
+
+    A row longer than `max_tokens` gets a micro-batch of its own.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if not groups or length > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(index)
+        room -= length
+    return groups

@@ -1,0 +1,216 @@
+"""The policy being trained: model, DDP, optimizer and learning-rate schedule, all Megatron-core's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from sip_engine.config import OptimizerConfig, RunConfig
+from sip_engine.cpu_seam import megatron_device
+from sip_engine.errors import NonFiniteError
+from sip_engine.mesh import Mesh
+from sip_engine.policy.model import PolicyModel, build_model, parameter_dtype
+from sip_engine.policy.packing import PackedRows, Row, pack_rows, split_by_tokens
+
+MicroBatchLoss = Callable[[Tensor, PackedRows, int], tuple[Tensor, int, dict[str, float]]]
+"""(log-probs [num_targets], rows, micro-batch number) -> (summed loss, units it sums over, sums to log).
+
+The update divides the loss by the units of all micro-batches and processes.
+"""
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What one update did, over all processes."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    sums: dict[str, float]
+
+
+class Policy:
+    """This process' part of the policy and everything that updates it."""
+
+    def __init__(self, cfg: RunConfig, vocab_size: int, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.model = build_model(cfg.model, cfg.parallel, vocab_size, mesh, seed=cfg.seed)
+        self.micro_batch_tokens = cfg.parallel.micro_batch_tokens
+        with megatron_device():
+            self.ddp = _wrap(self.model, cfg)
+            self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), [self.ddp])
+            self.scheduler = _scheduler(self.optimizer, cfg.optimizer, cfg.steps)
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
+
+    def micro_batches(self, rows: Sequence[Row]) -> list[PackedRows]:
+        """Rows packed into micro-batches of at most the configured tokens, on this process' device."""
+        multiple = self.mesh.tp.size if self.model.config.sequence_parallel else 1
+        groups = split_by_tokens([row.num_tokens for row in rows], self.micro_batch_tokens)
+        return [
+            pack_rows([rows[i] for i in group], self.mesh.device, multiple=multiple) for group in groups
+        ]
+
+    def update(self, batches: Sequence[PackedRows], loss: MicroBatchLoss, documents: str) -> UpdateStats:
+        """One optimizer step on this process' micro-batches (at least one on every process).
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite on some process; raised on every process before
+                anything is updated, naming `documents`.
+        """
+        for group in self.optimizer.param_groups:
+            group.setdefault("lr", 0.0)
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        total_loss, units, sums = 0.0, 0, {}
+        for loss_sum, num_units, logged in self._forward_backward(batches, loss):
+            total_loss, units = total_loss + loss_sum, units + num_units
+            for name, value in logged.items():
+                sums[name] = sums.get(name, 0.0) + value
+        total_loss, units, sums = self._reduce(total_loss, units, sums)
+        self._check_finite(total_loss, documents)
+        grad_norm = 0.0
+        with megatron_device():
+            self.scheduler.step(1)
+            if units:  # an optimizer step without data would still decay weights and move by momentum
+                _, grad_norm, _ = self.optimizer.step()
+        return UpdateStats(
+            loss=total_loss / max(units, 1),
+            grad_norm=float(grad_norm or 0.0),
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            sums=sums,
+        )
+
+    def score(self, batches: Sequence[PackedRows], model: PolicyModel | None = None) -> list[Tensor]:
+        """Log-probs [num_targets] of each micro-batch under `model` (this policy's when None), no gradient.
+
+        Only the last pipeline stage gets them; the others get an empty list.
+        """
+        return score(model or self.model, batches)
+
+    def _forward_backward(
+        self, batches: Sequence[PackedRows], loss: MicroBatchLoss
+    ) -> list[tuple[float, int, dict[str, float]]]:
+        numbered = iter(enumerate(batches))
+
+        def forward_step(data: Iterator[tuple[int, PackedRows]], model: Any) -> tuple[Tensor, Any]:
+            number, rows = next(data)
+
+            def loss_func(log_probs: Tensor) -> tuple[Tensor, Tensor, tuple]:
+                loss_sum, units, logged = loss(log_probs, rows, number)
+                num_units = torch.tensor(units, dtype=torch.int, device=loss_sum.device)
+                return loss_sum, num_units, (loss_sum.item(), units, logged)
+
+            return model(rows), loss_func
+
+        with megatron_device():
+            return _run_schedule(forward_step, numbered, self.ddp, batches, forward_only=False)
+
+    def _reduce(self, loss: float, units: int, sums: dict[str, float]) -> tuple[float, int, dict[str, float]]:
+        """Totals over the data axis; the other pipeline stages learn them from the last one."""
+        names, values = list(sums), list(sums.values())
+        names, values, loss, units = self.mesh.from_last_stage((names, values, loss, units))
+        everywhere = self.mesh.gather_replicas((loss, units, dict(zip(names, values, strict=True))))
+        totals: dict[str, float] = {}
+        for _, _, part in everywhere:
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return sum(p[0] for p in everywhere), sum(p[1] for p in everywhere), totals
+
+    def _check_finite(self, loss: float, documents: str) -> None:
+        bad_grad = any(
+            not bool(torch.isfinite(buffer.grad_data).all())
+            for buffer in self.ddp.buffers  # type: ignore[union-attr]
+        )
+        if self.mesh.any(bad_grad or not math.isfinite(loss)):
+            raise NonFiniteError(
+                f"loss {loss} or a gradient is not finite on documents {documents}: the update was not made; "
+                "lower optimizer.lr or inspect these documents"
+            )
+
+
+def score(model: PolicyModel, batches: Sequence[PackedRows]) -> list[Tensor]:
+    """Log-probs [num_targets] float32 of each micro-batch, no gradient; empty before the last stage."""
+
+    def forward_step(data: Iterator[PackedRows], model: Any) -> tuple[Tensor, Any]:
+        def keep(log_probs: Tensor, non_loss_data: bool = True) -> Tensor:
+            return log_probs
+
+        return model(next(data)), keep
+
+    with torch.no_grad(), megatron_device():
+        return _run_schedule(forward_step, iter(batches), model, batches, forward_only=True)
+
+
+def _run_schedule(
+    step: Any, data: Iterator, model: Any, batches: Sequence[PackedRows], forward_only: bool
+) -> list:
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=data,
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=max(batch.layout.num_tokens for batch in batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _wrap(model: PolicyModel, cfg: RunConfig) -> DistributedDataParallel:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        overlap_grad_reduce=False,
+    )
+    wrapped = DistributedDataParallel(model.config, ddp, model)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def _optimizer_config(cfg: RunConfig) -> MegatronOptimizerConfig:
+    dtype = parameter_dtype(cfg.model.precision)
+    opt = cfg.optimizer
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=opt.lr,
+        min_lr=opt.lr * opt.min_lr_ratio,
+        weight_decay=opt.weight_decay,
+        adam_beta1=opt.beta1,
+        adam_beta2=opt.beta2,
+        adam_eps=opt.eps,
+        clip_grad=opt.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+    )
+
+
+def _scheduler(optimizer: Any, cfg: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=cfg.lr,
+        min_lr=cfg.lr * cfg.min_lr_ratio,
+        lr_warmup_steps=cfg.warmup_steps,
+        lr_decay_steps=max(steps, cfg.warmup_steps + 1),
+        lr_decay_style="cosine",
+        start_wd=cfg.weight_decay,
+        end_wd=cfg.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,121 @@
+"""The policy's own parameters as the sampler sees them: zero-copy views, checked for identity each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sip_engine.policy.model import PolicyModel
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One transformer layer, this tensor-parallel shard.
+
+    H hidden, D head dim, h query and g key/value heads of the shard, F inner width of the shard.
+    """
+
+    attention_norm: Tensor
+    """[H]"""
+    qkv: Tensor
+    """[g * (h / g + 2) * D, H]: for each key/value head its query heads, then key, then value."""
+    attention_out: Tensor
+    """[H, h * D]"""
+    mlp_norm: Tensor
+    """[H]"""
+    gate_up: Tensor
+    """[2 F, H]: gate rows, then up rows."""
+    down: Tensor
+    """[H, F]"""
+
+
+@dataclass(frozen=True)
+class PolicyWeights:
+    """All weights of one process, and the numbers needed to use them."""
+
+    embedding: Tensor
+    """[vocabulary rows of the shard, H]"""
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    head: Tensor
+    """[vocabulary rows of the shard, H]; the embedding itself when tied."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    inv_freq: Tensor
+    """[D / 2] float32, rotary frequencies."""
+    vocab_start: int
+    """First vocabulary row of the shard."""
+    vocab_size: int
+    """True vocabulary; rows at and above it are padding and are never sampled."""
+    max_context: int
+
+    @property
+    def num_local_heads(self) -> int:
+        return self.layers[0].attention_out.shape[1] // self.head_dim
+
+    @property
+    def num_local_kv_heads(self) -> int:
+        return self.layers[0].qkv.shape[0] // self.head_dim // (self.num_heads // self.num_kv_heads + 2)
+
+    def tensors(self) -> list[Tensor]:
+        per_layer = [tensor for layer in self.layers for tensor in vars(layer).values()]
+        return [self.embedding, *per_layer, self.final_norm, self.head]
+
+
+def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWeights:
+    """Views of a model that holds every layer (no pipeline split), taken after DDP has wrapped it.
+
+    The distributed optimizer moves parameters into its own buffers when DDP wraps the model, so views
+    taken before would go stale.
+    """
+    parameters = dict(model.named_parameters())
+    config = model.config
+    assert config.num_query_groups is not None and config.kv_channels is not None
+
+    def view(name: str) -> Tensor:
+        return parameters[name].data
+
+    def layer(number: int) -> LayerWeights:
+        at = f"decoder.layers.{number}."
+        return LayerWeights(
+            attention_norm=view(at + "input_layernorm.weight"),
+            qkv=view(at + "self_attention.linear_qkv.weight"),
+            attention_out=view(at + "self_attention.linear_proj.weight"),
+            mlp_norm=view(at + "pre_mlp_layernorm.weight"),
+            gate_up=view(at + "mlp.linear_fc1.weight"),
+            down=view(at + "mlp.linear_fc2.weight"),
+        )
+
+    embedding = view("embedding.word_embeddings.weight")
+    return PolicyWeights(
+        embedding=embedding,
+        layers=tuple(layer(n) for n in range(config.num_layers)),
+        final_norm=view("decoder.final_layernorm.weight"),
+        head=embedding if model.share_embeddings_and_output_weights else view("output_layer.weight"),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_query_groups,
+        head_dim=config.kv_channels,
+        norm_eps=config.layernorm_epsilon,
+        inv_freq=model.inv_freq,
+        vocab_start=tp_rank * embedding.shape[0],
+        vocab_size=vocab_size,
+        max_context=model.max_sequence_length,
+    )
+
+
+def assert_shared(views: PolicyWeights, model: PolicyModel) -> None:
+    """Every view must still be the storage the optimizer updates; called before each generation."""
+    now = weight_views(model, views.vocab_size, views.vocab_start // max(1, views.embedding.shape[0]))
+    for ours, theirs in zip(views.tensors(), now.tensors(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr() and ours.shape == theirs.shape, (
+            "the sampler's view of a parameter is no longer the policy's storage"
+        )
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Parameters of this process' part of a model."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,58 @@
+"""Progress with an ETA: a rich bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+LINE_SECONDS = 15.0
+
+
+class Steps:
+    """Counts steps towards a total and shows the latest figures beside them."""
+
+    def __init__(self, title: str, done: int, total: int, bar: Progress | None, quiet: bool) -> None:
+        self._title, self._done, self._total = title, done, total
+        self._bar, self._quiet = bar, quiet
+        self._task = None if bar is None else bar.add_task(title, total=total, completed=done, note="")
+        self._started = self._printed = time.monotonic()
+        self._first = done
+
+    def advance(self, figures: Mapping[str, float]) -> None:
+        """One step is done; `figures` are shown with it."""
+        self._done += 1
+        note = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=1, note=note)
+        elif not self._quiet and (self._due() or self._done == self._total):
+            self._printed = time.monotonic()
+            rate = (self._printed - self._started) / (self._done - self._first)
+            eta = rate * (self._total - self._done)
+            console.print(f"{self._title}: {self._done}/{self._total}  {note}  ETA {eta:.0f} s")
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._printed > LINE_SECONDS
+
+
+@contextmanager
+def steps(title: str, total: int, *, done: int = 0, quiet: bool = False) -> Iterator[Steps]:
+    """Show progress of `total` steps, of which `done` were made before. `quiet` shows nothing."""
+    if quiet or not console.is_terminal:
+        yield Steps(title, done, total, None, quiet)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Steps(title, done, total, bar, quiet)

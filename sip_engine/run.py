@@ -1,0 +1,266 @@
+"""A run opened for training: every part built, the newest checkpoint restored, records ready."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sip_engine.checkpoint import (
+    CheckpointState,
+    checkpoint_tokenizer,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    resolve_checkpoint,
+    save_checkpoint,
+)
+from sip_engine.config import RunConfig
+from sip_engine.corpus import Corpus, open_corpus
+from sip_engine.errors import ConfigError, ThresholdError
+from sip_engine.evaluate import Evaluation, Measure, evaluate
+from sip_engine.files import write_json, write_jsonl
+from sip_engine.judges.heuristic import HeuristicJudge
+from sip_engine.judging import Verdict
+from sip_engine.mesh import Mesh
+from sip_engine.metrics import flatten
+from sip_engine.objectives import PAIRED, Choice
+from sip_engine.policy.policy import Policy
+from sip_engine.policy.reference import Reference
+from sip_engine.policy.weights import assert_shared, weight_views
+from sip_engine.progress import console
+from sip_engine.records import Records, read_records
+from sip_engine.sampler.sampler import Sampler
+from sip_engine.types import Candidate, Judge, Rewriter, Sample
+from sip_engine.world import World, WorldJudge, WorldRewriter, measure
+
+BASELINE = "baseline.jsonl"
+_JUDGE_DOCUMENTS = 2000
+
+
+@dataclass
+class Run:
+    """All parts of a run on this process; `step` counts the updates made."""
+
+    cfg: RunConfig
+    mesh: Mesh
+    corpus: Corpus
+    policy: Policy
+    reference: Reference | None
+    sampler: Sampler | None
+    judge: Judge
+    rewriter: Rewriter | None
+    measure: Measure | None
+    records: Records
+    step: int = 0
+    baseline: list[str] | None = None
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    _spent: float = 0.0
+    _opened: float = field(default_factory=time.monotonic)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.cfg.out / "checkpoints"
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds this run has taken so far, over all its restarts."""
+        return self._spent + time.monotonic() - self._opened
+
+    def next_samples(self) -> list[Sample]:
+        """This process' share of the next global batch."""
+        return self.corpus.stream.next_batch(self.cfg.batch_size, self.mesh.dp.rank, self.mesh.dp.size)
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        state = CheckpointState(
+            self.step,
+            self.cfg.model,
+            self.corpus.tokenizer.vocab_size,
+            {
+                "stream": self.corpus.stream.state_dict(),
+                "config": self.cfg.model_dump(mode="json"),
+                "elapsed": self.elapsed,
+            },
+        )
+        return save_checkpoint(
+            self.checkpoints,
+            self.policy,
+            self.reference,
+            state,
+            self.corpus.tokenizer,
+            keep=self.cfg.checkpoint.keep,
+        )
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate now; the first evaluation's continuations become the baseline of the later ones."""
+        if self.sampler is not None:
+            assert_shared(self.sampler.weights, self.policy.model)
+        sampler = self.sampler if self.cfg.eval.generate else None
+        result = evaluate(
+            self.policy,
+            sampler,
+            self.corpus.held_out,
+            self.corpus.tokenizer,
+            self.judge,
+            self.cfg.judge,
+            self.baseline,
+            self.measure,
+        )
+        if self.baseline is None and sampler is not None:
+            self.baseline = result.continuations
+        self.evaluations[self.step] = result
+        self.records.metrics(self.step, {**flatten("eval", result.figures), "elapsed": self.elapsed})
+        if self.mesh.is_main:
+            _write_evaluation(self.cfg.out, self.step, result, self.corpus.held_out)
+        return result
+
+    def record_pools(
+        self,
+        samples: Sequence[Sample],
+        pools: Sequence[Sequence[Candidate]],
+        verdicts: Sequence[Verdict],
+        choices: Sequence[Choice | None],
+    ) -> None:
+        """Write this step's pools with their verdicts (those of the first process' share)."""
+        if self.step % self.cfg.log_rollouts_every or not self.mesh.is_main:
+            return
+        for number, (sample, pool) in enumerate(zip(samples, pools, strict=True)):
+            verdict = verdicts[number] if verdicts else None
+            self.records.pool(self.step + 1, _pool_entry(sample, pool, verdict, choices[number]))
+
+    def check_thresholds(self, metrics: dict[str, float]) -> None:
+        """Stop a run whose judge or sampler can no longer be trusted.
+
+        Raises:
+            ThresholdError: on every process alike, naming the figure, its limit and the setting.
+        """
+        limits = (
+            ("judge/failure_rate", self.cfg.judge.max_failure_rate, "judge.max_failure_rate"),
+            ("drift/mean", self.cfg.max_drift, "max_drift"),
+        )
+        for name, limit, setting in limits:
+            if metrics.get(name, 0.0) > limit:
+                raise ThresholdError(
+                    f"step {self.step}: {name} is {metrics[name]:.4g}, above {setting}={limit}; "
+                    "the newest checkpoint is from before; find the cause or raise the limit"
+                )
+
+
+@contextmanager
+def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
+    """Build all parts of a run and restore its newest checkpoint, if it has one.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything of the run is written.
+    """
+    if cfg.batch_size < mesh.dp.size:
+        raise ConfigError(
+            f"batch_size={cfg.batch_size} is below the {mesh.dp.size} data-parallel processes; raise it"
+        )
+    opened, spent = time.monotonic(), 0.0
+    init = resolve_checkpoint(cfg.init) if cfg.init else None
+    resume = mesh.broadcast(latest_checkpoint(cfg.out / "checkpoints"))
+    carried = resume or init
+    corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(carried) if carried else None)
+    vocab_size = corpus.tokenizer.vocab_size
+    policy = Policy(cfg, vocab_size, mesh)
+    reference = Reference(cfg, vocab_size, mesh) if cfg.objective.kind in PAIRED else None
+    if resume:
+        state = load_checkpoint(resume, policy, reference, cfg.model, vocab_size)
+        corpus.stream.load_state_dict(state.run["stream"])
+        step, spent = state.step, state.run["elapsed"]
+    else:
+        step = 0
+        if init:
+            load_weights(init, policy.model, cfg.model, vocab_size)
+            policy.optimizer.reload_model_params()
+        if reference is not None:
+            reference.copy_from(policy)
+    judge, rewriter, world_measure = _judge_and_rewriter(cfg, corpus, mesh)
+    sampler = None
+    if cfg.needs_sampler:
+        sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh.tp, cfg.sampler)
+    records = Records(cfg.out, from_step=step + (step > 0), enabled=mesh.is_main)
+    run = Run(
+        cfg, mesh, corpus, policy, reference, sampler, judge, rewriter, world_measure, records, step
+    )
+    run._opened, run._spent = opened, spent
+    run.baseline = _read_baseline(cfg.out, mesh) if step else None
+    if mesh.is_main:
+        write_json(cfg.out / "config.json", cfg.model_dump(mode="json"))
+        found = f"resuming at step {step} of {cfg.steps}" if step else "starting"
+        console.print(
+            f"[bold]{cfg.out}[/]: {found}; {corpus.files.num_documents:,} documents, {corpus.files.num_tokens:,} tokens, {corpus.num_samples:,} samples"
+        )
+    try:
+        yield run
+    finally:
+        records.close()
+
+
+def _judge_and_rewriter(
+    cfg: RunConfig, corpus: Corpus, mesh: Mesh
+) -> tuple[Judge, Rewriter | None, Measure | None]:
+    if cfg.world is None:
+        texts = corpus.texts(_JUDGE_DOCUMENTS, cfg.data.text_column)
+        return HeuristicJudge.from_texts(texts), None, None
+    world = World(seed=cfg.world.seed, num_people=cfg.world.num_people)
+
+    def world_measure(prefix: str, suffix: str) -> dict[str, float]:
+        found = measure(world, prefix, suffix)
+        return {"coherence": found.coherence, "true_claims": found.factuality, "measured_quality": found.quality}
+
+    rewriter = WorldRewriter(world) if cfg.rewriter.backend == "world" else None
+    if cfg.judge.backend == "world":
+        return WorldJudge(world), rewriter, world_measure
+    texts = corpus.texts(_JUDGE_DOCUMENTS, cfg.data.text_column)
+    return HeuristicJudge.from_texts(texts), rewriter, world_measure
+
+
+def _write_evaluation(folder: Path, step: int, result: Evaluation, samples: Sequence[Sample]) -> None:
+    rows = [
+        {"prefix": s.prefix, "original": s.suffix, "continuation": text}
+        for s, text in zip(samples, result.continuations, strict=False)
+    ]
+    write_jsonl(folder / "eval" / f"step_{step:08d}.jsonl", rows)
+    if not (folder / BASELINE).is_file() or step == 0:
+        write_jsonl(folder / BASELINE, rows)
+
+
+def _read_baseline(folder: Path, mesh: Mesh) -> list[str] | None:
+    rows: list[dict[str, Any]] | None = None
+    if mesh.is_main:
+        rows = list(read_records(folder / BASELINE))
+    rows = mesh.broadcast(rows)
+    return [row["continuation"] for row in rows] if rows else None
+
+
+def _pool_entry(
+    sample: Sample, pool: Sequence[Candidate], verdict: Verdict | None, choice: Choice | None
+) -> dict[str, Any]:
+    candidates = []
+    for number, candidate in enumerate(pool):
+        entry: dict[str, Any] = {"kind": candidate.kind, "text": candidate.text}
+        if candidate.logprobs is not None:
+            entry["logprob"] = round(float(candidate.logprobs.sum()), 4)
+        if verdict is not None:
+            entry |= {
+                name: getattr(verdict, name)[number] for name in ("quality", "safety", "factuality")
+            }
+            entry["reward"] = verdict.rewards[number]
+        candidates.append(entry)
+    return {
+        "document": sample.document,
+        "cut": sample.cut,
+        "prefix": sample.prefix,
+        "candidates": candidates,
+        "pairs": [list(pair) for pair in verdict.pairs] if verdict else [],
+        "failures": list(verdict.failures) if verdict else [],
+        "chosen": None if choice is None else choice.chosen,
+        "rejected": None if choice is None else choice.rejected,
+    }
+

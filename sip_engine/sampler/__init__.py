@@ -1,0 +1,1 @@
+"""The sampler: rollouts of many groups at once, each group reading its prefix once."""

@@ -1,0 +1,168 @@
+"""KV pages of all layers, and the attention of one wave over them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sip_engine.kernels.decode_attention import decode_attention
+from sip_engine.kernels.dense_decode_attention import dense_decode_attention
+from sip_engine.kernels.kv_write import write_kv
+from sip_engine.kernels.prefill_attention import prefill_attention
+from sip_engine.kernels.shared_prefix_attention import RowLayout, shared_prefix_attention
+from sip_engine.policy.weights import PolicyWeights
+from sip_engine.sampler.pages import PagePool, WaveTables
+
+AttentionImpl = Literal["dense", "reference", "triton"]
+
+
+class KVPages:
+    """The paged key/value memory of every layer, and the pool that says who holds which page.
+
+    keys, values: one [num_pages, page_size, kv_heads, head_dim] a layer, in the weights' dtype.
+    """
+
+    def __init__(self, weights: PolicyWeights, num_pages: int, page_size: int) -> None:
+        self.pool = PagePool(num_pages, page_size)
+        shape = (num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
+        like = {"dtype": weights.embedding.dtype, "device": weights.embedding.device}
+        self.page_size = page_size
+        self.keys = [torch.zeros(shape, **like) for _ in weights.layers]
+        self.values = [torch.zeros(shape, **like) for _ in weights.layers]
+
+
+def page_bytes(weights: PolicyWeights, page_size: int) -> int:
+    """Bytes one page takes over all layers, keys and values."""
+    per_token = 2 * len(weights.layers) * weights.num_local_kv_heads * weights.head_dim
+    return per_token * page_size * weights.embedding.element_size()
+
+
+def prefill_slots(pages: KVPages, tables: WaveTables, prefix_lens: np.ndarray) -> Tensor:
+    """[sum of prefix_lens] int64: the slot of every prefix token, prefix after prefix."""
+    slots = np.empty(int(prefix_lens.sum()), np.int64)
+    starts = np.zeros_like(prefix_lens)
+    pages.pool.planner.fill_prefill_slots(tables.prefix_tables, starts, prefix_lens, pages.page_size, slots)
+    return torch.from_numpy(slots).to(pages.keys[0].device)
+
+
+class PagedAttention:
+    """Attention of one wave through block tables: the kernels of `prefill_attention` and `decode_attention`."""
+
+    def __init__(
+        self,
+        pages: KVPages,
+        tables: WaveTables,
+        prefix_lens: np.ndarray,
+        impl: Literal["reference", "triton"],
+    ) -> None:
+        device = pages.keys[0].device
+        self.pages, self.impl = pages, impl
+        self.prefix_tables = torch.from_numpy(tables.prefix_tables).to(device)
+        self.suffix_tables = torch.from_numpy(tables.suffix_tables).to(device)
+        self.prefix_lens = torch.from_numpy(prefix_lens).to(device)
+        self.group_starts = torch.from_numpy(tables.group_starts).to(device)
+        self.prefill_starts = running_sums(self.prefix_lens)
+        self.prefill_slots = prefill_slots(pages, tables, prefix_lens)
+        self.suffix_lens = torch.zeros(len(self.suffix_tables), dtype=torch.int32, device=device)
+
+    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        write_kv(k, v, keys, values, self.prefill_slots, impl=self.impl)
+        return prefill_attention(
+            q, keys, values, self.prefix_tables, self.prefill_starts, self.prefix_lens, impl=self.impl
+        )
+
+    def begin_step(self, step: int) -> None:
+        """Suffix token `step` of every sequence is about to be stored and attended from."""
+        size = self.pages.page_size
+        page = self.suffix_tables[:, step // size].long()
+        self.decode_slots = page * size + step % size
+        self.suffix_lens.fill_(step + 1)
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        write_kv(k, v, keys, values, self.decode_slots, impl=self.impl)
+        return decode_attention(
+            q,
+            keys,
+            values,
+            self.group_starts,
+            self.prefix_tables,
+            self.prefix_lens,
+            self.suffix_tables,
+            self.suffix_lens,
+            impl=self.impl,
+        )
+
+
+def running_sums(lengths: Tensor) -> Tensor:
+    """[n] -> [n + 1] int32 running sums from 0."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+class DenseAttention:
+    """The CPU's fast path over the same pages, for waves of equal group size.
+
+    Prefill attends over the packed prefixes and stores them in their pages; each layer's prefixes are then
+    laid contiguous once a wave. Suffix pages of a wave are one run, so that the suffix cache of all
+    sequences is a strided view and a step writes and reads it without any index.
+    """
+
+    def __init__(self, pages: KVPages, tables: WaveTables, prefix_lens: np.ndarray) -> None:
+        self.pages = pages
+        self.layout = RowLayout(tuple(prefix_lens.tolist()), ((),) * len(prefix_lens))
+        self.prefill_slots = prefill_slots(pages, tables, prefix_lens)
+        self.prefix_tables = torch.from_numpy(tables.prefix_tables).long().clamp(min=0)
+        longest = int(prefix_lens.max())
+        inside = torch.arange(longest) < torch.from_numpy(prefix_lens)[:, None]
+        ragged = int(prefix_lens.min()) != longest
+        bias = torch.zeros(inside.shape, dtype=pages.keys[0].dtype).masked_fill(~inside, float("-inf"))
+        self.bias = bias[:, None, None] if ragged else None
+        self.longest = longest
+        first = int(tables.suffix_tables[0, 0])
+        num_sequences, blocks = tables.suffix_tables.shape
+        run = first + torch.arange(num_sequences * blocks).view(num_sequences, blocks)
+        assert bool((torch.from_numpy(tables.suffix_tables) == run).all()), "suffix pages are not one run"
+
+        def suffix_view(pool: Tensor) -> Tensor:  # [B, blocks * page_size, kv_heads, D]
+            part = pool[first : first + num_sequences * blocks]
+            return part.view(num_sequences, blocks * pages.page_size, *pool.shape[2:])
+
+        self.suffix_keys = [suffix_view(pool) for pool in pages.keys]
+        self.suffix_values = [suffix_view(pool) for pool in pages.values]
+        self.prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+        self.step = -1
+
+    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        write_kv(k, v, keys, values, self.prefill_slots)
+        self.prefixes[layer] = (self._contiguous(keys), self._contiguous(values))
+        return shared_prefix_attention(q, k, v, self.layout, scale=q.shape[-1] ** -0.5)
+
+    def begin_step(self, step: int) -> None:
+        """Suffix token `step` of every sequence is about to be stored and attended from."""
+        self.step = step
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.suffix_keys[layer], self.suffix_values[layer]
+        keys[:, self.step], values[:, self.step] = k, v
+        seen = self.step + 1
+        return dense_decode_attention(
+            q,
+            *self.prefixes[layer],
+            self.bias,
+            keys[:, :seen],
+            values[:, :seen],
+            scale=q.shape[-1] ** -0.5,
+        )
+
+    def _contiguous(self, pool: Tensor) -> Tensor:
+        """[groups, kv_heads, longest prefix, D] of one layer's prefixes."""
+        gathered = pool[self.prefix_tables].flatten(1, 2)[:, : self.longest]
+        # Cells past a prefix' end are masked, but 0 * NaN is not 0: give them a finite value.
+        if self.bias is not None:
+            gathered = gathered.masked_fill(torch.isinf(self.bias[:, 0, 0, :, None, None]), 0.0)
+        return gathered.transpose(1, 2).contiguous()

@@ -1,0 +1,70 @@
+"""The transformer forward pass over the policy's weight views; attention and its cache are passed in."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from sip_engine.kernels.rotary import rotary
+from sip_engine.kernels.swiglu import swiglu
+from sip_engine.mesh import Axis
+from sip_engine.policy.weights import PolicyWeights
+
+
+class Attend(Protocol):
+    """Stores new keys and values of a layer and attends to all a token may see."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, heads, D], k and v [N, kv_heads, D], rotated -> [N, heads, D]."""
+        ...
+
+
+class Decoder:
+    """Runs tokens through the shared weights of one tensor-parallel shard, without gradient."""
+
+    def __init__(self, weights: PolicyWeights, tp: Axis) -> None:
+        self.weights = weights
+        self.tp = tp
+        positions = torch.arange(weights.max_context, dtype=torch.float32, device=weights.inv_freq.device)
+        angles = torch.outer(positions, weights.inv_freq)
+        self._cos, self._sin = angles.cos(), angles.sin()
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """tokens, positions [N] int64 -> normalised hidden states [N, hidden], ready for the head."""
+        w = self.weights
+        hidden = self._embed(tokens)
+        for number, layer in enumerate(w.layers):
+            x = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.norm_eps)
+            q, k, v = self._qkv(F.linear(x, layer.qkv))
+            q = rotary(q, self._cos, self._sin, positions)
+            k = rotary(k, self._cos, self._sin, positions)
+            attended = attend(number, q, k, v).flatten(1)
+            hidden = hidden + self._sum_shards(F.linear(attended, layer.attention_out))
+            x = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, w.norm_eps)
+            hidden = hidden + self._sum_shards(F.linear(swiglu(F.linear(x, layer.gate_up)), layer.down))
+        return F.rms_norm(hidden, hidden.shape[-1:], w.final_norm, w.norm_eps)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        table = self.weights.embedding
+        if self.tp.size == 1:
+            return F.embedding(tokens, table)
+        local = tokens - self.weights.vocab_start
+        outside = (local < 0) | (local >= len(table))
+        rows = F.embedding(local.masked_fill(outside, 0), table)
+        return self._sum_shards(rows.masked_fill(outside[:, None], 0.0))
+
+    def _qkv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, g * (r + 2) * D] -> q [N, g * r, D], k [N, g, D], v [N, g, D]; Megatron groups by KV head."""
+        w = self.weights
+        share = w.num_heads // w.num_kv_heads
+        grouped = mixed.view(len(mixed), -1, share + 2, w.head_dim)
+        return grouped[:, :, :share].flatten(1, 2), grouped[:, :, share], grouped[:, :, share + 1]
+
+    def _sum_shards(self, x: Tensor) -> Tensor:
+        if self.tp.size > 1:
+            dist.all_reduce(x, group=self.tp.group)
+        return x

@@ -1,0 +1,90 @@
+"""The training loop: propose candidates, judge them, choose, update; then log, checkpoint, evaluate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sip_engine.candidates import propose
+from sip_engine.config import RunConfig
+from sip_engine.judging import Verdict, judge_pools
+from sip_engine.mesh import Mesh
+from sip_engine.metrics import Clock, Means, flatten, pool_means, update_metrics
+from sip_engine.objectives import JUDGED, PAIRED, choose
+from sip_engine.policy.weights import assert_shared
+from sip_engine.progress import steps
+from sip_engine.run import Run, open_run
+from sip_engine.types import Sample
+from sip_engine.update import TrainingRows, rows_of_choices, rows_of_samples, update
+
+
+def train(cfg: RunConfig, mesh: Mesh) -> Path:
+    """Train to `cfg.steps`, from the newest checkpoint of `cfg.out` if there is one; returns the last checkpoint.
+
+    Raises:
+        SipError: bad settings or data before anything is written; NonFiniteError and ThresholdError on every
+            process at the same step, with the parameters as they were before it.
+    """
+    with open_run(cfg, mesh) as run, steps(str(cfg.out), cfg.steps, done=run.step, quiet=not mesh.is_main) as bar:
+        if run.step == 0:
+            run.evaluate()
+        while run.step < cfg.steps:
+            clock, means = Clock(), Means()
+            with clock("data"):
+                samples = run.next_samples()
+            if cfg.objective.kind == "next_token":
+                training = rows_of_samples(samples, cfg.objective.loss_on)
+            else:
+                training = self_improve(run, samples, clock, means)
+            with clock("update"):
+                stats = update(run.policy, run.reference, training, cfg.objective)
+
+            metrics = {**update_metrics(stats), **means.over(mesh), **flatten("seconds", clock.seconds)}
+            run.check_thresholds(metrics)
+            run.step += 1
+            run.records.metrics(run.step, {**metrics, "elapsed": run.elapsed})
+            bar.advance({name: metrics[name] for name in ("loss", "reward/rollout") if name in metrics})
+            last = run.step == cfg.steps
+            if last or _due(run.step, cfg.eval.every):
+                run.evaluate()
+            if last or _due(run.step, cfg.checkpoint.every):
+                run.save()
+        return run.checkpoints / f"step_{run.step:08d}"
+
+
+def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) -> TrainingRows:
+    """Candidates of each prefix, judged; what the objective chose of them, ready to be trained on."""
+    cfg, mesh = run.cfg, run.mesh
+    stage = cfg.candidates_at(run.step)
+    if run.sampler is not None:
+        assert_shared(run.sampler.weights, run.policy.model)
+    with clock("generate"):
+        proposed = propose(
+            samples, stage, run.sampler, run.rewriter, run.corpus.tokenizer, cfg.sampler, seed=cfg.seed, step=run.step
+        )
+    verdicts: list[Verdict] = []
+    if cfg.objective.kind in JUDGED:
+        with clock("judge"):
+            pools = list(zip(samples, proposed.pools, strict=True))
+            mine = judge_pools(run.judge, cfg.judge, pools, seed=run.step) if mesh.replica.is_first else None
+            verdicts = mesh.from_replica_leader(mine)
+    choices = [
+        choose(cfg.objective, sample, pool, verdict, seed=cfg.seed)
+        for sample, pool, verdict in zip(
+            samples, proposed.pools, verdicts or [None] * len(samples), strict=True
+        )
+    ]
+    pool_means(means, proposed.pools, verdicts, choices)
+    means.add("rewriter/failure_rate", len(proposed.failed_rewrites), len(samples) * stage.rewrite)
+    run.record_pools(samples, proposed.pools, verdicts, choices)
+    return rows_of_choices([c for c in choices if c is not None], cfg.objective.kind in PAIRED)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    from sip_engine.cli import main
+
+    main(["train", *sys.argv[1:]])

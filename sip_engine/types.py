@@ -1,0 +1,132 @@
+"""The nouns that travel through the loop: samples, candidates, questions, judgments, pools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+
+
+class Kind(StrEnum):
+    """Where a candidate suffix comes from (method §candidates)."""
+
+    ORIGINAL = "original"
+    REWRITE = "rewrite"
+    ROLLOUT = "rollout"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cut of a document. Ids are int32; texts join without a separator: document = prefix + suffix."""
+
+    document: int
+    """Number of the document in its token file."""
+    cut: int
+    """Token offset of the suffix within the document."""
+    prefix_ids: np.ndarray
+    suffix_ids: np.ndarray
+    prefix: str
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One possible suffix for a prefix. `logprobs` (float32, nats, one a token) exist for rollouts only."""
+
+    kind: Kind
+    index: int
+    """Number of the rollout; 0 for the other kinds."""
+    ids: np.ndarray
+    text: str
+    logprobs: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class PairQuestion:
+    """Which continuation of `prefix` is better? Answer 1.0: `first`, 0.0: `second`, 0.5: no difference."""
+
+    prefix: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class SafetyQuestion:
+    """Is this suffix, alone, safe? Answer 1.0: yes, 0.0: no."""
+
+    suffix: str
+
+
+@dataclass(frozen=True)
+class FactualityQuestion:
+    """Is `suffix` true given the original? Answer 1.0: no hallucination, 0.5: possible, 0.0: definite."""
+
+    prefix: str
+    reference: str
+    suffix: str
+
+
+Question = PairQuestion | SafetyQuestion | FactualityQuestion
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What judgments cost: calls to the backend, tokens it read and wrote, seconds of its time."""
+
+    calls: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.calls + other.calls, self.tokens + other.tokens, self.seconds + other.seconds)
+
+
+@dataclass(frozen=True)
+class Score:
+    """An answer in [0, 1] to one question: the mean of its votes."""
+
+    value: float
+    votes: tuple[float, ...] = ()
+    cost: Cost = field(default_factory=Cost)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No answer could be had. Never turned into a number: what failed is dropped and counted."""
+
+    reason: str
+    cost: Cost = field(default_factory=Cost)
+
+
+Judgment = Score | Failure
+
+
+class Judge(Protocol):
+    """Answers questions about text. One call may hold many questions, so that a backend can batch them."""
+
+    name: str
+
+    def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
+        """One judgment a question, in order. Never raises for the content of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewriteRequest:
+    """Ask for a better suffix of `prefix` that keeps what was good in `suffix`."""
+
+    prefix: str
+    suffix: str
+
+
+class Rewriter(Protocol):
+    """Writes an improved suffix for each request, or says why it could not."""
+
+    name: str
+
+    def rewrite(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[str | Failure]:
+        """One suffix text (joined to the prefix without a separator) or failure a request, in order."""
+        ...

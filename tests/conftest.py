@@ -1,0 +1,36 @@
+"""Fixtures shared by the tests: one mesh for the process, small models, settings of a small run."""
+
+from __future__ import annotations
+
+import os
+
+# Small tensors: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from typing import Any
+
+import pytest
+
+from sip_engine.config import ModelConfig, RunConfig
+from sip_engine.mesh import Mesh, start_mesh
+
+SMALL_MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_context=96, init_std=0.2
+)
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Mesh:
+    return start_mesh()
+
+
+def small_run(**changes: Any) -> RunConfig:
+    """Settings of a small run; keyword arguments replace whole sections."""
+    values: dict[str, Any] = {
+        "model": SMALL_MODEL,
+        "steps": 4,
+        "batch_size": 4,
+        "data": {"suffix_tokens": 12, "max_prefix_tokens": 24, "min_prefix_tokens": 8, "vocab_size": 400},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 1},
+    }
+    return RunConfig.model_validate(values | changes)

@@ -1,0 +1,119 @@
+"""write_kv stores each token where its slot says, and nothing anywhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sip_engine.kernels.kv_write import write_kv
+
+IMPLS = ("reference", "triton")
+FP8 = torch.float8_e4m3fn
+SENTINEL = 7.0
+
+
+def make_pages(num_pages: int, page_size: int, num_heads: int, head_dim: int, dtype: torch.dtype):
+    pages = torch.full((2, num_pages, page_size, num_heads, head_dim), SENTINEL).to(dtype)
+    return pages[0], pages[1]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(("num_heads", "head_dim", "page_size"), ((1, 64, 16), (3, 24, 32)))
+def test_tokens_land_in_their_slots(impl, dtype, num_heads, head_dim, page_size):
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.randperm(5 * page_size, generator=generator)[:11]
+    slots[[2, 7]] = -1
+    qkv = torch.randn(11, 4, num_heads, head_dim, generator=generator).to(dtype)
+    k, v = qkv[:, 1], qkv[:, 3]  # strided views, as a fused projection yields them
+    k_pages, v_pages = make_pages(5, page_size, num_heads, head_dim, dtype)
+    write_kv(k, v, k_pages, v_pages, slots, impl=impl)
+    for new, pages in ((k, k_pages), (v, v_pages)):
+        expected = torch.full(pages.shape, SENTINEL).to(dtype)
+        for token, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                expected[slot // page_size, slot % page_size] = new[token]
+        assert torch.equal(pages, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bfloat16_values_fill_float32_pages(impl):
+    k = torch.randn(3, 2, 16).to(torch.bfloat16)
+    k_pages, v_pages = make_pages(1, 16, 2, 16, torch.float32)
+    write_kv(k, -k, k_pages, v_pages, torch.tensor([4, 0, 9]), impl=impl)
+    assert torch.equal(k_pages[0, [4, 0, 9]], k.float())
+    assert torch.equal(v_pages[0, [4, 0, 9]], -k.float())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_float8_pages_hold_the_rounded_quotient(impl, dtype):
+    k = (torch.randn(40, 2, 32, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    k_scale, v_scale = torch.tensor([0.5, 0.033]), torch.tensor([1.0, 3.7])
+    k_pages, v_pages = make_pages(3, 16, 2, 32, FP8)
+    write_kv(k, -k, k_pages, v_pages, torch.arange(40), k_scale=k_scale, v_scale=v_scale, impl=impl)
+    for pages, values, scale in ((k_pages, k, k_scale), (v_pages, -k, v_scale)):
+        quotient = values.float() / scale[None, :, None]
+        stored = pages.flatten(0, 1)[:40].float()
+        # 3 mantissa bits: half a unit is 2^-4 of the value, or 2^-10 below the smallest normal, 2^-6
+        assert ((stored - quotient).abs() <= (quotient.abs() * 2**-4).clamp(min=2**-10)).all()
+        assert torch.equal(bits(pages.flatten(0, 1)[:40]), bits(quotient.to(FP8)))
+        assert (pages.flatten(0, 1)[40:].float() == SENTINEL).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float8_saturates_and_keeps_nan(impl):
+    values = torch.tensor([1e6, -1e6, 448.0, 460.0, float("inf"), float("-inf"), float("nan"), 0.0])
+    values = values.repeat(2)[None, None]
+    k_pages, v_pages = make_pages(1, 16, 1, 16, FP8)
+    one = torch.ones(1)
+    write_kv(values, values, k_pages, v_pages, torch.tensor([3]), k_scale=one, v_scale=one, impl=impl)
+    expected = torch.tensor([448.0, -448.0, 448.0, 448.0, 448.0, -448.0, float("nan"), 0.0]).repeat(2)
+    for pages in (k_pages, v_pages):
+        torch.testing.assert_close(pages[0, 3, 0].float(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_token_writes_nothing(impl):
+    k_pages, v_pages = make_pages(1, 16, 2, 16, torch.float32)
+    none = torch.empty(0, 2, 16)
+    write_kv(none, none, k_pages, v_pages, torch.empty(0, dtype=torch.int64), impl=impl)
+    assert (k_pages == SENTINEL).all() and (v_pages == SENTINEL).all()
+
+
+def test_slots_beyond_two_to_the_31_elements_are_not_truncated():
+    """The byte offset of the last slot needs 64 bits; untouched memory of the pages is never resident."""
+    pages = torch.empty(2, 70_000, 16, 16, 128, dtype=torch.float8_e4m3fn)
+    k = torch.ones(1, 16, 128)
+    one = torch.ones(16)
+    last = torch.tensor([70_000 * 16 - 1])
+    write_kv(k, k * 2, pages[0], pages[1], last, k_scale=one, v_scale=one, impl="triton")
+    assert (pages[0, -1, -1].float() == 1).all() and (pages[1, -1, -1].float() == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"k": torch.zeros(2, 2, 8)}, "k has shape"),
+        ({"v": torch.zeros(3, 2, 16)}, "v has shape"),
+        ({"k": torch.zeros(2, 16, 2).transpose(1, 2)}, "contiguous"),
+        ({"v_pages": torch.zeros(1, 16, 2, 32)}, "v_pages"),
+        ({"k_pages": torch.zeros(1, 16, 2, 16).to(FP8), "v_pages": torch.zeros(1, 16, 2, 16).to(FP8)}, "missing"),
+        ({"k_scale": torch.ones(2)}, "k_scale is given"),
+        ({"impl": "cuda"}, "'reference', 'triton'"),
+    ),
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "k": torch.zeros(2, 2, 16),
+        "v": torch.zeros(2, 2, 16),
+        "k_pages": torch.zeros(1, 16, 2, 16),
+        "v_pages": torch.zeros(1, 16, 2, 16),
+        "slots": torch.arange(2),
+    }
+    with pytest.raises(ValueError, match=message):
+        write_kv(**(arguments | change))
