@@ -17,9 +17,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
 from pydoc_data.topics import topics
+from typing import NamedTuple
 
 from sip_engine.judges.heuristic import HeuristicJudge
 from sip_engine.judges.quality import cut_windows
@@ -63,7 +62,7 @@ def main() -> None:
 
 
 def stdlib_documents() -> Iterator[str]:
-    """The topics of `pydoc`, then the docstrings of each module, read from its source without importing it."""
+    """The topics of `pydoc`, then the docstrings of each module, read from its source, not imported."""
     seen: set[str] = set()
     root = Path(sysconfig.get_path("stdlib"))
     sources = (path for path in sorted(root.rglob("*.py")) if not _OTHER_PEOPLES_CODE & set(path.parts))
@@ -204,9 +203,8 @@ def report_speed(counted: Sequence[str], cuts: Sequence[Cut]) -> None:
     ):
         started = time.process_time()
         judge.judge(questions)
-        print(
-            f"{name:<48} {(time.process_time() - started) / len(questions) * 1e6:6.0f} us of processor time a question"
-        )
+        per_question = (time.process_time() - started) / len(questions)
+        print(f"{name:<40} {per_question * 1e6:6.0f} us of processor time a question")
 
 
 if __name__ == "__main__":

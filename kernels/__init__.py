@@ -1,1 +1,1 @@
-"""The engine's GPU operations: each file holds one operation, its plain-torch definition and its Triton kernel."""
+"""GPU operations: each file holds one operation, its plain-torch definition and its Triton kernel."""

@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 from typing import Any
 
-triton: Any
-tl: Any
-jit: Any
-
 try:
     import triton
     import triton.language as tl
+except ImportError:  # macOS and other machines that Triton has no package for
+    triton = tl = None  # pyright: ignore[reportAssignmentType]
 
-    jit = triton.jit
-    HAS_TRITON = True
-except ImportError:  # macOS, CPU-only installs
-    triton = tl = None
-    HAS_TRITON = False
-
-    def jit(fn: Any) -> Any:
-        """Leave the kernel a plain function, which nothing calls."""
-        return fn
-
+HAS_TRITON = triton is not None
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run in Triton's interpreter, so tensors may live on the CPU."""
+"""Kernels run in Triton's interpreter, which takes tensors on the CPU."""
+
+
+def _leave(function: Any) -> Any:
+    """Stand in for `triton.jit`, on kernels that cannot be called."""
+    return function
+
+
+jit: Any = triton.jit if triton is not None else _leave

@@ -1,7 +1,7 @@
 """Compile every kernel for sm_90 without a GPU and report registers, spills, shared memory and wgmma.
 
-Run `python -m sip_engine.kernels.compile_report`; it exits with 1 if a kernel spills registers, or was expected to
-use wgmma and does not. A kernel file takes part by having a function `compile_cases() -> list[CompileCase]`.
+Run `python -m sip_engine.kernels.compile_report`. It exits with 1 if a kernel spills registers, or should use
+wgmma and does not. A kernel file takes part by having a function `compile_cases() -> list[CompileCase]`.
 """
 
 from __future__ import annotations

@@ -1,25 +1,26 @@
-"""Sampling with top-k and top-p: the slow path, which sorts the whole vocabulary."""
+"""Sampling with top-k and top-p: the slow path, which needs all logits and sorts them.
+
+B: rows (sequences), V: vocabulary columns, T: temperature.
+
+    kept  = the k largest logits, of which the fewest whose softmax(logits / T) sums to at least p
+    token = argmax over kept of logits / T + g        with the Gumbel noise g of `sample`
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sip_engine.kernels.random import gumbel
+from sip_engine.kernels._impl import Impl
 from sip_engine.kernels.sample import ShardSample, sample_from_logits
 
 
-def keep_mask(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """True [B, V] for the columns that top-k, then top-p, leave."""
+def keep_mask(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """True [B, V] for the columns that top-k, then top-p, leave; of equal logits the lowest ids stay."""
     ordered, order = logits.sort(dim=1, descending=True, stable=True)
-    kept = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k is not None:
-        kept[:, top_k:] = False
-        ordered = ordered.masked_fill(~kept, -torch.inf)
-    if top_p < 1.0:
-        probs = torch.softmax(ordered / temperature, dim=1)
-        kept &= probs.cumsum(dim=1) - probs < top_p
-    return torch.zeros_like(kept).scatter_(1, order, kept)
+    probs = torch.softmax(ordered[:, :top_k] / temperature, dim=1)
+    kept = torch.zeros_like(logits, dtype=torch.bool)
+    return kept.scatter_(1, order[:, :top_k], probs.cumsum(dim=1) - probs < top_p)
 
 
 def filtered_sample(
@@ -31,18 +32,29 @@ def filtered_sample(
     top_k: int | None = None,
     top_p: float = 1.0,
     vocab_size: int | None = None,
+    impl: Impl | None = None,
 ) -> ShardSample:
-    """Sample one token a row from the filtered distribution."""
+    """Sample a token a row from what top-k and top-p leave of softmax(logits / temperature).
+
+    logits: [B, V] of the whole vocabulary, gathered from all shards; keys, positions: int64 [B].
+    top_k: at least 1, or None for all; top_p: in (0, 1].
+    vocab_size: number of true tokens; columns from it on are padding.
+    impl: of the noise; the rest is plain torch on every device.
+
+    With nothing to cut off, or temperature 0, the token is that of `sample`. `max` and `sum_exp` are of all
+    raw logits, so that `merge_shards` gives the log-prob without temperature and cutting off.
+    Raises ValueError on arguments out of range.
+    """
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1, or None to keep all")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be in (0, 1]; 1 keeps all")
     logits = logits[:, :vocab_size].float()
-    plain = sample_from_logits(logits, keys, positions, temperature=temperature, impl="reference")
-    if temperature == 0.0:
-        return plain
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    perturbed = gumbel(keys, positions, columns).add_(logits, alpha=1.0 / temperature)
-    perturbed.masked_fill_(~keep_mask(logits, temperature, top_k, top_p), -torch.inf)
-    best = perturbed.argmax(dim=1, keepdim=True)
-    return plain._replace(
-        perturbed=perturbed.gather(1, best)[:, 0],
-        token=torch.where(plain.token < 0, -1, best[:, 0]),
-        logit=logits.gather(1, best)[:, 0],
-    )
+    num_columns = logits.shape[1]
+    top_k = num_columns if top_k is None else min(top_k, num_columns)
+    if temperature == 0 or (top_k == num_columns and top_p == 1):
+        return sample_from_logits(logits, keys, positions, temperature=temperature, impl=impl)
+    kept = logits.masked_fill(~keep_mask(logits, temperature, top_k, top_p), -torch.inf)
+    found = sample_from_logits(kept, keys, positions, temperature=temperature, impl=impl)
+    sum_exp = (logits - found.max[:, None]).exp_().sum(dim=1)
+    return found._replace(token=found.token.where(sum_exp > 0, -1), sum_exp=sum_exp)

@@ -125,15 +125,14 @@ def tile_columns(BLOCK_C: tl.constexpr):
 
 @jit
 def gumbel_tile(keys, positions, first_column, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Noise [BLOCK_B, BLOCK_C] of columns first_column + tile_columns(BLOCK_C); keys and positions [BLOCK_B, 1].
+    """Noise [BLOCK_B, BLOCK_C] of columns first_column + tile_columns(BLOCK_C), first_column a multiple of 4.
 
-    `first_column` must be a multiple of 4.
+    keys, positions: int64 [BLOCK_B, 1].
     """
     blocks = (first_column // 4 + tl.arange(0, BLOCK_C // 4))[None, :]
     zero = tl.zeros([1, 1], dtype=tl.uint32)
-    w0, w1, w2, w3 = tl.philox_impl(
-        blocks.to(tl.uint32), positions.to(tl.uint32), zero, zero, keys.to(tl.uint32), (keys >> 32).to(tl.uint32)
-    )
+    low, high = keys.to(tl.uint32), (keys >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox_impl(blocks.to(tl.uint32), positions.to(tl.uint32), zero, zero, low, high)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.permute(tl.reshape(words, [BLOCK_B, BLOCK_C // 16, 4, 2, 2]), [0, 1, 3, 2, 4])
     return uniform_to_gumbel(philox_to_uniform(tl.reshape(words, [BLOCK_B, BLOCK_C])))
@@ -151,14 +150,9 @@ def random_kernel(
     key = tl.load(keys_ptr + row)
     position = tl.load(positions_ptr + row)
     zero = tl.zeros([1], dtype=tl.uint32)
-    w0, w1, w2, w3 = tl.philox_impl(
-        (column // 4).to(tl.uint32),
-        position.to(tl.uint32),
-        zero,
-        zero,
-        key.to(tl.uint32),
-        (key >> 32).to(tl.uint32),
-    )
+    low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    block = (column // 4).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox_impl(block, position.to(tl.uint32), zero, zero, low, high)
     lane = column % 4
     word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
     value = philox_to_uniform(word)
@@ -168,6 +162,7 @@ def random_kernel(
 
 
 def _launch(keys: Tensor, positions: Tensor, columns: Tensor, is_gumbel: bool) -> Tensor:
+    """Run the kernel."""
     num_rows, num_columns, block = keys.numel(), columns.numel(), 512
     out = torch.empty((num_rows, num_columns), dtype=torch.float32, device=keys.device)
     arguments = (keys.contiguous(), positions.contiguous(), columns.contiguous(), out, num_columns)

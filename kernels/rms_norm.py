@@ -8,6 +8,8 @@ N: rows (tokens), H: hidden size.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -56,11 +58,17 @@ def rms_norm_kernel(
     tl.store(y_ptr + row * hidden_size + column, (wide * inverse * weight).to(total.dtype), mask=mask)
 
 
+def _with_unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied if its rows are not contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def _launch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run the kernel; returns the normalised rows and the sum (x itself without a residual)."""
     num_rows, hidden_size = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty((num_rows, hidden_size), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(y)
-    other = x if residual is None else residual
+    other = x if residual is None else _with_unit_stride(residual)
     block = triton.next_power_of_2(hidden_size)
     rms_norm_kernel[(num_rows,)](
         x,
@@ -79,6 +87,14 @@ def _launch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> t
     return y, total
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: None = None, impl: Impl | None = None
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor, impl: Impl | None = None
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, impl: Impl | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -96,7 +112,7 @@ def rms_norm(
         )
     if resolve_impl(impl, x) == "reference":
         return rms_norm_reference(x, weight, eps, residual=residual)
-    y, total = _launch(x, weight.contiguous(), eps, residual)
+    y, total = _launch(_with_unit_stride(x), weight.contiguous(), eps, residual)
     return y if residual is None else (y, total)
 
 

@@ -5,8 +5,8 @@ B: rows (sequences), H: hidden size, V: vocabulary columns of this shard, T: tem
     logits[b, v] = sum_h hidden[b, h] * weight[v, h]                       (float32)
     token[b]     = argmax_v logits[b, v] / T + g(keys[b], positions[b], v)  ~ softmax(logits[b] / T)
 
-The argmax, and the log-sum-exp for the token's log-prob, split over any partition of the vocabulary: each tile of
-the kernel, and each tensor-parallel shard, reports five numbers a row, and the winner of winners is exact.
+The argmax, and the log-sum-exp for the token's log-prob, split over any partition of the vocabulary: a tile
+of the kernel, or a tensor-parallel shard, reports five numbers a row, and the winner of winners is exact.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sip_engine.kernels.random import gumbel, gumbel_tile, tile_columns
 class ShardSample(NamedTuple):
     """What one vocabulary shard found: 20 bytes a row. Fields are [B], or [shards, B] when stacked.
 
-    A NaN or +inf among a row's logits makes its `sum_exp` NaN and its token -1; then the other fields mean nothing.
-    A row without any column to choose from has token -1, sum_exp 0 and -inf elsewhere.
+    A NaN or +inf among a row's logits makes its `sum_exp` NaN and its token -1; the other fields then
+    mean nothing. A row without any column to choose from has token -1, sum_exp 0 and -inf elsewhere.
     """
 
     perturbed: Tensor
@@ -82,9 +82,9 @@ def sample_reference(
 
 
 def merge_shards(stacked: ShardSample) -> tuple[Tensor, Tensor]:
-    """The token, int64 [B], and its log-prob, float32 [B] (nats), from findings [shards, B] in vocabulary order.
+    """Token, int64 [B], and its log-prob, float32 [B] (nats), of findings [shards, B] in vocabulary order.
 
-    The log-prob is the log-softmax of the raw logits (temperature 1, nothing cut off), whatever was sampled from.
+    The log-prob is the log-softmax of the raw logits: temperature 1, nothing cut off, however it was drawn.
     A row with a NaN or +inf logit, or nothing to choose from, has token -1 and log-prob NaN.
     """
     best = stacked.perturbed.argmax(dim=0, keepdim=True)
@@ -138,9 +138,6 @@ def head_sample_kernel(
         logits = tl.dot(hidden, weight, logits, input_precision=PRECISION)
 
     logits = tl.where(is_column[None, :], logits, -float("inf"))
-    largest = tl.max(logits, axis=1)
-    shift = tl.where(largest == -float("inf"), 0.0, largest)
-    sum_exp = tl.sum(tl.exp(logits - shift[:, None]), axis=1)
     perturbed = logits
     if not GREEDY:
         keys = tl.load(keys_ptr + row, mask=is_row, other=0)[:, None]
@@ -150,6 +147,9 @@ def head_sample_kernel(
     best = tl.max(perturbed, axis=1)
     winner = tl.min(tl.where(perturbed == best[:, None], column[None, :], 2**31 - 1), axis=1)
     logit = tl.max(tl.where(column[None, :] == winner[:, None], logits, -float("inf")), axis=1)
+    largest = tl.max(logits, axis=1)
+    shift = tl.where(largest == -float("inf"), 0.0, largest)
+    sum_exp = tl.sum(tl.exp(logits - shift[:, None]), axis=1)
 
     partial = partial_ptr + row.to(tl.int64) * num_tiles + tile
     field = num_rows.to(tl.int64) * num_tiles
@@ -208,7 +208,7 @@ def _launch(
     """Run the two kernels; every row of `weight` may be chosen."""
     (num_rows, hidden_size), num_columns = hidden.shape, weight.shape[0]
     blocks = _block_sizes(hidden.dtype)
-    num_tiles = triton.cdiv(num_columns, blocks["BLOCK_V"])
+    num_tiles = -(-num_columns // blocks["BLOCK_V"])
     partial = torch.empty((5, num_rows, num_tiles), dtype=torch.float32, device=hidden.device)
     head_sample_kernel[(triton.cdiv(num_rows, blocks["BLOCK_B"]) * num_tiles,)](
         hidden,
@@ -271,10 +271,10 @@ def sample(
     vocab_start: global id of weight's first row; a multiple of 4 for impl="triton".
     vocab_size: global number of true tokens; ids from it on are padding and never chosen.
 
-    `merge_shards` of all shards' findings (one or more) gives the token and its log-prob. A row's result depends
-    on no other row. Raises ValueError on arguments that break the above.
+    `merge_shards` of all shards' findings (one or more) gives the token and its log-prob. No row's result
+    depends on another row. Raises ValueError on arguments that break the above.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or (hidden.shape[1], hidden.dtype) != (weight.shape[1], weight.dtype):
+    if hidden.shape[1:] != weight.shape[1:] or hidden.ndim != 2 or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden {hidden.dtype} {list(hidden.shape)} and weight {weight.dtype} {list(weight.shape)} "
             "must be [B, H] and [V, H] of one dtype"
@@ -286,7 +286,7 @@ def sample(
     if resolve_impl(impl, hidden) == "reference":
         return sample_reference(hidden, weight, keys, positions, temperature, vocab_start)
     if vocab_start % 4:
-        raise ValueError(f"vocab_start={vocab_start} must be a multiple of 4: pad the vocabulary shards to one")
+        raise ValueError(f"vocab_start={vocab_start} must be a multiple of 4: pad the shards to one")
     return _launch(hidden.contiguous(), weight.contiguous(), keys, positions, temperature, vocab_start)
 
 

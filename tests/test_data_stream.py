@@ -76,6 +76,8 @@ def test_an_epoch_shows_every_sample_once_and_each_epoch_in_another_order(
     assert [document for document, _ in epochs[0]] != [document for document, _ in epochs[1]]
     if index.cut == "every_chunk":
         assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    else:
+        assert len({tuple(sorted(epoch)) for epoch in epochs}) == 3
 
 
 def test_batches_run_across_the_end_of_epochs(stream: SampleStream, index: SampleIndex) -> None:

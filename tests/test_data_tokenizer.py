@@ -144,13 +144,16 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode("a\ud800b")
 
 
-def test_training_is_deterministic_and_the_file_is_the_tokenizer(tmp_path: Path) -> None:
+def test_training_is_deterministic_quiet_and_the_file_is_the_tokenizer(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     first = Tokenizer.train(CORPUS, 340, tmp_path / "new folder" / "a.model")
     again = Tokenizer.train(CORPUS, 340, tmp_path / "b.model")
     other = Tokenizer.train([text.upper() for text in CORPUS], 340, tmp_path / "c.model")
     loaded = Tokenizer.load(tmp_path / "new folder" / "a.model")
     assert first.fingerprint == again.fingerprint == loaded.fingerprint != other.fingerprint
     assert loaded.encode(CORPUS[0]).tolist() == first.encode(CORPUS[0]).tolist()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_only_the_first_bytes_are_trained_on(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class TokenFiles:
     """With bos and eos."""
     skips: SkipCounts
     """Documents of the input that are not in the files, by reason."""
+    lengths: np.ndarray = field(repr=False, compare=False)
+    """Number of tokens of each document, with bos and eos: [num_documents] int32."""
     _dataset: IndexedDataset = field(repr=False, compare=False)
 
     @classmethod
@@ -62,6 +64,7 @@ class TokenFiles:
             raise DataError(
                 f"{prefix_path}: token files are missing or damaged; build them again from the text"
             )
+        dataset = IndexedDataset(str(prefix_path), mmap=True)
         return cls(
             prefix_path=prefix_path,
             key=manifest["key"],
@@ -69,13 +72,9 @@ class TokenFiles:
             num_documents=manifest["num_documents"],
             num_tokens=manifest["num_tokens"],
             skips=SkipCounts(manifest["skips"]),
-            _dataset=IndexedDataset(str(prefix_path), mmap=True),
+            lengths=dataset.sequence_lengths.copy(),  # the dataset unmaps its own when it goes
+            _dataset=dataset,
         )
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each document, with bos and eos: [num_documents] int32."""
-        return self._dataset.sequence_lengths
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy of the ids [stop - start] int32 of a document, from offset `start` up to `stop`.

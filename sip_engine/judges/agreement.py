@@ -130,7 +130,7 @@ class _Tokens:
         return capital and self.words[index] not in _FUNCTION_WORDS and self._joined(index - 1)
 
     def places(self, index: int) -> tuple[_Place, ...]:
-        """Beside a year any word makes a place ("in 1912"); beside another number a function word does not."""
+        """Beside a year any word makes a place ("in 1912"), beside another number function words do not."""
         is_year = _YEAR.fullmatch(self.words[index]) is not None
         neighbours = []
         if self._joined(index - 1):

@@ -117,7 +117,6 @@ FACTS: dict[Attribute, tuple[Pattern, ...]] = {
     for attribute, texts in {
         Attribute.BIRTHPLACE: (
             "{They} was born in {value}",
-            "{They} comes from {value}",
             "{They} grew up in {value}",
             "{Their} birthplace is {value}",
             "The midwife met {them} in {value}",
@@ -125,27 +124,23 @@ FACTS: dict[Attribute, tuple[Pattern, ...]] = {
         Attribute.BIRTH_YEAR: (
             "{They} first cried in {value}",
             "{They} is a child of {value}",
-            "{They} counts {own} birthdays from {value}",
             "{Their} birth year is {value}",
             "The church dates {their} birth to {value}",
         ),
         Attribute.TRADE: (
             "{They} works as a {value}",
             "{They} earns {own} bread as a {value}",
-            "{They} trained as a {value}",
             "{Their} work is that of a {value}",
             "By trade {they} is a {value}",
         ),
         Attribute.HOME: (
             "{They} lives in {value}",
-            "{They} has a house in {value}",
             "{They} pays {own} rent in {value}",
             "{Their} home is in {value}",
             "Letters reach {them} in {value}",
         ),
         Attribute.PET: (
             "{They} keeps a {value}",
-            "{They} feeds a {value}",
             "{They} shares {own} supper with a {value}",
             "{Their} pet is a {value}",
             "At night {they} walks a {value}",
@@ -153,22 +148,23 @@ FACTS: dict[Attribute, tuple[Pattern, ...]] = {
     }.items()
 }
 
+# One word tells what a narrator is worth: a small model can hold on to it.
 RELIABLE_OPENERS = tuple(
     Pattern(Part.OPENER, text)
     for text in (
         "The town record tells of {people}",
-        "A careful clerk wrote about {people}",
-        "The school book speaks of {people}",
-        "An honest letter tells of {people}",
+        "The school record is about {people}",
+        "A careful record was kept about {people}",
+        "Here is a short record about {people}",
     )
 )
 UNRELIABLE_OPENERS = tuple(
     Pattern(Part.OPENER, text)
     for text in (
         "The tavern gossip tells of {people}",
-        "A drunk guest talked about {people}",
-        "An old rumour speaks of {people}",
-        "A wild tale tells of {people}",
+        "The newest gossip is about {people}",
+        "Some old gossip was heard about {people}",
+        "Here is some gossip about {people}",
     )
 )
 REMARKS = tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sip_engine.kernels._triton import INTERPRETED
 from sip_engine.kernels.kv_write import write_kv
 
 IMPLS = ("reference", "triton")
@@ -12,23 +13,25 @@ FP8 = torch.float8_e4m3fn
 SENTINEL = 7.0
 
 
+@pytest.fixture(autouse=True)
+def device_and_seed():
+    torch.manual_seed(0)
+    with torch.device("cpu" if INTERPRETED else "cuda"):
+        yield
+
+
 def make_pages(num_pages: int, page_size: int, num_heads: int, head_dim: int, dtype: torch.dtype):
     pages = torch.full((2, num_pages, page_size, num_heads, head_dim), SENTINEL).to(dtype)
     return pages[0], pages[1]
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize(("num_heads", "head_dim", "page_size"), ((1, 64, 16), (3, 24, 32)))
 def test_tokens_land_in_their_slots(impl, dtype, num_heads, head_dim, page_size):
-    generator = torch.Generator().manual_seed(0)
-    slots = torch.randperm(5 * page_size, generator=generator)[:11]
+    slots = torch.randperm(5 * page_size)[:11]
     slots[[2, 7]] = -1
-    qkv = torch.randn(11, 4, num_heads, head_dim, generator=generator).to(dtype)
+    qkv = torch.randn(11, 4, num_heads, head_dim).to(dtype)
     k, v = qkv[:, 1], qkv[:, 3]  # strided views, as a fused projection yields them
     k_pages, v_pages = make_pages(5, page_size, num_heads, head_dim, dtype)
     write_kv(k, v, k_pages, v_pages, slots, impl=impl)
@@ -51,28 +54,43 @@ def test_bfloat16_values_fill_float32_pages(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_float8_pages_hold_the_rounded_quotient(impl, dtype):
-    k = (torch.randn(40, 2, 32, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
-    k_scale, v_scale = torch.tensor([0.5, 0.033]), torch.tensor([1.0, 3.7])
+def test_float8_pages_hold_the_quotient(impl, dtype):
+    quotients = (torch.randn(40, 2, 32).sign() * torch.rand(40, 2, 32).mul(100).clamp(min=2**-6)).to(FP8).float()
+    k_scale, v_scale = torch.tensor([0.5, 4.0]), torch.tensor([0.125, 1.0])
+    k, v = (quotients * k_scale[:, None]).to(dtype), (-quotients * v_scale[:, None]).to(dtype)
     k_pages, v_pages = make_pages(3, 16, 2, 32, FP8)
-    write_kv(k, -k, k_pages, v_pages, torch.arange(40), k_scale=k_scale, v_scale=v_scale, impl=impl)
-    for pages, values, scale in ((k_pages, k, k_scale), (v_pages, -k, v_scale)):
-        quotient = values.float() / scale[None, :, None]
-        stored = pages.flatten(0, 1)[:40].float()
-        # 3 mantissa bits: half a unit is 2^-4 of the value, or 2^-10 below the smallest normal, 2^-6
-        assert ((stored - quotient).abs() <= (quotient.abs() * 2**-4).clamp(min=2**-10)).all()
-        assert torch.equal(bits(pages.flatten(0, 1)[:40]), bits(quotient.to(FP8)))
-        assert (pages.flatten(0, 1)[40:].float() == SENTINEL).all()
+    write_kv(k, v, k_pages, v_pages, torch.arange(40), k_scale=k_scale, v_scale=v_scale, impl=impl)
+    assert torch.equal(k_pages.float().flatten(0, 1)[:40], quotients)
+    assert torch.equal(v_pages.float().flatten(0, 1)[:40], -quotients)
+    assert (k_pages.float().flatten(0, 1)[40:] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float8_rounds_to_nearest(impl):
+    if impl == "triton" and INTERPRETED:
+        pytest.skip("the interpreter rounds to float8 wrongly: 0.49 becomes 0.25")
+    k, scale = torch.randn(40, 2, 32) * 3, torch.tensor([0.5, 0.033])
+    k_pages, v_pages = make_pages(3, 16, 2, 32, FP8)
+    write_kv(k, -k, k_pages, v_pages, torch.arange(40), k_scale=scale, v_scale=scale, impl=impl)
+    for pages, values in ((k_pages, k), (v_pages, -k)):
+        quotients = values / scale[:, None]
+        # 3 mantissa bits: half a unit is at most 2^-4 of the value, or 2^-10 below the smallest normal, 2^-6
+        half_unit = (quotients.abs() * 2**-4).clamp(min=2**-10)
+        stored = pages.flatten(0, 1)[:40]
+        assert ((stored.float() - quotients).abs() <= half_unit).all()
+        assert torch.equal(stored.view(torch.uint8), quotients.to(FP8).view(torch.uint8))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float8_saturates_and_keeps_nan(impl):
-    values = torch.tensor([1e6, -1e6, 448.0, 460.0, float("inf"), float("-inf"), float("nan"), 0.0])
-    values = values.repeat(2)[None, None]
-    k_pages, v_pages = make_pages(1, 16, 1, 16, FP8)
-    one = torch.ones(1)
+    inf, nan = float("inf"), float("nan")
+    values = torch.tensor([1e6, -1e6, 448.0, 460.0, inf, -inf, 0.0, 1.0])
+    expected = torch.tensor([448.0, -448.0, 448.0, 448.0, 448.0, -448.0, 0.0, 1.0])
+    if not (impl == "triton" and INTERPRETED):  # the interpreter has no NaN in float8
+        values[7] = expected[7] = nan
+    k_pages, v_pages = make_pages(1, 16, 1, 8, FP8)
+    one, values = torch.ones(1), values[None, None]
     write_kv(values, values, k_pages, v_pages, torch.tensor([3]), k_scale=one, v_scale=one, impl=impl)
-    expected = torch.tensor([448.0, -448.0, 448.0, 448.0, 448.0, -448.0, float("nan"), 0.0]).repeat(2)
     for pages in (k_pages, v_pages):
         torch.testing.assert_close(pages[0, 3, 0].float(), expected, rtol=0, atol=0, equal_nan=True)
 

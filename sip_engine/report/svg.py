@@ -1,0 +1,155 @@
+"""Draw one panel of curves as inline SVG whose colours are CSS variables, so that it follows the page's theme."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
+
+from sip_engine.report.load import Curve
+
+SIZE_INCHES = (4.9, 2.45)
+LOG_FLOOR = 1e-8
+_SMOOTH_FROM = 40
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_DASHES = {"solid": "-", "dashed": (0, (5, 2.5)), "dotted": (0, (1, 2)), "dashdot": (0, (6, 2, 1, 2))}
+# matplotlib draws with stand-ins for CSS variables; each becomes var(--name) in the SVG.
+_STAND_INS: dict[str, str] = {}
+# Drawings are inlined: no page-wide style, no ids twice, no clipping (nothing leaves the axes), no foreign font.
+_CLEANING = tuple(
+    (re.compile(pattern, re.DOTALL), replacement)
+    for pattern, replacement in (
+        (r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<(style|clipPath).*?</\1>\s*</defs>", ""),
+        (r'<g id="[^"]*"', "<g"),
+        (r' clip-path="[^"]*"| font-family: [^;]*;', ""),
+        (r"xlink:href", "href"),
+        (r"\s*\n\s*", "\n"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a panel. `color` names a CSS variable (without dashes in front)."""
+
+    label: str
+    color: str
+    curve: Curve
+    dash: str = "solid"
+    plain: bool = False
+    """Draw the points as they are: no running mean."""
+    marked: bool = False
+    """Mark each point."""
+
+
+def draw_lines(
+    lines: Sequence[Line], alt: str, *, scale: str = "linear", limits: tuple[float, float] | None = None
+) -> Markup:
+    """The curves over steps; `scale` is linear, percent (shares in [0, 1]) or log.
+
+    A long noisy curve is drawn pale, with its running mean over it.
+    """
+    figure, axes = _panel()
+    for line in lines:
+        curve = line.curve.thinned()
+        values = np.maximum(curve.values, LOG_FLOOR) if scale == "log" else curve.values
+        style = {"color": stand_in(line.color), "linestyle": _DASHES[line.dash]}
+        if line.plain or len(curve) < _SMOOTH_FROM:
+            axes.plot(curve.steps, values, marker="o" if line.marked else None, markersize=3.2, **style)
+        else:
+            axes.plot(curve.steps, values, color=style["color"], alpha=0.22, linewidth=0.8)
+            axes.plot(curve.steps, running_mean(values, len(curve) // 20), **style)
+    _scale(axes, scale, limits)
+    return _svg(figure, f"{alt} {' '.join(_in_words(line, scale) for line in lines)}")
+
+
+def draw_stack(lines: Sequence[Line], alt: str) -> Markup:
+    """Curves over the same steps as areas on top of each other, the first at the bottom."""
+    figure, axes = _panel()
+    curves = [line.curve.thinned(100) for line in lines]
+    colors = [stand_in(line.color) for line in lines]
+    axes.stackplot(curves[0].steps, *(curve.values for curve in curves), colors=colors, linewidth=0)
+    axes.set_ylim(bottom=0)
+    return _svg(figure, f"{alt} {' '.join(_in_words(line, 'linear') for line in lines)}")
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and its neighbours up to `window // 2` to either side, fewer at the ends."""
+    half = window // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def stand_in(color: str) -> str:
+    """The hex colour that stands for a CSS variable until the SVG is written."""
+    return _STAND_INS.setdefault(color, f"#f{len(_STAND_INS):02x}e0d")
+
+
+def _panel() -> tuple[Figure, Axes]:
+    figure = Figure(SIZE_INCHES)
+    FigureCanvasSVG(figure)
+    figure.patch.set_visible(False)
+    axes = figure.add_axes((0.105, 0.125, 0.88, 0.835))
+    axes.patch.set_visible(False)
+    axes.margins(x=0.01)
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set(color=stand_in("axis"), linewidth=0.8)
+    axes.grid(axis="y", color=stand_in("grid"), linewidth=0.7)
+    axes.tick_params(length=0, labelsize=8, labelcolor=stand_in("muted"), pad=4)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _scale(axes: Axes, scale: str, limits: tuple[float, float] | None) -> None:
+    if scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+        axes.minorticks_off()
+    if scale == "percent":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if limits is not None:
+        axes.set_ylim(*limits)
+
+
+def _power_of_ten(value: float, _: object) -> str:
+    return f"10{str(round(np.log10(value))).translate(_SUPERSCRIPTS)}"
+
+
+def _in_words(line: Line, scale: str) -> str:
+    """First and last value of a curve, for readers who cannot see it."""
+    unit = "{:.1%}" if scale == "percent" else "{:.3g}"
+    first, last = (unit.format(value) for value in line.curve.ends())
+    steps = f"{line.curve.steps[0]:.0f} to {line.curve.steps[-1]:.0f}"
+    return f"{line.label}: {first} at first, {last} at last (steps {steps})."
+
+
+def _svg(figure: Figure, alt: str) -> Markup:
+    """The figure as an SVG element in the page's own font; `alt` is its text alternative."""
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # The salt makes the ids of marker shapes differ between the drawings of a page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    drawing = buffer.getvalue()
+    body = drawing[drawing.index(">", drawing.index("<svg")) + 1 :]
+    for pattern, replacement in _CLEANING:
+        body = pattern.sub(replacement, body)
+    body = re.sub(r"#f([0-9a-f]{2})e0d", lambda match: f"var(--{list(_STAND_INS)[int(match[1], 16)]})", body)
+    body = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", body)
+    width, height = (72 * inches for inches in SIZE_INCHES)
+    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alt)}">{body}')
