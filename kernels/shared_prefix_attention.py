@@ -131,6 +131,8 @@ def shared_prefix_attention(
     return shared_prefix_attention_reference(q_THD, k_TGD, v_TGD, layout, scale)
 
 
-def rows_of(prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]], device: torch.device) -> RowLayout:
+def rows_of(
+    prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]], device: torch.device
+) -> RowLayout:
     """A `RowLayout` from any sequences of lengths."""
     return RowLayout(tuple(prefix_lens), tuple(tuple(s) for s in suffix_lens), device)

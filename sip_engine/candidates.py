@@ -45,7 +45,9 @@ def propose(
             else:
                 pool.append(fitted)
     if stage.rollouts and sampler is not None:
-        for pool, rollouts in zip(pools, _rollouts(samples, stage, sampler, tokenizer, cfg, seed, step), strict=True):
+        for pool, rollouts in zip(
+            pools, _rollouts(samples, stage, sampler, tokenizer, cfg, seed, step), strict=True
+        ):
             pool.extend(rollouts)
     return Proposed(pools, failed)
 
@@ -83,4 +85,3 @@ def _rollouts(
         ]
         for s, completions in zip(samples, sampler.generate(requests, params), strict=True)
     ]
-

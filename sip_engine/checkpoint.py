@@ -27,7 +27,6 @@ from sip_engine.cpu_seam import megatron_device
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import CheckpointError
 from sip_engine.files import sha256_of, write_json
-from sip_engine.mesh import Mesh
 from sip_engine.policy.model import PolicyModel
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
@@ -190,7 +189,9 @@ def _load_sharded(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
                 wanted, str(path / "sharded"), strict=StrictHandling.RAISE_UNEXPECTED
             )
     except Exception as error:  # Megatron and torch raise many types for one cause: an unreadable file
-        raise CheckpointError(f"{path}: cannot be loaded ({type(error).__name__}: {error})".split("\n")[0]) from error
+        raise CheckpointError(
+            f"{path}: cannot be loaded ({type(error).__name__}: {error})".split("\n")[0]
+        ) from error
     return {part: _strip(part, tensors) for part, tensors in loaded.items()}
 
 
@@ -219,9 +220,7 @@ def _raw_state(path: Path) -> dict[str, Any]:
 
 def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files
-    }
+    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
     write_json(folder / "manifest.json", entries)
 
 

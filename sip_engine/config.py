@@ -172,9 +172,9 @@ class RewriterConfig(Section):
 class ObjectiveConfig(Section):
     """What an update does with the judged candidates."""
 
-    kind: Literal[
-        "dpo", "rf_nll", "next_token", "sft_rewrite", "sft_rollout", "dpo_rewrite_over_rollout"
-    ] = "dpo"
+    kind: Literal["dpo", "rf_nll", "next_token", "sft_rewrite", "sft_rollout", "dpo_rewrite_over_rollout"] = (
+        "dpo"
+    )
     """dpo: chosen over rejected; rf_nll: likelihood of the best candidate; the others are baselines without judge."""
     beta: float = Field(default=0.1, gt=0)
     """DPO: strength of the pull towards the reference policy."""
@@ -300,7 +300,9 @@ def _check_sources(cfg: RunConfig) -> None:
         raise ValueError("both data.path and [world] are set: remove one")
     for name, backend in (("judge", cfg.judge.backend), ("rewriter", cfg.rewriter.backend)):
         if backend == "world" and cfg.world is None:
-            raise ValueError(f'{name}.backend = "world" knows the synthetic world only: add a [world] section')
+            raise ValueError(
+                f'{name}.backend = "world" knows the synthetic world only: add a [world] section'
+            )
 
 
 def _check_stages(cfg: RunConfig) -> None:

@@ -12,7 +12,15 @@ from sip_engine.metrics import Means, distinct_ngrams
 from sip_engine.policy.packing import Row
 from sip_engine.policy.policy import Policy
 from sip_engine.sampler.sampler import Request, Sampler, SamplingParams
-from sip_engine.types import FactualityQuestion, Failure, Judge, PairQuestion, Question, SafetyQuestion, Sample
+from sip_engine.types import (
+    FactualityQuestion,
+    Failure,
+    Judge,
+    PairQuestion,
+    Question,
+    SafetyQuestion,
+    Sample,
+)
 
 Measure = Callable[[str, str], dict[str, float]]
 """(prefix, suffix) -> named figures that a world with known truth can measure beyond its judge."""
@@ -30,7 +38,9 @@ def held_out_loss(policy: Policy, samples: Sequence[Sample], means: Means) -> No
     """Add the mean next-token NLL of suffix tokens given their prefix, in nats a token."""
     rows = [Row(s.prefix_ids, (s.suffix_ids,)) for s in samples]
     batches = policy.micro_batches(rows)
-    scored = policy.mesh.from_last_stage([(-lp.double().sum().item(), len(lp)) for lp in policy.score(batches)])
+    scored = policy.mesh.from_last_stage(
+        [(-lp.double().sum().item(), len(lp)) for lp in policy.score(batches)]
+    )
     for total, count in scored:
         means.add("heldout_loss", total, count)
 
@@ -68,9 +78,7 @@ def evaluate(
     return Evaluation(means.over(mesh), _interleave(mesh.gather_replicas(texts)))
 
 
-def _continue(
-    sampler: Sampler, samples: Sequence[Sample], tokenizer: Tokenizer
-) -> tuple[list[str], list]:
+def _continue(sampler: Sampler, samples: Sequence[Sample], tokenizer: Tokenizer) -> tuple[list[str], list]:
     params = SamplingParams(max_new_tokens=max(len(s.suffix_ids) for s in samples), temperature=0.0)
     done = sampler.generate([Request(s.prefix_ids, 1, s.document, s.cut) for s in samples], params)
     return [tokenizer.decode(c[0].ids) for c in done], [c[0].ids for c in done]

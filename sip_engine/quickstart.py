@@ -85,7 +85,15 @@ def summarise(out: Path) -> dict[str, Any]:
 def comparison_table(summary: dict[str, Any]) -> Table:
     """Base, standard and self-improving, with gains beside the paper's."""
     table = Table(title="Quality, factuality and safety of greedy continuations of held-out prefixes")
-    headings = ("", "base", "standard", "self-improving", "over base", "over standard", "paper (1.4 B, own data)")
+    headings = (
+        "",
+        "base",
+        "standard",
+        "self-improving",
+        "over base",
+        "over standard",
+        "paper (1.4 B, own data)",
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if not heading else "right")
     names = {
@@ -110,4 +118,3 @@ def _gain(ours: float, other: float) -> str:
 
 def _evaluations(run: Path) -> list[dict[str, Any]]:
     return [row for row in read_records(run / METRICS) if "eval/heldout_loss" in row]
-

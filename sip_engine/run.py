@@ -185,9 +185,7 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
     if cfg.needs_sampler:
         sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh.tp, cfg.sampler)
     records = Records(cfg.out, from_step=step + (step > 0), enabled=mesh.is_main)
-    run = Run(
-        cfg, mesh, corpus, policy, reference, sampler, judge, rewriter, world_measure, records, step
-    )
+    run = Run(cfg, mesh, corpus, policy, reference, sampler, judge, rewriter, world_measure, records, step)
     run._opened, run._spent = opened, spent
     run.baseline = _read_baseline(cfg.out, mesh) if step else None
     if mesh.is_main:
@@ -212,7 +210,11 @@ def _judge_and_rewriter(
 
     def world_measure(prefix: str, suffix: str) -> dict[str, float]:
         found = measure(world, prefix, suffix)
-        return {"coherence": found.coherence, "true_claims": found.factuality, "measured_quality": found.quality}
+        return {
+            "coherence": found.coherence,
+            "true_claims": found.factuality,
+            "measured_quality": found.quality,
+        }
 
     rewriter = WorldRewriter(world) if cfg.rewriter.backend == "world" else None
     if cfg.judge.backend == "world":
@@ -248,9 +250,7 @@ def _pool_entry(
         if candidate.logprobs is not None:
             entry["logprob"] = round(float(candidate.logprobs.sum()), 4)
         if verdict is not None:
-            entry |= {
-                name: getattr(verdict, name)[number] for name in ("quality", "safety", "factuality")
-            }
+            entry |= {name: getattr(verdict, name)[number] for name in ("quality", "safety", "factuality")}
             entry["reward"] = verdict.rewards[number]
         candidates.append(entry)
     return {
@@ -263,4 +263,3 @@ def _pool_entry(
         "chosen": None if choice is None else choice.chosen,
         "rejected": None if choice is None else choice.rejected,
     }
-

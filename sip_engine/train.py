@@ -25,7 +25,10 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
         SipError: bad settings or data before anything is written; NonFiniteError and ThresholdError on every
             process at the same step, with the parameters as they were before it.
     """
-    with open_run(cfg, mesh) as run, steps(str(cfg.out), cfg.steps, done=run.step, quiet=not mesh.is_main) as bar:
+    with (
+        open_run(cfg, mesh) as run,
+        steps(str(cfg.out), cfg.steps, done=run.step, quiet=not mesh.is_main) as bar,
+    ):
         if run.step == 0:
             run.evaluate()
         while run.step < cfg.steps:
@@ -60,7 +63,14 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
         assert_shared(run.sampler.weights, run.policy.model)
     with clock("generate"):
         proposed = propose(
-            samples, stage, run.sampler, run.rewriter, run.corpus.tokenizer, cfg.sampler, seed=cfg.seed, step=run.step
+            samples,
+            stage,
+            run.sampler,
+            run.rewriter,
+            run.corpus.tokenizer,
+            cfg.sampler,
+            seed=cfg.seed,
+            step=run.step,
         )
     verdicts: list[Verdict] = []
     if cfg.objective.kind in JUDGED:

@@ -36,7 +36,9 @@ class TrainingRows:
 def rows_of_choices(choices: Sequence[Choice], paired: bool) -> TrainingRows:
     """One row a choice: the prefix and its trained candidates."""
     if not choices:
-        return TrainingRows((Row(_NOTHING, (_NOTHING,) * (1 + paired)),), ((None,) * (1 + paired),), False, "none")
+        return TrainingRows(
+            (Row(_NOTHING, (_NOTHING,) * (1 + paired)),), ((None,) * (1 + paired),), False, "none"
+        )
     rows = tuple(Row(c.sample.prefix_ids, tuple(k.ids for k in c.trained())) for c in choices)
     sampled = tuple(tuple(k.logprobs for k in c.trained()) for c in choices)
     return TrainingRows(rows, sampled, True, _names([c.sample for c in choices]))
@@ -65,7 +67,9 @@ def update(
     paired = cfg.kind in PAIRED
     if paired:
         assert reference is not None, "DPO needs a reference policy"
-        ref_sums = [rows.sum_by_suffix(lp) for rows, lp in zip(batches, reference.score(batches), strict=False)]
+        ref_sums = [
+            rows.sum_by_suffix(lp) for rows, lp in zip(batches, reference.score(batches), strict=False)
+        ]
     else:
         ref_sums = []
 
@@ -106,7 +110,10 @@ def _sampled_targets(training: TrainingRows, batches: Sequence[PackedRows]) -> l
             scored = len(suffix) if len(row.prefix) else len(suffix) - 1
             flat.append(np.full(scored, np.nan, np.float32) if logprobs is None else logprobs)
     values = torch.from_numpy(np.concatenate(flat))
-    return [part.to(b.tokens.device) for part, b in zip(values.split([len(b.targets) for b in batches]), batches, strict=True)]
+    return [
+        part.to(b.tokens.device)
+        for part, b in zip(values.split([len(b.targets) for b in batches]), batches, strict=True)
+    ]
 
 
 def _drift(log_probs: Tensor, sampled: Tensor) -> dict[str, float]:

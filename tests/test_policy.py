@@ -155,7 +155,8 @@ def test_next_token_loss_equals_plain_torch(mesh: Mesh, loss_on: str) -> None:
     llama = llama_of(policy.model, VOCAB)
     rng = np.random.default_rng(0)
     samples = [
-        Sample(n, 0, *(rng.integers(0, VOCAB, k).astype(np.int32) for k in (5 + n, 6)), "", "") for n in range(3)
+        Sample(n, 0, *(rng.integers(0, VOCAB, k).astype(np.int32) for k in (5 + n, 6)), "", "")
+        for n in range(3)
     ]
     with torch.no_grad():
         parts = []

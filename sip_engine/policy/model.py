@@ -88,7 +88,9 @@ class PolicyModel(GPTModel):
 
             hidden_states = gather_from_sequence_parallel_region(hidden_states)
         scored = hidden_states.index_select(0, packed_seq_params.scored)  # [num_targets, 1, hidden]
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         logits, _ = self.output_layer(scored, weight=weight)
         if logits.dtype != torch.float64:
             logits = logits.float()

@@ -61,9 +61,7 @@ class Policy:
         """Rows packed into micro-batches of at most the configured tokens, on this process' device."""
         multiple = self.mesh.tp.size if self.model.config.sequence_parallel else 1
         groups = split_by_tokens([row.num_tokens for row in rows], self.micro_batch_tokens)
-        return [
-            pack_rows([rows[i] for i in group], self.mesh.device, multiple=multiple) for group in groups
-        ]
+        return [pack_rows([rows[i] for i in group], self.mesh.device, multiple=multiple) for group in groups]
 
     def update(self, batches: Sequence[PackedRows], loss: MicroBatchLoss, documents: str) -> UpdateStats:
         """One optimizer step on this process' micro-batches (at least one on every process).

@@ -188,7 +188,9 @@ def time_split(runs: Sequence[RunRecords]) -> Plot:
         if parts:
             heading = _heading(runs, run, "seconds a step")
             steps = np.unique(np.concatenate([run.curves[f"seconds/{part}"].steps for part in parts]))
-            lines = [Line(part, f"part-{part}", _filled(run.curves[f"seconds/{part}"], steps)) for part in parts]
+            lines = [
+                Line(part, f"part-{part}", _filled(run.curves[f"seconds/{part}"], steps)) for part in parts
+            ]
             panels.append(Panel(heading, draw_stack(lines, f"{heading}.")))
     shown = [part for part in PARTS if any(f"seconds/{part}" in run.curves for run in runs)]
     return Plot(
@@ -225,7 +227,9 @@ def _chance(run: RunRecords, role: str) -> list[Line]:
             size = stage["original"] + stage["rewrite"] + stage["rollouts"]
             own = stage["rollouts" if kind is Kind.ROLLOUT else kind]
             shares[curve.steps > stage["from_step"]] = own / size if size else 0.0
-        lines.append(Line(f"{kind}, share of the pool", kind, Curve(curve.steps, shares), "dotted", plain=True))
+        lines.append(
+            Line(f"{kind}, share of the pool", kind, Curve(curve.steps, shares), "dotted", plain=True)
+        )
     return lines
 
 
@@ -280,9 +284,15 @@ def _run_dash(number: int) -> str:
 
 
 def _run_keys(runs: Sequence[RunRecords]) -> tuple[Key, ...]:
-    return tuple(Key(run.name, _run_color(n), _run_dash(n)) for n, run in enumerate(runs)) if len(runs) > 1 else ()
+    return (
+        tuple(Key(run.name, _run_color(n), _run_dash(n)) for n, run in enumerate(runs))
+        if len(runs) > 1
+        else ()
+    )
 
 
 def _kind_keys(runs: Sequence[RunRecords], *metrics: str) -> tuple[Key, ...]:
-    present = {kind for kind in Kind for run in runs for metric in metrics if f"{metric}/{kind}" in run.curves}
+    present = {
+        kind for kind in Kind for run in runs for metric in metrics if f"{metric}/{kind}" in run.curves
+    }
     return tuple(Key(kind, kind) for kind in Kind if kind in present)

@@ -21,7 +21,9 @@ TOLERANCE = {
     torch.float16: 2 * 5 * 2**-11,
     torch.bfloat16: 2 * 5 * 2**-8,
 }
-HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bfloat16 bits as integers
+HALF = (
+    torch.float16 if INTERPRETED else torch.bfloat16
+)  # the interpreter multiplies bfloat16 bits as integers
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +155,9 @@ def test_any_tile_gives_the_same_result():
 def test_prefix_of_several_splits(impl, dtype):
     """Prefixes that end inside, at the end of, and just behind a split."""
     prefix_lens = [SPLIT + 1, 2 * SPLIT, 7]
-    assert_equals_dense(make_batch([2, 1, 1], prefix_lens, [9, 0, 2, 70], 1, 2, page_size=64, dtype=dtype), impl)
+    assert_equals_dense(
+        make_batch([2, 1, 1], prefix_lens, [9, 0, 2, 70], 1, 2, page_size=64, dtype=dtype), impl
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -179,7 +183,10 @@ def test_reference_keeps_float64():
 def test_no_sequence(impl):
     batch = make_batch([1], [5], [3])
     empty = {name: batch.arguments[name][:0] for name in ("q", "suffix_tables", "suffix_lens")}
-    assert decode_attention(**(batch.arguments | empty | {"group_starts": int32([0, 0])}), impl=impl).shape[0] == 0
+    assert (
+        decode_attention(**(batch.arguments | empty | {"group_starts": int32([0, 0])}), impl=impl).shape[0]
+        == 0
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -210,7 +217,9 @@ def test_float8_pages_err_by_their_rounding_only(impl):
     q, scale, unit = arguments["q"], 0.1, 2.0**-4
     out = decode_attention(**arguments, scale=scale, k_scale=one, v_scale=one, impl=impl).double()
     exact = dense(q, batch.keys, batch.values, scale)
-    size = dense(q, batch.keys, [v.abs() + 2**-6 for v in batch.values], scale)  # subnormals err by less than 2^-10
+    size = dense(
+        q, batch.keys, [v.abs() + 2**-6 for v in batch.values], scale
+    )  # subnormals err by less than 2^-10
     for b, keys in enumerate(batch.keys):
         for head in range(q.shape[1]):
             delta = scale * unit * ((keys[:, head // 2].abs() + 2**-6) @ q[b, head].double().abs()).max()

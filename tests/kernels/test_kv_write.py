@@ -55,7 +55,9 @@ def test_bfloat16_values_fill_float32_pages(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_float8_pages_hold_the_quotient(impl, dtype):
-    quotients = (torch.randn(40, 2, 32).sign() * torch.rand(40, 2, 32).mul(100).clamp(min=2**-6)).to(FP8).float()
+    quotients = (
+        (torch.randn(40, 2, 32).sign() * torch.rand(40, 2, 32).mul(100).clamp(min=2**-6)).to(FP8).float()
+    )
     k_scale, v_scale = torch.tensor([0.5, 4.0]), torch.tensor([0.125, 1.0])
     k, v = (quotients * k_scale[:, None]).to(dtype), (-quotients * v_scale[:, None]).to(dtype)
     k_pages, v_pages = make_pages(3, 16, 2, 32, FP8)
@@ -120,7 +122,10 @@ def test_slots_beyond_two_to_the_31_elements_are_not_truncated():
         ({"v": torch.zeros(3, 2, 16)}, "v has shape"),
         ({"k": torch.zeros(2, 16, 2).transpose(1, 2)}, "contiguous"),
         ({"v_pages": torch.zeros(1, 16, 2, 32)}, "v_pages"),
-        ({"k_pages": torch.zeros(1, 16, 2, 16).to(FP8), "v_pages": torch.zeros(1, 16, 2, 16).to(FP8)}, "missing"),
+        (
+            {"k_pages": torch.zeros(1, 16, 2, 16).to(FP8), "v_pages": torch.zeros(1, 16, 2, 16).to(FP8)},
+            "missing",
+        ),
         ({"k_scale": torch.ones(2)}, "k_scale is given"),
         ({"impl": "cuda"}, "'reference', 'triton'"),
     ),
