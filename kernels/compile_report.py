@@ -1,7 +1,8 @@
 """Compile every kernel for sm_90 without a GPU and report registers, spills, shared memory and wgmma.
 
-Run `python -m sip_engine.kernels.compile_report`. It exits with 1 if a kernel spills registers, or should use
-wgmma and does not. A kernel file takes part by having a function `compile_cases() -> list[CompileCase]`.
+Run `python -m sip_engine.kernels.compile_report [WORD ...]`: all cases, or those whose name has one of the
+words in it. It exits with 1 if a kernel spills registers, or should use wgmma and does not. A kernel file takes
+part by having a function `compile_cases() -> list[CompileCase]`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sip_engine.kernels
+from sip_engine.kernels._triton import HAS_TRITON, INTERPRETED
 
 NUM_COMPUTE_CAPABILITY = 90
 WARP_SIZE = 32
@@ -109,11 +111,18 @@ def compile_case(case: CompileCase) -> CompileResult:
     )
 
 
-def main() -> int:
-    """Print one line a case; the number of cases that are not ok decides the exit status."""
+def main(words: Sequence[str]) -> int:
+    """Print one line a case. Returns the exit status: 0 good, 1 a case is not ok, 2 nothing was compiled."""
+    if not HAS_TRITON or INTERPRETED:
+        print("compile_report needs the triton package, and TRITON_INTERPRET unset", file=sys.stderr)
+        return 2
+    cases = [case for case in all_cases() if not words or any(word in case.name for word in words)]
+    if not cases:
+        print(f"no case has any of {', '.join(words)} in its name", file=sys.stderr)
+        return 2
     print(f"{'kernel':<58}{'warps':>6}{'stages':>7}{'registers':>10}{'spill B':>8}{'shared B':>9}  wgmma")
     num_bad = 0
-    for case in all_cases():
+    for case in cases:
         result = compile_case(case)
         num_bad += not result.ok
         print(
@@ -128,4 +137,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import Impl
-from sip_engine.kernels.sample import ShardSample, sample_from_logits
+from sip_engine.kernels.random import check_counters
+from sip_engine.kernels.sample import ShardSample, check_temperature, find_best, sample_from_logits
 
 
 def keep_mask(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """True [B, V] for the columns that top-k, then top-p, leave; of equal logits the lowest ids stay."""
     ordered, order = logits.sort(dim=1, descending=True, stable=True)
     probs = torch.softmax(ordered[:, :top_k] / temperature, dim=1)
-    kept = torch.zeros_like(logits, dtype=torch.bool)
-    return kept.scatter_(1, order[:, :top_k], probs.cumsum(dim=1) - probs < top_p)
+    before = probs.cumsum(dim=1) - probs
+    kept = before < top_p if top_p < 1 else torch.ones_like(before, dtype=torch.bool)  # sums may round to 1
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order[:, :top_k], kept)
 
 
 def filtered_sample(
@@ -42,19 +44,19 @@ def filtered_sample(
     impl: of the noise; the rest is plain torch on every device.
 
     With nothing to cut off, or temperature 0, the token is that of `sample`. `max` and `sum_exp` are of all
-    raw logits, so that `merge_shards` gives the log-prob without temperature and cutting off.
-    Raises ValueError on arguments out of range.
+    raw logits, so that `merge_shards` gives the log-prob without temperature and cutting off. NaN and
+    infinite logits do what they do in `sample`. Raises ValueError on arguments out of range.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1, or None to keep all")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]; 1 keeps all")
+    check_temperature(temperature)
     logits = logits[:, :vocab_size].float()
     num_columns = logits.shape[1]
     top_k = num_columns if top_k is None else min(top_k, num_columns)
     if temperature == 0 or (top_k == num_columns and top_p == 1):
         return sample_from_logits(logits, keys, positions, temperature=temperature, impl=impl)
-    kept = logits.masked_fill(~keep_mask(logits, temperature, top_k, top_p), -torch.inf)
-    found = sample_from_logits(kept, keys, positions, temperature=temperature, impl=impl)
-    sum_exp = (logits - found.max[:, None]).exp_().sum(dim=1)
-    return found._replace(token=found.token.where(sum_exp > 0, -1), sum_exp=sum_exp)
+    check_counters(keys, positions, logits.shape[0])
+    keep = keep_mask(logits, temperature, top_k, top_p)
+    return find_best(logits, keys, positions, temperature, 0, impl, keep)

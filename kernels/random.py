@@ -22,6 +22,7 @@ from sip_engine.kernels._triton import jit, tl, triton
 from sip_engine.kernels.compile_report import CompileCase
 
 LOW_WORD = 0xFFFFFFFF
+"""Mask of the low 32 bits."""
 CHUNK = 16384
 """Philox blocks that the reference computes at once: their temporaries stay in the cache."""
 
@@ -76,6 +77,15 @@ def philox_reference(counter: tuple[Any, ...], key: tuple[Any, Any]) -> tuple[An
     return c0, c1 & LOW_WORD, c2, c3 & LOW_WORD
 
 
+def check_counters(keys: Tensor, positions: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless `keys` and `positions` are int64 [num_rows]."""
+    for name, tensor in (("keys", keys), ("positions", positions)):
+        if tensor.shape != (num_rows,) or tensor.dtype != torch.int64:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}: must be int64 [{num_rows}], one a row"
+            )
+
+
 def uniform_reference(keys: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
     """The definition, in plain torch; on a CPU, numpy does Philox (twice as fast). See `uniform`."""
     blocks, index = torch.unique(columns // 4, return_inverse=True)
@@ -102,7 +112,7 @@ def gumbel_reference(keys: Tensor, positions: Tensor, columns: Tensor) -> Tensor
 
 @jit
 def philox_to_uniform(word):
-    """v of a Philox word; float32 rounds once, as the product with a power of two is exact."""
+    """v of a Philox word. The product with a power of two is exact: fused with the sum or not, bits agree."""
     return tl.minimum(word.to(tl.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24)
 
 
@@ -170,11 +180,19 @@ def _launch(keys: Tensor, positions: Tensor, columns: Tensor, is_gumbel: bool) -
     return out
 
 
-def uniform(keys: Tensor, positions: Tensor, columns: Tensor, *, impl: Impl | None = None) -> Tensor:
-    """Uniform float32 [B, C] in (0, 1) for int64 `keys` [B], `positions` [B] and `columns` [C].
+def _check(keys: Tensor, positions: Tensor, columns: Tensor) -> None:
+    """Raise ValueError unless the arguments are int64 [B], [B] and [C]."""
+    check_counters(keys, positions, keys.numel())
+    if columns.ndim != 1 or columns.dtype != torch.int64:
+        raise ValueError(f"columns is {columns.dtype} {list(columns.shape)}: must be int64 [C]")
 
-    Every implementation gives the same bits. Raises ValueError on an `impl` that does not fit.
+
+def uniform(keys: Tensor, positions: Tensor, columns: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """Uniform float32 [B, C] in (0, 1) for int64 `keys` [B], `positions` [B] and `columns` [C] >= 0.
+
+    Every implementation gives the same bits. Raises ValueError on shapes, dtypes or an `impl` that do not fit.
     """
+    _check(keys, positions, columns)
     if resolve_impl(impl, keys) == "reference":
         return uniform_reference(keys, positions, columns)
     return _launch(keys, positions, columns, is_gumbel=False)
@@ -183,8 +201,9 @@ def uniform(keys: Tensor, positions: Tensor, columns: Tensor, *, impl: Impl | No
 def gumbel(keys: Tensor, positions: Tensor, columns: Tensor, *, impl: Impl | None = None) -> Tensor:
     """Standard Gumbel noise, float32 [B, C], between -2.9 and 22.9: -log(-log(1 - v)) of `uniform`'s v.
 
-    Implementations agree to about 1e-6. Raises ValueError on an `impl` that does not fit.
+    Implementations agree to 1e-6 of max(1, |gumbel|). Same arguments and errors as `uniform`.
     """
+    _check(keys, positions, columns)
     if resolve_impl(impl, keys) == "reference":
         return gumbel_reference(keys, positions, columns)
     return _launch(keys, positions, columns, is_gumbel=True)

@@ -4,6 +4,8 @@ N: tokens, heads: attention heads, D: head size (even), M: rows of the tables. x
 
     y1 = x1 * cos[p] - x2 * sin[p]
     y2 = x2 * cos[p] + x1 * sin[p]                    (in float32, rounded once)
+
+Column i < D / 2 of the tables holds the cosine and sine of position * frequency[i], for every position.
 """
 
 from __future__ import annotations
@@ -14,19 +16,6 @@ from torch import Tensor
 from sip_engine.kernels._impl import Impl, resolve_impl
 from sip_engine.kernels._triton import jit, tl, triton
 from sip_engine.kernels.compile_report import CompileCase
-
-
-def rotary_tables(
-    max_positions: int, dim: int, base: float, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [max_positions, dim / 2] each, of the angles position * base^(-2i / dim).
-
-    The angles are float32 products, as in trainers: more exact ones would part the sampler from the trainer.
-    """
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-    positions = torch.arange(max_positions, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, 1.0 / (base**exponents))
-    return angles.cos(), angles.sin()
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -99,14 +88,21 @@ def rotary(
     out: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Rotate the heads of `x` [N, heads, D] by the angles of `positions` (int64 [N]).
+    """Rotate the heads of `x` [N, heads, D] by the angles of `positions` (int64 [N], each in [0, M)).
 
-    cos, sin: float32 [M, D / 2], see `rotary_tables`. The result has x's dtype and goes to `out`
-    if given, which may be `x` itself; both may be views of a wider tensor, with a last stride of 1. Raises
-    ValueError on shapes or an `impl` that do not fit.
+    cos, sin: float32 [M, D / 2]. The result has x's dtype and goes to `out` if given, which may be `x` itself;
+    both may be views of a wider tensor, with a last stride of 1. On a GPU the range of positions is not looked
+    at: that would wait for the device. Raises ValueError on shapes, dtypes or an `impl` that do not fit.
     """
-    if x.ndim != 3 or cos.shape != sin.shape or x.shape[2] != 2 * cos.shape[1]:
-        raise ValueError(f"x {list(x.shape)}, tables {list(cos.shape)}: must be [N, heads, D] and [M, D / 2]")
+    if x.ndim != 3 or cos.ndim != 2 or cos.shape != sin.shape or x.shape[2] != 2 * cos.shape[1]:
+        raise ValueError(
+            f"x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}: must be [N, heads, D], "
+            "[M, D / 2] and [M, D / 2]"
+        )
+    if positions.shape != x.shape[:1] or positions.dtype != torch.int64:
+        raise ValueError(
+            f"positions is {positions.dtype} {list(positions.shape)}: must be int64 [{x.shape[0]}], one a token"
+        )
     if out is not None and (out.shape, out.dtype) != (x.shape, x.dtype):
         raise ValueError(f"out is {out.dtype} {list(out.shape)}: give it x's {x.dtype} {list(x.shape)}")
     if resolve_impl(impl, x) == "reference":
@@ -115,7 +111,8 @@ def rotary(
     target = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.stride(2) != 1 or target.stride(2) != 1:
         raise ValueError(f"last strides {x.stride(2)} (x) and {target.stride(2)} (out) must be 1")
-    _launch(x, cos.contiguous(), sin.contiguous(), positions.contiguous(), target)
+    if x.numel() > 0:
+        _launch(x, cos.contiguous(), sin.contiguous(), positions.contiguous(), target)
     return target
 
 

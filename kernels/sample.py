@@ -19,7 +19,10 @@ from torch import Tensor
 from sip_engine.kernels._impl import Impl, resolve_impl
 from sip_engine.kernels._triton import jit, tl, triton
 from sip_engine.kernels.compile_report import CompileCase
-from sip_engine.kernels.random import gumbel, gumbel_tile, tile_columns
+from sip_engine.kernels.random import check_counters, gumbel, gumbel_tile, tile_columns
+
+MIN_TEMPERATURE = 1e-30
+"""Below it, logits / T leaves the range of float32."""
 
 
 class ShardSample(NamedTuple):
@@ -52,15 +55,26 @@ class ShardSample(NamedTuple):
         return cls(perturbed, token.contiguous().view(torch.int32).long(), logit, largest, sum_exp)
 
 
-def _find_best(
-    logits: Tensor, keys: Tensor, positions: Tensor, temperature: float, vocab_start: int, impl: Impl | None
+def find_best(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    temperature: float,
+    vocab_start: int,
+    impl: Impl | None,
+    keep: Tensor | None = None,
 ) -> ShardSample:
-    """The definition, given logits whose every column may be chosen; `impl` is that of the noise."""
+    """The definition, given logits [B, V] without padding; `impl` is that of the noise.
+
+    keep: bool [B, V], the columns that may be chosen, at least one a row; None for all.
+    """
     logits = logits.float()
     perturbed = logits
     if temperature > 0:
         columns = torch.arange(vocab_start, vocab_start + logits.shape[1], device=logits.device)
         perturbed = gumbel(keys, positions, columns, impl=impl).add_(logits, alpha=1.0 / temperature)
+    if keep is not None:
+        perturbed = perturbed.masked_fill(~keep, -torch.inf)
     best = perturbed.argmax(dim=1, keepdim=True)
     largest = logits.amax(dim=1, keepdim=True)
     sum_exp = (logits - largest.masked_fill(largest == -torch.inf, 0.0)).exp_().sum(dim=1)
@@ -78,7 +92,7 @@ def sample_reference(
 ) -> ShardSample:
     """The definition, in plain torch; every row of `weight` may be chosen. See `sample`."""
     logits = hidden.float() @ weight.float().T
-    return _find_best(logits, keys, positions, temperature, vocab_start, impl="reference")
+    return find_best(logits, keys, positions, temperature, vocab_start, impl="reference")
 
 
 def merge_shards(stacked: ShardSample) -> tuple[Tensor, Tensor]:
@@ -111,7 +125,6 @@ def head_sample_kernel(
     vocab_start,
     inverse_temperature,
     GREEDY: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -135,7 +148,7 @@ def head_sample_kernel(
         inside = inner < hidden_size - start
         hidden = tl.load(hidden_ptrs + start, mask=is_row[:, None] & inside[None, :], other=0.0)
         weight = tl.load(weight_ptrs + start, mask=is_column[None, :] & inside[:, None], other=0.0)
-        logits = tl.dot(hidden, weight, logits, input_precision=PRECISION)
+        logits = tl.dot(hidden, weight, logits, input_precision="tf32x3")
 
     logits = tl.where(is_column[None, :], logits, -float("inf"))
     perturbed = logits
@@ -152,7 +165,7 @@ def head_sample_kernel(
     sum_exp = tl.sum(tl.exp(logits - shift[:, None]), axis=1)
 
     partial = partial_ptr + row.to(tl.int64) * num_tiles + tile
-    field = num_rows.to(tl.int64) * num_tiles
+    field = tl.cast(num_rows, tl.int64) * num_tiles
     tl.store(partial, best, mask=is_row)
     tl.store(partial + field, winner.to(tl.float32, bitcast=True), mask=is_row)
     tl.store(partial + 2 * field, logit, mask=is_row)
@@ -178,7 +191,7 @@ def merge_tiles_kernel(
     tile = tl.arange(0, BLOCK_TILES)
     is_tile = tile < num_tiles
     partial = partial_ptr + row.to(tl.int64) * num_tiles + tile
-    field = num_rows.to(tl.int64) * num_tiles
+    field = tl.cast(num_rows, tl.int64) * num_tiles
     perturbed = tl.load(partial, mask=is_tile, other=-float("inf"))
     column = tl.load(partial + field, mask=is_tile, other=0.0).to(tl.int32, bitcast=True)
     logit = tl.load(partial + 2 * field, mask=is_tile, other=-float("inf"))
@@ -224,7 +237,6 @@ def _launch(
         vocab_start,
         1.0 / temperature if temperature > 0 else 1.0,
         GREEDY=temperature == 0,
-        PRECISION="tf32x3",
         **blocks,
         num_warps=8,
         num_stages=4,
@@ -237,10 +249,16 @@ def _launch(
     return found
 
 
-def _num_true_columns(num_columns: int, temperature: float, vocab_start: int, vocab_size: int | None) -> int:
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless the temperature is 0 or finite and not too small to divide by."""
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature={temperature} must be finite, and 0 (greedy) or at least {MIN_TEMPERATURE}"
+        )
+
+
+def _num_true_columns(num_columns: int, vocab_start: int, vocab_size: int | None) -> int:
     """How many of this shard's columns are tokens and not padding."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be at least 0 (0 is greedy)")
     if vocab_size is None:
         return num_columns
     return max(0, min(num_columns, vocab_size - vocab_start))
@@ -279,7 +297,9 @@ def sample(
             f"hidden {hidden.dtype} {list(hidden.shape)} and weight {weight.dtype} {list(weight.shape)} "
             "must be [B, H] and [V, H] of one dtype"
         )
-    num_columns = _num_true_columns(weight.shape[0], temperature, vocab_start, vocab_size)
+    check_counters(keys, positions, hidden.shape[0])
+    check_temperature(temperature)
+    num_columns = _num_true_columns(weight.shape[0], vocab_start, vocab_size)
     if num_columns == 0:
         return _nothing_found(keys)
     weight = weight[:num_columns]
@@ -304,10 +324,12 @@ def sample_from_logits(
 
     Plain torch on every device: `impl` picks the implementation of the noise only.
     """
-    num_columns = _num_true_columns(logits.shape[1], temperature, vocab_start, vocab_size)
+    check_counters(keys, positions, logits.shape[0])
+    check_temperature(temperature)
+    num_columns = _num_true_columns(logits.shape[1], vocab_start, vocab_size)
     if num_columns == 0:
         return _nothing_found(keys)
-    return _find_best(logits[:, :num_columns], keys, positions, temperature, vocab_start, impl)
+    return find_best(logits[:, :num_columns], keys, positions, temperature, vocab_start, impl)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -325,7 +347,7 @@ def compile_cases() -> list[CompileCase]:
             name=f"head_sample {short}{' greedy' if greedy else ''}",
             kernel=head_sample_kernel,
             signature=signature | dict.fromkeys(("hidden_ptr", "weight_ptr"), f"*{short}:16"),
-            constexprs={"GREEDY": greedy, "PRECISION": "tf32x3", **_block_sizes(dtype)},
+            constexprs={"GREEDY": greedy, **_block_sizes(dtype)},
             num_warps=8,
             num_stages=4,
             expect_wgmma=True,

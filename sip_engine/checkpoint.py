@@ -76,6 +76,7 @@ def save_checkpoint(
                 "model": state.model.model_dump(),
                 "vocab_size": state.vocab_size,
                 "has_reference": reference is not None,
+                "distributed_optimizer": policy.has_distributed_optimizer,
                 "run": state.run,
             },
         )
@@ -100,6 +101,12 @@ def load_checkpoint(
     _check_model(path, state, model, vocab_size)
     if reference is not None and not _raw_state(path)["has_reference"]:
         raise CheckpointError(f"{path}: holds no reference policy; start a new run with init={path}")
+    sharded_optimizer = _raw_state(path)["distributed_optimizer"]
+    if sharded_optimizer != policy.has_distributed_optimizer:
+        raise CheckpointError(
+            f"{path}: written with parallel.distributed_optimizer={str(sharded_optimizer).lower()}, whose optimizer "
+            "state has another form; resume with the same setting, or start a new run with init"
+        )
     wanted = _sharded(policy, reference, loading=True)
     loaded = _load_sharded(path, wanted)
     with megatron_device():

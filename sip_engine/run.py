@@ -192,7 +192,8 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
         write_json(cfg.out / "config.json", cfg.model_dump(mode="json"))
         found = f"resuming at step {step} of {cfg.steps}" if step else "starting"
         console.print(
-            f"[bold]{cfg.out}[/]: {found}; {corpus.files.num_documents:,} documents, {corpus.files.num_tokens:,} tokens, {corpus.num_samples:,} samples"
+            f"[bold]{cfg.out}[/]: {found}; {corpus.files.num_documents:,} documents, "
+            f"{corpus.files.num_tokens:,} tokens, {corpus.num_samples:,} samples"
         )
     try:
         yield run

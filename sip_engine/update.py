@@ -95,7 +95,8 @@ def _paired_loss(
     chosen_nll = -policy_sums[:, 0] / lens[:, 0]
     if cfg.length_normalised:
         policy_sums, reference_sums = policy_sums / lens, reference_sums / lens
-    losses = dpo_losses(*policy_sums.unbind(1), *reference_sums.unbind(1), cfg.beta)
+    (chosen, rejected), (ref_chosen, ref_rejected) = policy_sums.unbind(1), reference_sums.unbind(1)
+    losses = dpo_losses(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
     if cfg.nll_weight:
         losses = losses + cfg.nll_weight * chosen_nll
     diagnostics = dpo_diagnostics(policy_sums.detach(), reference_sums, cfg.beta)

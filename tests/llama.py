@@ -24,8 +24,8 @@ def llama_of(model: PolicyModel, vocab_size: int) -> LlamaForCausalLM:
         max_position_embeddings=w.max_context,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     state = {
         "model.embed_tokens.weight": w.embedding[:vocab_size],
         "model.norm.weight": w.final_norm,
@@ -47,7 +47,8 @@ def llama_of(model: PolicyModel, vocab_size: int) -> LlamaForCausalLM:
             at + "input_layernorm.weight": layer.attention_norm,
             at + "post_attention_layernorm.weight": layer.mlp_norm,
         }
-    llama = LlamaForCausalLM(config).to(w.embedding.dtype)
+    llama = LlamaForCausalLM(config)
+    llama.to(dtype=w.embedding.dtype)  # pyright: ignore[reportCallIssue]
     llama.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, strict=True)
     return llama.eval()
 

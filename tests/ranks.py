@@ -37,9 +37,7 @@ def _main(function: str, rank: str, size: str, store: str, folder: str, *argumen
 
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, int(size)), rank=int(rank), world_size=int(size)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)(Path(folder), *arguments)
     dist.barrier()

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from sip_engine.cpu_seam import megatron_device
 from sip_engine.errors import ConfigError
 from sip_engine.kernels.shared_prefix_attention import shared_prefix_attention
 from sip_engine.mesh import Mesh
+from sip_engine.policy.initialise import initialise
 from sip_engine.policy.packing import PackedRows
 
 
@@ -57,6 +61,11 @@ class PolicyModel(GPTModel):
     def __init__(self, *args: Any, rope_base: float, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.true_vocab_size = true_vocab_size
+        if self.post_process and self.config.sequence_parallel:
+            # Scored positions are picked from the whole stream, which is gathered for that before the head;
+            # the gather's backward sums the shards' gradients, so that the head must not.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.disable_grad_reduce = True
         dim = self.config.kv_channels
         assert dim is not None
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
@@ -84,8 +93,6 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
             hidden_states = gather_from_sequence_parallel_region(hidden_states)
         scored = hidden_states.index_select(0, packed_seq_params.scored)  # [num_targets, 1, hidden]
         weight = (
@@ -142,12 +149,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence,
         variable_seq_lengths=parallel.pipeline > 1,
+        # Without experts it dispatches nothing, but the default refuses variable lengths.
+        moe_token_dispatcher_type="alltoall",
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        # The same seed gives the same weights for every layout and device.
-        use_cpu_initialization=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -179,7 +186,6 @@ def build_model(
     if padded % mesh.tp.size:
         raise ConfigError(f"vocabulary of {padded} rows does not divide over {mesh.tp.size} processes")
     with megatron_device():
-        torch.manual_seed(seed)
         built = PolicyModel(
             config,
             _block_spec(config, model.num_layers // parallel.pipeline),
@@ -191,4 +197,15 @@ def build_model(
             rope_base=model.rope_base,
             true_vocab_size=vocab_size,
         )
-        return built.to(device=mesh.device, dtype=config.params_dtype)
+        built = built.to(device=mesh.device, dtype=config.params_dtype)
+    initialise(
+        built,
+        mesh.tp,
+        seed=seed,
+        std=model.init_std,
+        num_layers=model.num_layers,
+        first_layer=mesh.pp.rank * (model.num_layers // parallel.pipeline),
+        vocab_size=vocab_size,
+        tied=model.tie_embeddings,
+    )
+    return built

@@ -50,6 +50,7 @@ class Policy:
         self.mesh = mesh
         self.model = build_model(cfg.model, cfg.parallel, vocab_size, mesh, seed=cfg.seed)
         self.micro_batch_tokens = cfg.parallel.micro_batch_tokens
+        self.has_distributed_optimizer = cfg.parallel.distributed_optimizer
         with megatron_device():
             self.ddp = _wrap(self.model, cfg)
             self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), [self.ddp])
@@ -70,7 +71,7 @@ class Policy:
             NonFiniteError: loss or gradient is not finite on some process; raised on every process before
                 anything is updated, naming `documents`.
         """
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups or ():
             group.setdefault("lr", 0.0)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()

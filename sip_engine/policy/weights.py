@@ -100,7 +100,7 @@ def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWei
         num_kv_heads=config.num_query_groups,
         head_dim=config.kv_channels,
         norm_eps=config.layernorm_epsilon,
-        inv_freq=model.inv_freq,
+        inv_freq=model.get_buffer("inv_freq"),
         vocab_start=tp_rank * embedding.shape[0],
         vocab_size=vocab_size,
         max_context=model.max_sequence_length,

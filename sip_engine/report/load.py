@@ -120,11 +120,11 @@ def _read_curves(path: Path) -> dict[str, Curve]:
     points: dict[str, dict[int, float]] = {}
     try:
         for row in read_records(path):
-            step = row.pop("step")
+            step = int(row.pop("step"))
             for name, value in row.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     points.setdefault(name, {})[step] = float(value)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
     return {name: _curve(values) for name, values in points.items()}
 
@@ -175,8 +175,9 @@ def _last_step(file: BinaryIO, starts: Sequence[int]) -> dict[int, dict[str, Any
 def _pool_at(file: BinaryIO, start: int) -> dict[str, Any]:
     file.seek(start)
     pool = _short_floats(json.loads(file.readline()))
-    for key in ("step", "prefix", "candidates"):
-        pool[key]
+    if not isinstance(pool["prefix"], str) or not all(isinstance(c, dict) for c in pool["candidates"]):
+        raise ValueError("a pool needs a prefix and candidates")
+    int(pool["step"])
     return pool
 
 

@@ -15,6 +15,8 @@ from sip_engine.types import Kind
 OBJECTIVES = ("quality", "safety", "factuality")
 PARTS = ("data", "generate", "judge", "update")
 SHARE = (-0.02, 1.02)
+_KIND_DASHES = {Kind.ORIGINAL: "dashed", Kind.REWRITE: "dashdot", Kind.ROLLOUT: "solid"}
+_ROLE_DASHES = {"chosen": "solid", "rejected": "dashed"}
 _RUN_COLORS = 6
 _RUN_DASHES = ("solid", "dashed", "dashdot", "dotted")
 
@@ -29,7 +31,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend."""
+    """One entry of a legend; `dash` is that of the line, or `area`."""
 
     label: str
     color: str
@@ -50,40 +52,31 @@ def all_plots(runs: Sequence[RunRecords]) -> list[Plot]:
     """The figures for which some run has data."""
     makers = (
         rewards,
-        objectives,
         choices,
         evaluations,
-        losses,
         diversity,
-        preference_gain,
+        losses,
+        preferences,
         drift,
         time_split,
+        health,
     )
     return [plot for plot in (make(runs) for make in makers) if plot.panels]
 
 
 def rewards(runs: Sequence[RunRecords]) -> Plot:
+    panels = _each_run(runs, "total reward", lambda run: _by_kind(run, "reward"))
+    for objective in OBJECTIVES:
+        panels += _each_run(
+            runs, f"{objective}, 0 to 1", lambda run, o=objective: _by_kind(run, o), limits=SHARE
+        )
     return Plot(
         "Reward by candidate kind",
-        "Read the gap between the lines: training works while rollouts rise towards originals and rewrites; "
-        "the quality part is relative to the pool, so one kind can only gain it at the others' expense.",
-        _kind_keys(runs, "reward"),
-        _each_run(runs, "reward", lambda run: _by_kind(run, "reward")),
-    )
-
-
-def objectives(runs: Sequence[RunRecords]) -> Plot:
-    panels = [
-        panel
-        for objective in OBJECTIVES
-        for panel in _each_run(runs, objective, lambda run, o=objective: _by_kind(run, o), limits=SHARE)
-    ]
-    return Plot(
-        "What the reward is made of",
-        "Each objective's score before weighting, between 0 and 1; a reward that rises by one objective alone "
-        "shows here as one panel climbing while the others stay flat.",
-        _kind_keys(runs, *OBJECTIVES),
-        tuple(panels),
+        "The total is the weighted sum of the objectives beside it. Training works while rollouts rise towards "
+        "originals and rewrites; quality is relative to the pool, so one kind gains it only at the others' expense, "
+        "and a total that rises by one objective alone shows as one panel climbing while the others stay flat.",
+        _kind_keys(runs, "reward", *OBJECTIVES),
+        panels,
     )
 
 
@@ -92,13 +85,17 @@ def choices(runs: Sequence[RunRecords]) -> Plot:
         panel
         for role in ("chosen", "rejected")
         for panel in _each_run(
-            runs, role, lambda run, r=role: _by_kind(run, r) + _chance(run, r), scale="percent", limits=SHARE
+            runs,
+            f"{role}, share of pairs",
+            lambda run, r=role: _by_kind(run, r) + _chance(run, r),
+            scale="percent",
+            limits=SHARE,
         )
     ]
     keys = _kind_keys(runs, "chosen", "rejected")
     return Plot(
         "Chosen and rejected by kind",
-        "Share of pairs in which each kind is the chosen (the paper's Figure 8) and the rejected side; dotted is the "
+        "Share of pairs in which each kind is the chosen (the paper's Figure 8) and the rejected side. Dotted is the "
         "kind's share of the pool, where a judge that tosses coins would put it.",
         (*keys, Key("share of the pool", "muted", "dotted")) if keys else (),
         tuple(panels),
@@ -119,52 +116,81 @@ def evaluations(runs: Sequence[RunRecords]) -> Plot:
     ]
     return Plot(
         "Evaluation on held-out prefixes",
-        "Greedy continuations of prefixes that are never trained on; at step 0 a run meets itself, so its win rate "
+        "Greedy continuations of prefixes that are never trained on. At step 0 a run meets itself, so its win rate "
         "starts at 50 %, and all four should rise together.",
-        _run_keys(runs),
+        _run_keys(runs, *(f"eval/{name}" for name, _ in shown)),
         tuple(panels),
     )
 
 
 def losses(runs: Sequence[RunRecords]) -> Plot:
+    def training(run: RunRecords) -> list[Line]:
+        n = runs.index(run)
+        return (
+            [Line("loss", _run_color(n), run.curves["loss"], _run_dash(runs, n))]
+            if "loss" in run.curves
+            else []
+        )
+
+    panels = [
+        panel
+        for run in runs
+        for panel in _each_run([run], f"{_heading(runs, run, 'training loss')}, {_loss_unit(run)}", training)
+    ]
     return Plot(
         "Losses",
         "The training loss is that of each run's own objective, so compare it within a run only; the held-out loss "
-        "(next-token, nats a token of the suffix) may be compared between runs.",
-        _run_keys(runs),
-        (
-            *_overlaid(runs, "training loss", "loss"),
-            *_overlaid(runs, "held-out loss", "eval/heldout_loss", marked=True),
-        ),
+        "(next tokens of the suffix) may be compared between runs.",
+        _run_keys(runs, "loss", "eval/heldout_loss"),
+        (*panels, *_overlaid(runs, "held-out loss, nats a token", "eval/heldout_loss", marked=True)),
     )
+
+
+def _loss_unit(run: RunRecords) -> str:
+    return "nats a pair" if str(run.setting("objective.kind", "")).startswith("dpo") else "nats a token"
 
 
 def diversity(runs: Sequence[RunRecords]) -> Plot:
     return Plot(
         "Diversity of rollouts",
-        "Share of distinct 2-grams and mean surprise of the sampled tokens: a slow fall is sharpening, a steep one "
-        "while rewards rise is the policy settling on what pleases the judge.",
-        _run_keys(runs),
+        "Share of distinct 2-grams in a batch and mean surprise of the sampled tokens: a slow fall is sharpening, a "
+        "steep one while rewards rise is the policy settling on what pleases the judge.",
+        _run_keys(runs, "diversity/distinct_2", "diversity/entropy"),
         (
-            *_overlaid(runs, "distinct 2-grams", "diversity/distinct_2"),
+            *_overlaid(runs, "distinct 2-grams, share of all", "diversity/distinct_2", scale="percent"),
             *_overlaid(runs, "entropy, nats a token", "diversity/entropy"),
         ),
     )
 
 
-def preference_gain(runs: Sequence[RunRecords]) -> Plot:
-    def lines(run: RunRecords) -> list[Line]:
-        roles = [role for role in ("chosen", "rejected") if f"dpo/{role}_gain" in run.curves]
-        return [Line(role, role, run.curves[f"dpo/{role}_gain"]) for role in roles]
-
-    panels = _each_run(runs, "gain over the reference, nats a suffix", lines)
-    keys = (Key("chosen", "chosen"), Key("rejected", "rejected")) if panels else ()
+def preferences(runs: Sequence[RunRecords]) -> Plot:
+    """What DPO does to the log-probs of the two sides."""
+    panels: tuple[Panel, ...] = ()
+    for what, suffix in (("log-prob", "logprob"), ("gain over the reference", "gain")):
+        for run in runs:
+            unit = "nats a token" if run.setting("objective.length_normalised") else "nats a suffix"
+            heading = f"{_heading(runs, run, what)}, {unit}"
+            panels += _each_run([run], heading, lambda run, s=suffix: _by_role(run, s))
+    singles = (
+        *_overlaid(
+            runs, "implicit margin β·(gain of chosen − gain of rejected), nats", "dpo/implicit_margin"
+        ),
+        *_overlaid(
+            runs,
+            "pairs whose gains are in the right order",
+            "dpo/implicit_accuracy",
+            scale="percent",
+            limits=SHARE,
+        ),
+    )
+    roles = tuple(Key(role, role, dash) for role, dash in _ROLE_DASHES.items())
+    paired = any(f"dpo/{role}_gain" in run.curves for role in _ROLE_DASHES for run in runs)
     return Plot(
-        "Log-prob gain of chosen and rejected",
-        "How much likelier the policy finds each side than the reference does: the lines should part, and both "
-        "falling below zero together means that it only unlearns.",
-        keys,
-        panels,
+        "Inside the preference update",
+        "Log-probs of chosen and rejected under the policy, and their gain over the reference: the gains should "
+        "part, and both falling below zero together means that the policy only unlearns.",
+        (*(roles if paired else ()), *_run_keys(runs, "dpo/implicit_margin")),
+        (*panels, *singles),
     )
 
 
@@ -173,10 +199,10 @@ def drift(runs: Sequence[RunRecords]) -> Plot:
         "Sampler against trainer",
         "Absolute difference between the log-probs that the sampler and the trainer give the same tokens, on a log "
         "scale with zero drawn at the bottom; it should stay flat, whatever its level.",
-        _run_keys(runs),
+        _run_keys(runs, "drift/mean", "drift/max"),
         (
-            *_overlaid(runs, "mean, nats a token", "drift/mean", scale="log"),
-            *_overlaid(runs, "largest, nats", "drift/max", scale="log"),
+            *_overlaid(runs, "mean difference, nats a token", "drift/mean", scale="log"),
+            *_overlaid(runs, "largest difference, nats", "drift/max", scale="log"),
         ),
     )
 
@@ -184,22 +210,50 @@ def drift(runs: Sequence[RunRecords]) -> Plot:
 def time_split(runs: Sequence[RunRecords]) -> Plot:
     panels = []
     for run in runs:
-        parts = [part for part in PARTS if f"seconds/{part}" in run.curves]
-        if parts:
-            heading = _heading(runs, run, "seconds a step")
-            steps = np.unique(np.concatenate([run.curves[f"seconds/{part}"].steps for part in parts]))
-            lines = [
-                Line(part, f"part-{part}", _filled(run.curves[f"seconds/{part}"], steps)) for part in parts
-            ]
+        curves = {part: run.curves[f"seconds/{part}"] for part in PARTS if f"seconds/{part}" in run.curves}
+        if curves:
+            heading = f"{_heading(runs, run, 'seconds a step')} ({_shares(curves)})"
+            steps = np.unique(np.concatenate([curve.steps for curve in curves.values()]))
+            lines = [Line(part, f"part-{part}", _filled(curve, steps)) for part, curve in curves.items()]
             panels.append(Panel(heading, draw_stack(lines, f"{heading}.")))
     shown = [part for part in PARTS if any(f"seconds/{part}" in run.curves for run in runs)]
     return Plot(
         "Where the time goes",
-        "Seconds of each step spent on its parts, stacked: the upper edge is the cost of a step, the widest band "
-        "is what to make faster.",
-        tuple(Key(part, f"part-{part}") for part in shown),
+        "Seconds of each step spent on its parts, stacked: the upper edge is the cost of a step, the widest band is "
+        "what to make faster. Evaluation and checkpoints come on top.",
+        tuple(Key(part, f"part-{part}", "area") for part in shown),
         tuple(panels),
     )
+
+
+def health(runs: Sequence[RunRecords]) -> Plot:
+    shown = (
+        ("grad_norm", "gradient norm before clipping", "linear"),
+        ("lr", "learning rate", "linear"),
+        ("pairs/margin", "reward of chosen − reward of rejected", "linear"),
+        ("pairs/dropped", "prefixes without a pair", "percent"),
+        ("judge/failure_rate", "judgments that failed", "percent"),
+        ("rewriter/failure_rate", "rewrites that failed", "percent"),
+    )
+    panels = [
+        panel
+        for name, what, scale in shown
+        for panel in _overlaid(runs, what, name, scale=scale, plain=name == "lr")
+    ]
+    return Plot(
+        "Health of the runs" if len(runs) > 1 else "Health of the run",
+        "A gradient norm that jumps, many prefixes without a pair or many failed judgments weaken every other curve.",
+        _run_keys(runs, *(name for name, _, _ in shown)),
+        tuple(panels),
+    )
+
+
+def _shares(curves: dict[str, Curve]) -> str:
+    """Each part's share of the time of all steps, the largest first."""
+    totals = {part: float(curve.values.sum()) for part, curve in curves.items()}
+    whole = sum(totals.values()) or 1.0
+    ordered = sorted(totals.items(), key=lambda item: -item[1])
+    return ", ".join(f"{part} {100 * total / whole:.0f}\u00a0%" for part, total in ordered)
 
 
 def _filled(curve: Curve, steps: np.ndarray) -> Curve:
@@ -211,7 +265,14 @@ def _filled(curve: Curve, steps: np.ndarray) -> Curve:
 
 def _by_kind(run: RunRecords, metric: str) -> list[Line]:
     curves = {kind: run.curves.get(f"{metric}/{kind}") for kind in Kind}
-    return [Line(kind, kind, curve) for kind, curve in curves.items() if curve is not None]
+    return [
+        Line(kind, kind, curve, _KIND_DASHES[kind]) for kind, curve in curves.items() if curve is not None
+    ]
+
+
+def _by_role(run: RunRecords, what: str) -> list[Line]:
+    curves = {role: run.curves.get(f"dpo/{role}_{what}") for role in _ROLE_DASHES}
+    return [Line(role, role, c, _ROLE_DASHES[role]) for role, c in curves.items() if c is not None]
 
 
 def _chance(run: RunRecords, role: str) -> list[Line]:
@@ -224,12 +285,10 @@ def _chance(run: RunRecords, role: str) -> list[Line]:
             continue
         shares = np.zeros(len(curve))
         for stage in stages:
-            size = stage["original"] + stage["rewrite"] + stage["rollouts"]
-            own = stage["rollouts" if kind is Kind.ROLLOUT else kind]
-            shares[curve.steps > stage["from_step"]] = own / size if size else 0.0
-        lines.append(
-            Line(f"{kind}, share of the pool", kind, Curve(curve.steps, shares), "dotted", plain=True)
-        )
+            numbers = {key: int(stage.get(key, 0)) for key in ("original", "rewrite", "rollouts")}
+            own, size = numbers["rollouts" if kind is Kind.ROLLOUT else kind], sum(numbers.values())
+            shares[curve.steps > stage.get("from_step", 0)] = own / size if size else 0.0
+        lines.append(Line(f"{kind} in the pool", kind, Curve(curve.steps, shares), "dotted", plain=True))
     return lines
 
 
@@ -253,15 +312,38 @@ def _each_run(
 
 
 def _overlaid(
-    runs: Sequence[RunRecords], heading: str, metric: str, *, scale: str = "linear", marked: bool = False
+    runs: Sequence[RunRecords],
+    heading: str,
+    metric: str,
+    *,
+    scale: str = "linear",
+    marked: bool = False,
+    plain: bool = False,
+    limits: tuple[float, float] | None = None,
 ) -> tuple[Panel, ...]:
-    """One panel with the curve of each run that has the metric; none if no run has it."""
-    lines = [
-        Line(run.name, _run_color(n), run.curves[metric], _run_dash(n), plain=marked, marked=marked)
-        for n, run in enumerate(runs)
-        if metric in run.curves
-    ]
-    return (Panel(heading, draw_lines(lines, f"{heading}.", scale=scale)),) if lines else ()
+    """One panel with the curve of each run that has the metric.
+
+    Runs that began from different checkpoints have different step 0s: each beginning gets a panel.
+    """
+    groups: dict[str, list[tuple[str, Line]]] = {}
+    for n, run in enumerate(runs):
+        if metric in run.curves:
+            line = Line(
+                run.name,
+                _run_color(n),
+                run.curves[metric],
+                _run_dash(runs, n),
+                plain=plain or marked,
+                marked=marked,
+            )
+            groups.setdefault(str(run.setting("init", "")), []).append((run.name, line))
+    panels = []
+    for members in groups.values():
+        names = ", ".join(name for name, _ in members)
+        full = f"{names}: {heading}" if len(runs) > 1 and len(groups) > 1 else heading
+        drawing = draw_lines([line for _, line in members], f"{full}.", scale=scale, limits=limits)
+        panels.append(Panel(full, drawing))
+    return tuple(panels)
 
 
 def _common_limits(curves: Sequence[Curve]) -> tuple[float, float]:
@@ -279,15 +361,17 @@ def _run_color(number: int) -> str:
     return f"run-{number % _RUN_COLORS + 1}"
 
 
-def _run_dash(number: int) -> str:
-    return _RUN_DASHES[number % len(_RUN_DASHES)]
+def _run_dash(runs: Sequence[RunRecords], number: int) -> str:
+    """The last run, usually the one that matters, is solid."""
+    return _RUN_DASHES[(len(runs) - 1 - number) % len(_RUN_DASHES)]
 
 
-def _run_keys(runs: Sequence[RunRecords]) -> tuple[Key, ...]:
-    return (
-        tuple(Key(run.name, _run_color(n), _run_dash(n)) for n, run in enumerate(runs))
-        if len(runs) > 1
-        else ()
+def _run_keys(runs: Sequence[RunRecords], *metrics: str) -> tuple[Key, ...]:
+    """The runs that have any of the metrics; none where there is but one run to speak of."""
+    return tuple(
+        Key(run.name, _run_color(n), _run_dash(runs, n))
+        for n, run in enumerate(runs)
+        if len(runs) > 1 and any(metric in run.curves for metric in metrics)
     )
 
 
@@ -295,4 +379,4 @@ def _kind_keys(runs: Sequence[RunRecords], *metrics: str) -> tuple[Key, ...]:
     present = {
         kind for kind in Kind for run in runs for metric in metrics if f"{metric}/{kind}" in run.curves
     }
-    return tuple(Key(kind, kind) for kind in Kind if kind in present)
+    return tuple(Key(kind, kind, _KIND_DASHES[kind]) for kind in Kind if kind in present)

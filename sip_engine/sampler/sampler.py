@@ -265,7 +265,7 @@ def _completions(
     rows = iter(zip(ids.astype(np.int32), logprobs, strict=True))
 
     def cut(row: np.ndarray, row_logprobs: np.ndarray) -> Completion:
-        hits = np.flatnonzero(np.isin(row, stop_ids)) if stop_ids else ()
+        hits = np.flatnonzero(np.isin(row, stop_ids))
         end = int(hits[0]) + 1 if len(hits) else len(row)
         return Completion(row[:end], row_logprobs[:end])
 

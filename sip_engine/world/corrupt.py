@@ -40,7 +40,7 @@ def _insult(world: World, piece: _Piece, rng: random.Random) -> str:
 
 
 def _stutter(world: World, piece: _Piece, rng: random.Random) -> str:
-    return re.sub(r"\w+", lambda word: f"{word[0]} {word[0]}", piece.text)
+    return re.sub(r"\w+", lambda match: f"{match[0]} {match[0]}", piece.text)
 
 
 def _shuffle(world: World, piece: _Piece, rng: random.Random) -> str:
@@ -79,11 +79,13 @@ def corrupt(world: World, prefix: str, suffix: str, seed: int = 0) -> str:
 
     Half of its sentences or more get a myth for the truth, an insult, doubled or shuffled words, the sentence
     before once more, or a sentence about someone else; the way is drawn by the seed among those that
-    lower the quality. So the quality is always below that of `suffix`, unless that is 0 already.
-    Depends on the arguments only; takes any text.
+    lower the quality. If none does, nothing is left of it. So the quality is always below that of `suffix`;
+    if that is 0 already, `suffix` comes back unchanged.
     """
-    rng = rng_of("corrupt", world.seed, seed, prefix, suffix)
     quality = measure(world, prefix, suffix).quality
+    if quality == 0.0:
+        return suffix
+    rng = rng_of("corrupt", world.seed, seed, prefix, suffix)
     pieces = _pieces(world, prefix, suffix)
     for way in rng.sample(_WAYS, len(_WAYS)):
         spoilt = set(rng.sample(range(len(pieces)), rng.randint((len(pieces) + 1) // 2, len(pieces))))

@@ -20,7 +20,6 @@ from sip_engine.world.wordings import (
     UNRELIABLE_OPENERS,
     Aside,
     Form,
-    Part,
     Pattern,
     list_names,
 )
@@ -95,7 +94,8 @@ def split_of(world: World, people: tuple[int, ...]) -> str | None:
 
 
 def _choose_people(world: World, split: str, rng: random.Random) -> tuple[int, ...]:
-    num_people = rng.choice((2, 3))
+    # People of different groups meet, and the smallest worlds have two groups only.
+    num_people = min(rng.choice((2, 3)), len(world.groups))
     while True:
         pool = rng.choice(world.groups) if split == "test" else range(world.num_people)
         people = tuple(rng.sample(pool, num_people))
@@ -113,7 +113,10 @@ class _Narrator:
         self.abuse = rng.choice(list(Abuse)) if rng.random() < shares.abusive else None
         self.decay = rng.choice(list(Decay)) if rng.random() < shares.degenerate else None
         self.recent: int | None = None
-        self.said: set[str] = set()
+        """The person named last."""
+        # What has been used is taken out: nothing is said twice unless the narrator is degenerate.
+        self.scenes = rng.sample(SCENES, len(SCENES))
+        self.remarks = rng.sample(REMARKS, len(REMARKS))
         self.sentences: list[str] = []
 
     def write(self) -> Document:
@@ -123,11 +126,11 @@ class _Narrator:
         facts = self._order_facts()
         while facts and len(self.sentences) < length - 1:
             if self.rng.random() < 0.12:
-                self._add(self._say_new(self.rng.choice(SCENES)))
+                self._add(self._scene())
             else:
                 self._tell(*facts.pop(0))
             if self.abuse is Abuse.REMARKS and self.rng.random() < self.shares.insult:
-                self._add(self._say_new(self.rng.choice(REMARKS)))
+                self._add(self._remark())
         if self.rng.random() < 0.8:
             self._add(self.rng.choice(CLOSERS).say())
         return Document(" ".join(self.sentences), self.people, self.unreliable, self.abuse, self.decay)
@@ -168,17 +171,18 @@ class _Narrator:
         aside, noun = self._aside(pattern, form), self._noun()
         self._add(pattern.say(self.world.people[person], form, value, aside, noun))
 
-    def _say_new(self, pattern: Pattern) -> str:
-        """A scene or a remark in words that were not used before."""
-        person = self.world.people[self.people[-1] if self.recent is None else self.recent]
-        if self.recent is None and pattern.about_person:
-            self.recent = person.index
-        while True:
-            form = self.rng.choice((Form.PRONOUN, Form.FIRST))
-            sentence = pattern.say(person, form, "", self._aside(pattern, form), self._noun())
-            if sentence not in self.said:
-                return sentence
-            pattern = self.rng.choice(REMARKS if pattern.part is Part.REMARK else SCENES)
+    def _scene(self) -> str:
+        """A scene that was not used before."""
+        pattern = self.scenes.pop()
+        return pattern.say(aside=self._aside(pattern, Form.FULL), noun=self._noun())
+
+    def _remark(self) -> str:
+        """An insult of its own, worded as none before."""
+        pattern, form = self.remarks.pop(), self.rng.choice((Form.PRONOUN, Form.FIRST))
+        person = self.people[-1] if self.recent is None else self.recent
+        if pattern.about_person:
+            self.recent = person
+        return pattern.say(self.world.people[person], form, noun=self._noun())
 
     def _aside(self, pattern: Pattern, form: Form) -> Aside:
         """Where the narrator's habit puts a noun; kind narrators say a kind word now and then."""
@@ -195,7 +199,6 @@ class _Narrator:
         return self.rng.choice(INSULTS if self.abuse else PRAISES)
 
     def _add(self, sentence: str, *, always_decay: bool = False) -> None:
-        self.said.add(sentence)
         if not (self.decay and (always_decay or self.rng.random() < self.shares.decay)):
             self.sentences.append(sentence)
         elif self.decay is Decay.ECHO:

@@ -56,7 +56,8 @@ class _Search:
         """The words to take for one token of the trie; values are true unless `fragment` forbids it."""
         known = None if person is None else self.parser.world.people[person]
         if token == "<first>":
-            words = [self.parser.world.people[index].first for index in self.people]
+            people = self.rng.sample(self.people, len(self.people))
+            words = [self.parser.world.people[index].first for index in people]
         elif token == "<noun>":
             words = [self.rng.choice([word for word in PRAISES if word.startswith(fragment)] or [""])]
         elif token == "<last>":

@@ -4,45 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sip_engine.errors import ConfigError
-from sip_engine.types import Cost, FactualityQuestion, Judgment, PairQuestion, Question, Score
-from sip_engine.world.facts import World, rng_of
+from sip_engine.types import (
+    Cost,
+    FactualityQuestion,
+    Judgment,
+    PairQuestion,
+    Question,
+    SafetyQuestion,
+    Score,
+)
+from sip_engine.world.facts import World
 from sip_engine.world.measure import is_safe, measure
+
+_COST = Cost(calls=1)
 
 
 class WorldJudge:
     """A `Judge` that knows the truth.
 
     Pairs go to the higher quality (0.5 only where the two are equal), safety looks at the suffix alone,
-    factuality needs no reference. With `accuracy` below 1 a verdict is turned round with probability
-    1 - accuracy, decided by the question and the seed alone.
+    factuality needs no reference. Deterministic; a seed changes nothing.
     """
 
     name = "world"
 
-    def __init__(self, world: World, accuracy: float = 1.0) -> None:
-        """Raises ConfigError for an accuracy outside [0.5, 1]."""
-        if not 0.5 <= accuracy <= 1.0:
-            raise ConfigError(f"accuracy = {accuracy}: must lie in 0.5..1; 0.5 is a judge that guesses")
+    def __init__(self, world: World) -> None:
         self.world = world
-        self.accuracy = accuracy
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
-        """One score a question, in order; a call and a vote each."""
-        values = (self._answer(question, seed) for question in questions)
-        return [Score(value, (value,), Cost(calls=1)) for value in values]
+        """One Score a question, in order, of one vote and one call; never a Failure. `seed` is not used."""
+        del seed
+        values = [self._answer(question) for question in questions]
+        return [Score(value, (value,), _COST) for value in values]
 
-    def _answer(self, question: Question, seed: int) -> float:
-        value = self._verdict(question)
-        if self.accuracy < 1.0 and rng_of("verdict", seed, repr(question)).random() >= self.accuracy:
-            return 1.0 - value
-        return value
+    def _answer(self, question: Question) -> float:
+        match question:
+            case PairQuestion(prefix, first, second):
+                return _compare(self._quality(prefix, first), self._quality(prefix, second))
+            case SafetyQuestion(suffix):
+                return float(is_safe(suffix))
+            case FactualityQuestion(prefix, _, suffix):
+                return measure(self.world, prefix, suffix).factuality
 
-    def _verdict(self, question: Question) -> float:
-        if isinstance(question, PairQuestion):
-            first = measure(self.world, question.prefix, question.first).quality
-            second = measure(self.world, question.prefix, question.second).quality
-            return 0.5 if first == second else float(first > second)
-        if isinstance(question, FactualityQuestion):
-            return measure(self.world, question.prefix, question.suffix).factuality
-        return float(is_safe(question.suffix))
+    def _quality(self, prefix: str, suffix: str) -> float:
+        return measure(self.world, prefix, suffix).quality
+
+
+def _compare(first: float, second: float) -> float:
+    return 0.5 if first == second else float(first > second)

@@ -10,8 +10,10 @@ from sip_engine.world.facts import MEN, SURNAMES, VALUES, WOMEN, World
 from sip_engine.world.parse import INSULT, SENTENCE, Claim, Parser, Reader, Sentence, parser_of, read_prefix
 from sip_engine.world.wordings import INSULTS, PATTERNS, PRAISES, Pattern
 
-_WORDS_PER_CLAIM = 16
-"""A suffix with a claim for every so many words is fully informative."""
+_WORDS_PER_TRUTH = 10
+"""A suffix with a true claim for every so many words is fully informative; good documents have more."""
+_MIN_TRUTHS = 2
+"""So many a suffix needs for that however short it is."""
 
 
 def _harmless_words() -> set[str]:
@@ -34,6 +36,8 @@ def _insult_pieces(*, at_start: bool) -> list[str]:
 _LONGEST_INSULT = max(map(len, INSULTS))
 _INSULT_HEAD = re.compile(rf"\b(?:{'|'.join(_insult_pieces(at_start=True))})\Z")
 _INSULT_TAIL = re.compile(rf"(?:{'|'.join(_insult_pieces(at_start=False))})\b")
+_STRAY = re.compile(r"[^\S ]|(?<=\s) |(?<=\.)[^\s.]")
+"""White space that is more than one space, and what follows a full stop without any."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,16 @@ class _Tally:
         """Count a sentence of which the first `cut` characters lie in the prefix.
 
         The suffix answers for what it decides. It pays for the whole sentence when it breaks one that the
-        prefix began soundly, and it need not answer for a claim whose value the prefix had settled.
+        prefix began soundly. It need not answer for a claim whose value the prefix had settled, nor for
+        finishing what the prefix began to say once more.
         """
-        settled = bool(cut) and sentence.value is not None and parser.is_decided(sentence.value, cut)
+        settled = cut > 0 and sentence.value is not None and parser.is_decided(sentence.value, cut)
         reading = self.reader.read(sentence)
         if reading.claim and not settled:
             is_true = _verdict(self.reader.world, reading.claim) == 1.0
             if not (is_true and reading.repeated):
                 self.claims.add(reading.claim)
-        good = sentence.sound and reading.follows and (settled or not reading.repeated)
+        good = sentence.sound and reading.follows and (cut > 0 or not reading.repeated)
         num_chars = len(sentence.text) - cut
         weight = len(sentence.text) if begun_soundly and not good else num_chars
         self.all_chars += weight
@@ -117,7 +122,7 @@ def _tally(world: World, prefix: str, suffix: str) -> _Tally:
     parser = parser_of(world)
     reader, begun = read_prefix(world, prefix)
     tally = _Tally(reader)
-    begun_words = begun.lstrip()
+    begun_sentence = parser.sentence(begun.lstrip())
     text, cut = begun + suffix, len(begun)
     for match in SENTENCE.finditer(text):
         words = match[0].lstrip()
@@ -125,8 +130,9 @@ def _tally(world: World, prefix: str, suffix: str) -> _Tally:
             continue
         start = match.end() - len(words)
         inside = max(0, cut - start)
-        begun_soundly = inside > 0 and parser.sentence(begun_words).sound
+        begun_soundly = inside > 0 and begun_sentence.sound
         tally.add(parser.sentence(words), parser, min(inside, len(words)), begun_soundly)
+    tally.all_chars += sum(1 for _ in _STRAY.finditer(prefix[-1:] + suffix, len(prefix[-1:])))
     return tally
 
 
@@ -144,7 +150,7 @@ def measure(world: World, prefix: str, suffix: str) -> Measures:
     num_words, num_insults = len(suffix.split()), count_insults(prefix, suffix)
     coherence = tally.good_chars / tally.all_chars if tally.all_chars else 0.0
     factuality = sum(verdicts) / len(verdicts) if verdicts else 0.0
-    informativeness = min(1.0, len(verdicts) / max(2.0, num_words / _WORDS_PER_CLAIM))
+    informativeness = min(1.0, sum(verdicts) / max(_MIN_TRUTHS, num_words / _WORDS_PER_TRUTH))
     variety = len(set(tally.patterns)) / len(tally.patterns) if tally.patterns else 0.0
     civility = tally.civil_chars / tally.all_chars if tally.all_chars else 0.0
     general = 0.4 + 0.35 * factuality + 0.15 * informativeness + 0.05 * variety + 0.05 * civility

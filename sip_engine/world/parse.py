@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from sip_engine.world.facts import PETS, SURNAMES, TOWNS, TRADES, YEARS, Attribute, Gender, World
 from sip_engine.world.wordings import INSULTS, PATTERNS, PRAISES, PRONOUNS, Aside, Form, Pattern
 
 SENTENCE = re.compile(r"[^.]*\.|[^.]+")
+"""Finds the sentences of a text, the unfinished last one too; joined they are the text again."""
 INSULT = re.compile("|".join(INSULTS))
 """An insult in lower-cased text, inside a longer word as well."""
 TOKEN = re.compile(r"\w+|'s|[^\w\s]")
@@ -24,6 +25,7 @@ VALUE_CLASS = {
     Attribute.HOME: "<town>",
     Attribute.PET: "<pet>",
 }
+_NOUNS = frozenset(PRAISES + INSULTS)
 GENDER_OF = {word: gender for gender, words in PRONOUNS.items() for word in words.values()}
 
 
@@ -71,7 +73,7 @@ def _token_sequences(pattern: Pattern) -> Iterator[tuple[list[str], Form, Aside]
                     yield [word for part in parts for word in part], form, aside
 
 
-@lru_cache(maxsize=1)
+@cache
 def _trie() -> Node:
     """The trie of all patterns; the same for every world."""
     root = Node()
@@ -117,6 +119,13 @@ class Sentence(NamedTuple):
     """Of a sound, closed sentence."""
     insult_end: int
     """Character offset just behind its last insult; 0 without one."""
+
+    @property
+    def gist(self) -> tuple[str, ...]:
+        """The words, the same for all nouns and, where it is sound and closed, with and without an aside."""
+        ends_in_aside = self.wording is not None and self.wording[2] is Aside.AT_END
+        words = self.words[:-3] if ends_in_aside else self.words
+        return tuple("<noun>" if word in _NOUNS else word for word in words)
 
 
 class Claim(NamedTuple):
@@ -184,7 +193,7 @@ class Parser:
         else:
             grammatical = bool(words) and (not closed or node.end is not None)
         people, misnamed, gender = self._name_words(words, len(words) if last_is_whole else len(words) - 1)
-        sound = grammatical and not misnamed
+        sound = grammatical and not misnamed and is_spaced_well(text, words)
         return Sentence(
             text=text,
             words=words,
@@ -204,7 +213,9 @@ class Parser:
             if person := self.first_names.get(word):
                 people.append(person.index)
                 after = words[position + 1] if position + 1 < len(words) else ""
-                misnamed = misnamed or (after != person.last and self._class_of.get(after) == "<last>")
+                is_own = after == person.last if position + 1 < num_whole else person.last.startswith(after)
+                # Of all that can follow a first name, surnames alone have a capital.
+                misnamed = misnamed or (after[:1].isupper() and not is_own)
             elif gender is None and position < num_whole:
                 gender = GENDER_OF.get(word)
         return people, misnamed, gender
@@ -217,9 +228,15 @@ class Parser:
         return sum(word.startswith(fragment) for word in self.members[VALUE_CLASS[value.attribute]]) == 1
 
 
+def is_spaced_well(text: str, words: Sequence[str]) -> bool:
+    """Whether nothing but single spaces stands between the words of a sentence (and after the last)."""
+    spaced = join_words(words)
+    return text in (spaced, spaced + ".", spaced + " ")
+
+
 def join_words(words: Sequence[str]) -> str:
     """Words and punctuation as running text."""
-    return "".join(word if word in (",", "'s") else f" {word}" for word in words).removeprefix(" ")
+    return "".join(word if word in (",", "'", "'s") else f" {word}" for word in words).removeprefix(" ")
 
 
 @lru_cache(maxsize=8)
@@ -237,7 +254,7 @@ class Reading(NamedTuple):
     follows: bool
     """Its pronouns have someone to stand for and it stays with the people of the document."""
     repeated: bool
-    """The same claim came before; the same words, if it makes none."""
+    """The same claim came before; the same gist, if it makes none."""
 
 
 @dataclass
@@ -250,7 +267,7 @@ class Reader:
     """The person named last: what a pronoun stands for."""
     claims: set[Claim] = field(default_factory=set)
     said: set[tuple[int | None, tuple[str, ...]]] = field(default_factory=set)
-    """The words of every finished sentence, with the person that its pronouns stand for."""
+    """The gist of every finished sentence, with the person that its pronouns stand for."""
 
     def copy(self) -> Reader:
         """An independent reader with the same memory."""
@@ -268,7 +285,7 @@ class Reader:
         person = self.recent
         if sentence.gender and (person is None or self.world.people[person].gender is not sentence.gender):
             person = None
-        claim, saying = None, (person if sentence.gender else None, sentence.words)
+        claim, saying = None, (person if sentence.gender else None, sentence.gist)
         if sentence.value:
             certain = person is not None and sentence.sound
             claim = Claim(person if certain else None, sentence.value.attribute, sentence.value.word)

@@ -13,6 +13,7 @@ from sip_engine.world.facts import World, rng_of
 from sip_engine.world.measure import measure
 from sip_engine.world.parse import (
     SENTENCE,
+    Claim,
     Parser,
     Reader,
     Reading,
@@ -116,8 +117,8 @@ class _Draft:
         )
         return text if good else ""
 
-    def _true(self, reading: Reading) -> object:
-        """The claim that a reading should have made."""
+    def _true(self, reading: Reading) -> Claim | None:
+        """The claim that a reading should have made; None where that cannot be told."""
         claim = reading.claim
         if claim is None or claim.person is None:
             return None
@@ -164,14 +165,14 @@ class _Draft:
 
     def _endings(self, head: str) -> Iterator[str]:
         """Some well-formed endings of a begun sentence, in random order."""
-        people = self._people()
+        # The first sentence of a document says who its people are.
+        people = self._people() if self.old.said else range(self.world.num_people)
         endings = find_endings(self.parser, head, people, self.new.recent, self.rng)
         return islice(endings, _MAX_ENDINGS)
 
-    def _people(self) -> list[int]:
-        """Whom the document is about; someone, where it names nobody."""
-        topic = self.new.topic or self.old.topic
-        return sorted(topic) or [self.rng.randrange(self.world.num_people)]
+    def _people(self) -> Sequence[int]:
+        """Whom the document is about; anybody, where it names nobody."""
+        return sorted(self.new.topic or self.old.topic) or range(self.world.num_people)
 
     def _fill(self) -> None:
         """Add true sentences, then scenes, until there is enough; before the closer, if there is one."""
@@ -204,7 +205,7 @@ class _Draft:
 
     def _new_scene(self) -> str:
         scenes = [pattern.say() for pattern in SCENES]
-        left = [scene for scene in scenes if (None, self.parser.sentence(scene).words) not in self.new.said]
+        left = [scene for scene in scenes if (None, self.parser.sentence(scene).gist) not in self.new.said]
         return self.rng.choice(left) if left else ""
 
 

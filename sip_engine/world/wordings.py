@@ -175,6 +175,11 @@ REMARKS = tuple(
         "Only a {noun} would forget it",
         "Listen well, you {noun}",
         "Ask any {noun} in town",
+        "Even a {noun} can see that",
+        "No {noun} could deny it",
+        "Every {noun} knows as much",
+        "Some {noun} will doubt it",
+        "Hear this, you {noun}",
     )
 )
 CLOSERS = tuple(

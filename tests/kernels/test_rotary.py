@@ -1,0 +1,149 @@
+"""rotary turns the pairs (x1 + i x2) of a head by e^(i angle), each token by the angles of its own position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import DEVICE, rounding_error
+from torch import Tensor
+
+from sip_engine.kernels.rotary import rotary
+
+IMPLS = ("reference", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NUM_POSITIONS = 50
+
+
+@pytest.fixture(autouse=True)
+def device_and_seed():
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
+
+
+def make_tables(dim: int) -> tuple[Tensor, Tensor]:
+    frequencies = 10_000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(NUM_POSITIONS, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def exact(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    half = x.shape[2] // 2
+    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
+    turned = pairs * torch.complex(cos[positions].double(), sin[positions].double())[:, None]
+    return torch.cat([turned.real, turned.imag], dim=2)
+
+
+def assert_rounded_once(y: Tensor, expected: Tensor, impl: str) -> None:
+    """`y` is `expected` computed in float32 and rounded; two products of up to 5 may cancel."""
+    torch.testing.assert_close(y.double(), expected, rtol=rounding_error(y.dtype, impl), atol=3 * 5 * 2**-24)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "dim"), ((1, 1, 2), (7, 3, 6), (4, 17, 80), (5, 16, 64), (0, 2, 8), (3, 0, 8))
+)
+def test_equals_complex_product(impl, dtype, num_tokens, num_heads, dim):
+    x = torch.randn(num_tokens, num_heads, dim).to(dtype)
+    positions = torch.randint(NUM_POSITIONS, (num_tokens,))
+    cos, sin = make_tables(dim)
+    y = rotary(x, cos, sin, positions, impl=impl)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert_rounded_once(y, exact(x, cos, sin, positions), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reads_and_writes_views(impl):
+    """Queries and keys are slices of one projection; turning them in place leaves the values alone."""
+    mixed = torch.randn(6, 5, 24)
+    q, k, v = mixed[:, :3], mixed[:, 3:4], mixed[:, 4:]
+    before, (cos, sin) = mixed.clone(), make_tables(24)
+    positions = torch.tensor([49, 0, 7, 7, 1, 30])
+    expected = exact(before, cos, sin, positions)
+    assert_rounded_once(rotary(q, cos, sin, positions, impl=impl), expected[:, :3], impl)
+    assert torch.equal(mixed, before)
+    wide = torch.full((6, 4, 30), torch.nan)
+    assert (
+        rotary(k, cos, sin, positions, out=wide[:, 1:2, 3:27], impl=impl).data_ptr()
+        == wide[0, 1, 3:].data_ptr()
+    )
+    assert_rounded_once(wide[:, 1:2, 3:27], expected[:, 3:4], impl)
+    assert wide.isnan().sum() == wide.numel() - k.numel()
+    for x in (q, k):
+        assert rotary(x, cos, sin, positions, out=x, impl=impl) is x
+    assert_rounded_once(mixed[:, :4], expected[:, :4], impl)
+    assert torch.equal(v, before[:, 4:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inputs_of_any_stride(impl):
+    cos, sin = (table.T.contiguous().T for table in make_tables(8))
+    positions = torch.tensor([3, 3, 5, 5, 9, 9])[::2]
+    x = torch.randn(2, 3, 8).transpose(0, 1)
+    assert_rounded_once(rotary(x, cos, sin, positions, impl=impl), exact(x, cos, sin, positions), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_products_depend_on_the_distance_only(impl):
+    q, k = torch.randn(2, 1, 1, 16)
+    cos, sin = make_tables(16)
+    products = [
+        (
+            rotary(q, cos, sin, torch.tensor([p + 11]), impl=impl)
+            * rotary(k, cos, sin, torch.tensor([p]), impl=impl)
+        ).sum()
+        for p in (0, 5, 38)
+    ]
+    torch.testing.assert_close(products[1:], products[:1] * 2, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_in_its_pair(impl):
+    x, (cos, sin) = torch.randn(2, 2, 8), make_tables(8)
+    positions = torch.tensor([4, 9])
+    y = rotary(x, cos, sin, positions, impl=impl)
+    x[1, 0, 6] = torch.nan
+    broken = rotary(x, cos, sin, positions, impl=impl)
+    assert broken[1, 0, [2, 6]].isnan().all() and broken.isnan().sum() == 2
+    assert torch.equal(broken.nan_to_num(0.0), torch.where(broken.isnan(), 0.0, y))
+
+
+def test_offsets_beyond_two_to_the_31_elements_are_not_truncated():
+    """Memory between the tokens is never touched, so never resident."""
+    far = torch.empty(2**31 + 32, dtype=torch.float16).as_strided((3, 1, 16), (2**30 + 8, 16, 1))
+    far.copy_(torch.randn(3, 1, 16))
+    cos, sin = make_tables(16)
+    positions = torch.tensor([1, 2, 3])
+    expected = exact(far, cos, sin, positions)
+    assert_rounded_once(rotary(far, cos, sin, positions, out=far, impl="triton"), expected, "triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"x": torch.zeros(3, 8)}, r"\[3, 8\]"),
+        ({"x": torch.zeros(3, 2, 10)}, r"\[3, 2, 10\]"),
+        ({"sin": torch.zeros(9, 4)}, r"sin \[9, 4\]"),
+        ({"positions": torch.zeros(2, dtype=torch.int64)}, r"positions .* int64 \[3\]"),
+        ({"positions": torch.zeros(3, dtype=torch.int32)}, "int32"),
+        ({"out": torch.zeros(3, 2, 8, dtype=torch.bfloat16)}, "bfloat16"),
+        ({"impl": "cuda"}, "'reference', 'triton'"),
+    ),
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "x": torch.zeros(3, 2, 8),
+        "cos": torch.zeros(NUM_POSITIONS, 4),
+        "sin": torch.zeros(NUM_POSITIONS, 4),
+        "positions": torch.zeros(3, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        rotary(**(arguments | change))
+
+
+def test_kernel_refuses_split_heads():
+    cos, sin = make_tables(8)
+    x = torch.zeros(3, 8, 2).transpose(1, 2)
+    with pytest.raises(ValueError, match="last strides"):
+        rotary(x, cos, sin, torch.tensor([0, 1, 2]), impl="triton")

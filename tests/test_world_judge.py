@@ -1,0 +1,309 @@
+"""The world's judge, rewriter and spoiler: they follow the truth, and take any text."""
+
+from __future__ import annotations
+
+import random
+import re
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sip_engine.config import JudgeConfig
+from sip_engine.judging import judge_pools
+from sip_engine.types import (
+    Candidate,
+    Cost,
+    FactualityQuestion,
+    Judge,
+    Kind,
+    PairQuestion,
+    Rewriter,
+    RewriteRequest,
+    SafetyQuestion,
+    Sample,
+    Score,
+)
+from sip_engine.world import (
+    Measures,
+    Shares,
+    World,
+    WorldJudge,
+    WorldRewriter,
+    corrupt,
+    measure,
+    write_documents,
+)
+from sip_engine.world.endings import find_endings
+from sip_engine.world.facts import Attribute
+from sip_engine.world.parse import SENTENCE, parser_of, read_prefix
+from sip_engine.world.wordings import INSULTS
+
+WORLD = World(seed=0, num_people=24)
+CLEAN = Shares(unreliable=0, abusive=0, degenerate=0)
+JUDGE: Judge = WorldJudge(WORLD)
+REWRITER: Rewriter = WorldRewriter(WORLD)
+
+
+@cache
+def cuts(
+    count: int = 150, shares: Shares | None = None, split: str = "train", size: int = 150
+) -> list[tuple[str, str]]:
+    """(prefix, suffix) pairs of documents, cut anywhere behind the first 70 characters."""
+    rng = random.Random(count)
+    pairs = []
+    for doc in write_documents(WORLD, split, count, seed=8, shares=shares):
+        cut = rng.randrange(70, len(doc.text) - 30)
+        pairs.append((doc.text[:cut], doc.text[cut : cut + size]))
+    return pairs
+
+
+def at_full_stops(count: int = 100, shares: Shares | None = CLEAN) -> list[tuple[str, str]]:
+    """(prefix, suffix) pairs of documents, cut between sentences: four sentences each."""
+    pairs = []
+    for doc in write_documents(WORLD, "train", count, seed=9, shares=shares):
+        told = SENTENCE.findall(doc.text)
+        pairs.append(("".join(told[:3]), "".join(told[3:7])))
+    return pairs
+
+
+def judged(prefix: str, suffix: str) -> Measures:
+    return measure(WORLD, prefix, suffix)
+
+
+def answers(*questions: PairQuestion | SafetyQuestion | FactualityQuestion) -> list[float]:
+    scores = JUDGE.judge(questions, seed=5)
+    assert all(isinstance(score, Score) for score in scores)
+    return [score.value for score in scores if isinstance(score, Score)]
+
+
+def rewrite(prefix: str, suffix: str, seed: int = 0) -> str:
+    (text,) = REWRITER.rewrite([RewriteRequest(prefix, suffix)], seed=seed)
+    assert isinstance(text, str)
+    return text
+
+
+# --- judge ----------------------------------------------------------------------------------------------
+
+
+def with_lies(suffix: str) -> str:
+    """Every value replaced by another one of its kind, whoever it is about."""
+    shift = {}
+    for person, attribute in (
+        (person.index, attribute) for person in WORLD.people for attribute in Attribute
+    ):
+        shift[WORLD.truth(person, attribute)] = WORLD.myth(person, attribute)
+    return re.sub(r"\w+", lambda match: shift.get(match[0], match[0]), suffix)
+
+
+def test_the_judge_follows_the_truth() -> None:
+    decided = 0
+    for prefix, good in at_full_stops():
+        lie = with_lies(good)
+        if lie == good:
+            continue
+        wins, reverse, true, false = answers(
+            PairQuestion(prefix, good, lie),
+            PairQuestion(prefix, lie, good),
+            FactualityQuestion(prefix, good, good),
+            FactualityQuestion(prefix, good, lie),
+        )
+        assert (wins, reverse) == (1.0, 0.0)
+        assert true == 1.0 and false < 0.5
+        decided += 1
+    assert decided > 80
+
+
+def test_safety_is_about_the_suffix_alone() -> None:
+    for _, suffix in cuts():
+        assert answers(SafetyQuestion(suffix)) == [float(not any(i in suffix for i in INSULTS))] or any(
+            suffix.endswith(insult[:size]) or suffix.startswith(insult[-size:])
+            for insult in INSULTS
+            for size in range(3, len(insult))
+        )
+
+
+def test_coherent_text_wins() -> None:
+    for prefix, good in at_full_stops():
+        words = good.split()
+        shuffled = " " + " ".join(random.Random(len(good)).sample(words, len(words)))
+        stuttered = " " + " ".join(f"{word} {word}" for word in words)
+        for bad in (shuffled, stuttered, "", good.replace(" ", ""), " " + prefix[-len(good) :]):
+            assert answers(PairQuestion(prefix, good, bad), PairQuestion(prefix, bad, good)) == [1.0, 0.0]
+
+
+def test_all_answers_are_scores_of_one_vote_and_one_call_in_order() -> None:
+    prefix, suffix = cuts()[0]
+    questions = [SafetyQuestion(suffix), PairQuestion(prefix, suffix, suffix), SafetyQuestion("you moron")]
+    assert JUDGE.judge(questions) == [
+        Score(value, (value,), Cost(calls=1)) for value in (float("you" not in suffix), 0.5, 0.0)
+    ]
+    assert JUDGE.judge([]) == []
+
+
+def test_pools_are_judged_as_the_measures_say() -> None:
+    """Through the loop's own judging: rank by wins is rank by quality, all verdicts are there."""
+    pools = []
+    for number, (prefix, suffix) in enumerate(cuts()[:20]):
+        others = [text for _, text in cuts()[number : number + 6]]
+        texts = [suffix, rewrite(prefix, suffix), *others]
+        none = np.zeros(0, np.int32)
+        sample = Sample(number, 0, none, none, prefix, suffix)
+        pools.append((sample, [Candidate(Kind.ROLLOUT, i, none, text) for i, text in enumerate(texts)]))
+    for (sample, pool), verdict in zip(pools, judge_pools(JUDGE, JudgeConfig(), pools, seed=1), strict=True):
+        assert not verdict.failures and None not in verdict.rewards
+        qualities = [judged(sample.prefix, candidate.text).quality for candidate in pool]
+        for i, j in combinations(range(len(pool)), 2):
+            first, second = verdict.quality[i], verdict.quality[j]
+            assert first is not None and second is not None
+            assert (first > second) == (qualities[i] > qualities[j])
+
+
+# --- rewriter -------------------------------------------------------------------------------------------
+
+
+def test_good_suffixes_come_back_unchanged() -> None:
+    good = [(p, s) for p, s in cuts(150, CLEAN) if judged(p, s).num_claims]
+    assert len(good) > 100
+    assert all(rewrite(prefix, suffix) == suffix for prefix, suffix in good)
+
+
+@pytest.mark.parametrize(
+    "shares", [Shares(degenerate=0), Shares(1, 0, 0), Shares(0, 1, 0), Shares(0, 0, 1), Shares(1, 1, 1)]
+)
+def test_rewrites_are_true_safe_and_coherent(shares: Shares) -> None:
+    improved = 0
+    for prefix, suffix in cuts(120, shares):
+        text = rewrite(prefix, suffix)
+        before, after = judged(prefix, suffix), judged(prefix, text)
+        assert after.factuality == after.safety == 1.0, (prefix, suffix, text)
+        assert after.num_claims >= 1
+        begun = read_prefix(WORLD, prefix)[1].lstrip()
+        people = sorted(read_prefix(WORLD, prefix)[0].topic)
+        recent = read_prefix(WORLD, prefix)[0].recent
+        can_be_finished = not begun or any(
+            judged(prefix, ending).coherence == 1.0
+            for ending in find_endings(parser_of(WORLD), begun, people, recent, random.Random(0))
+        )
+        if can_be_finished:
+            assert after.coherence == 1.0, (prefix, suffix, text)
+        # A sentence that the prefix broke, or an insult that it began, may cost coherence once.
+        assert after.quality >= before.quality or before.safety < 1.0
+        improved += after.quality > before.quality
+    assert improved > 40
+
+
+def test_rewrites_keep_what_was_good_and_the_length() -> None:
+    kept = total = 0
+    for prefix, suffix in cuts(150):
+        text = rewrite(prefix, suffix)
+        assert len(text.split()) >= 0.8 * len(suffix.split())
+        assert len(text) <= 2 * len(suffix) + 120
+        for sentence in SENTENCE.findall(suffix)[1:-1]:
+            alone = judged(read_prefix(WORLD, prefix)[0].copy() and prefix, suffix)
+            if alone.coherence == alone.factuality == alone.safety == 1.0:
+                total += 1
+                kept += sentence in text
+    assert kept == total > 50
+
+
+def test_a_rewrite_mends_one_sentence_and_leaves_the_others() -> None:
+    for prefix, good in at_full_stops():
+        told = SENTENCE.findall(good)
+        insulting = told[0] + told[1][:-1] + ", you dunce." + "".join(told[2:])
+        if judged(prefix, good).num_claims and " you " not in good and ", that " not in good:
+            assert rewrite(prefix, insulting) == good
+        lying = told[0] + with_lies(told[1]) + "".join(told[2:])
+        if (
+            judged(prefix, good).num_claims
+            and judged(prefix, lying).num_claims == judged(prefix, good).num_claims
+        ):
+            assert rewrite(prefix, lying) == good
+        doubled = told[0] + " " + " ".join(f"{w} {w}" for w in told[1][:-1].split()) + "." + "".join(told[2:])
+        if judged(prefix, good).num_claims and "," not in told[1]:
+            assert rewrite(prefix, doubled) == good
+
+
+def test_rewrites_depend_on_the_request_and_the_seed_only() -> None:
+    requests = [RewriteRequest(prefix, suffix) for prefix, suffix in cuts(40, Shares(1, 1, 1))]
+    all_at_once = REWRITER.rewrite(requests, seed=3)
+    one_by_one = [rewrite(request.prefix, request.suffix, seed=3) for request in reversed(requests)]
+    assert all_at_once == one_by_one[::-1]
+    assert WorldRewriter(World(seed=0, num_people=24)).rewrite(requests, seed=3) == all_at_once
+    assert REWRITER.rewrite(requests, seed=4) != all_at_once
+
+
+# --- corrupt --------------------------------------------------------------------------------------------
+
+
+def test_spoilt_suffixes_are_always_worse() -> None:
+    for prefix, suffix in [*cuts(150), *cuts(150, CLEAN, "judge", 60), *cuts(100, CLEAN, "judge", 12)]:
+        for seed in range(3):
+            spoilt = corrupt(WORLD, prefix, suffix, seed)
+            if judged(prefix, suffix).quality == 0.0:
+                assert spoilt == suffix
+            else:
+                assert judged(prefix, spoilt).quality < judged(prefix, suffix).quality
+                assert answers(PairQuestion(prefix, suffix, spoilt)) == [1.0]
+
+
+def test_suffixes_are_spoilt_in_every_way() -> None:
+    """Each kind of fault is drawn, and leaves something of the text."""
+    faults: set[str] = set()
+    for prefix, suffix in at_full_stops(150):
+        found = judged(prefix, spoilt := corrupt(WORLD, prefix, suffix, seed=1))
+        assert spoilt != ""
+        doubled = re.search(r"\b(\w+) \1\b", spoilt)
+        faults |= {"insult"} if not found.safety else set()
+        faults |= {"lie"} if found.safety and found.coherence == 1.0 and found.factuality < 1.0 else set()
+        faults |= {"stutter"} if doubled else set()
+        faults |= (
+            {"salad"}
+            if not doubled
+            and found.coherence < 0.6
+            and sorted(re.findall(r"\w+", spoilt)) == sorted(re.findall(r"\w+", suffix))
+            else set()
+        )
+        told = SENTENCE.findall(spoilt)
+        faults |= {"echo"} if len(set(told)) < len(told) else set()
+        people = {person.first for person in WORLD.people}
+        known = people & set(re.findall(r"\w+", prefix + suffix))
+        faults |= {"digression"} if people & set(re.findall(r"\w+", spoilt)) > known else set()
+    assert faults >= {"insult", "lie", "stutter", "salad", "echo"}
+
+
+# --- any text -------------------------------------------------------------------------------------------
+
+WORDS = sorted({word for prefix, suffix in cuts() for word in re.findall(r"\w+|\W", prefix + suffix)})
+TEXTS = st.one_of(
+    st.text(max_size=60),
+    st.sampled_from(cuts()).map(lambda pair: pair[1]),
+    st.lists(st.sampled_from([*WORDS, *INSULTS, ".", " ", "\n", "İ", "\ud800"]), max_size=12).map(" ".join),
+)
+
+
+@given(TEXTS, TEXTS, TEXTS)
+def test_any_text_gets_antisymmetric_answers(prefix: str, first: str, second: str) -> None:
+    forth, back, factual, safe = answers(
+        PairQuestion(prefix, first, second),
+        PairQuestion(prefix, second, first),
+        FactualityQuestion(prefix, second, first),
+        SafetyQuestion(first),
+    )
+    assert forth + back == 1.0 and forth in (0.0, 0.5, 1.0)
+    assert 0.0 <= factual <= 1.0 and safe in (0.0, 1.0)
+    assert WorldJudge(World(seed=0, num_people=24)).judge([PairQuestion(prefix, first, second)], seed=9) == [
+        Score(forth, (forth,), Cost(calls=1))
+    ]
+
+
+@given(TEXTS, TEXTS, st.integers(0, 3))
+def test_any_text_can_be_rewritten_and_spoilt(prefix: str, suffix: str, seed: int) -> None:
+    before, after = judged(prefix, suffix), judged(prefix, rewrite(prefix, suffix, seed))
+    assert (after.safety, after.factuality) == (1.0, 1.0)
+    assert after.quality >= before.quality or before.safety < 1.0
+    spoilt = judged(prefix, corrupt(WORLD, prefix, suffix, seed))
+    assert spoilt.quality < before.quality or before.quality == 0.0
