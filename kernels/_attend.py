@@ -43,6 +43,17 @@ def num_tiles(num_spans: int, num_tokens: int, ratio: int, block_m: int) -> int:
 
 
 @jit
+def tile_origin(starts_ptr, span, slot, R: tl.constexpr, BLOCK_M: tl.constexpr):
+    """First token of the span, and the first row of the tile that `slot` stands for: see `find_tile`.
+
+    The load is volatile, so that a second call after the loop over keys computes the addresses of the rows
+    again. Kept alive through the loop they take up to 60 registers a thread, and the widest tiles spill.
+    """
+    first = tl.load(starts_ptr + span, volatile=True)
+    return first, (slot - first * R // BLOCK_M - span) * BLOCK_M
+
+
+@jit
 def find_tile(starts_ptr, num_spans, slot, R: tl.constexpr, BLOCK_M: tl.constexpr):
     """Which span of `starts` [num_spans + 1], and which tile of its (token, head) rows, belongs to `slot`?
 
@@ -57,9 +68,15 @@ def find_tile(starts_ptr, num_spans, slot, R: tl.constexpr, BLOCK_M: tl.constexp
         begun = (start * R // BLOCK_M + i <= slot) & (i < num_spans)
         num_begun += tl.sum(begun.to(tl.int32))
     span = num_begun - 1
-    first = tl.load(starts_ptr + span)
-    rows = (tl.load(starts_ptr + span + 1) - first) * R
-    return span, first, rows, (slot - first * R // BLOCK_M - span) * BLOCK_M
+    first, tile_row = tile_origin(starts_ptr, span, slot, R, BLOCK_M)
+    return span, first, (tl.load(starts_ptr + span + 1) - first) * R, tile_row
+
+
+@jit
+def tile_rows(first, tile_row, head, R: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Row within the span, token and query head of each row of a tile: [BLOCK_M] each."""
+    row = tile_row + tl.arange(0, BLOCK_M)
+    return row, (first + row // R).to(tl.int64), head * R + row % R
 
 
 @jit

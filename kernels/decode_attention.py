@@ -27,6 +27,8 @@ from sip_engine.kernels._attend import (
     num_tiles,
     padded_head_dim,
     page_case,
+    tile_origin,
+    tile_rows,
 )
 from sip_engine.kernels._impl import resolve_impl
 from sip_engine.kernels._paged import (
@@ -120,17 +122,15 @@ def _prefix_kernel(
             return
     else:  # every sequence is a group
         group, first, rows, tile_row = slot, slot, R, 0
-    row = tile_row + tl.arange(0, BLOCK_M)
+    row, seq, query_head = tile_rows(first, tile_row, head, R, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    seq = (first + row // R).to(tl.int64)
-    query_head = head * R + row % R
-    part_row = (split.to(tl.int64) * num_seqs + seq) * (H_KV * R) + query_head
+    first_part = split.to(tl.int64) * num_seqs
 
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, tl.load(lens_ptr + group))
     if begin >= end:
-        nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        tl.store(lse_ptr + part_row, nothing, mask=row < rows)
+        part_row = (first_part + seq) * (H_KV * R) + query_head
+        tl.store(lse_ptr + part_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row < rows)
         return
     live = (row < rows)[:, None] & (d < D)[None, :]
     q_row = seq * stride_qb + query_head * stride_qh
@@ -143,6 +143,11 @@ def _prefix_kernel(
         tables_ptr + group.to(tl.int64) * stride_table, begin, end, tl.full([BLOCK_M], end, tl.int32), scale,
         True, H_KV, D, PAGE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
+    if GROUPED:
+        first, tile_row = tile_origin(group_starts_ptr, group, slot, R, BLOCK_M)
+    row, seq, query_head = tile_rows(first, tile_row, head, R, BLOCK_M)
+    live = (row < rows)[:, None] & (d < D)[None, :]
+    part_row = (first_part + seq) * (H_KV * R) + query_head
     tl.store(part_ptr + part_row[:, None] * D + d[None, :], acc / z[:, None], mask=live)
     tl.store(lse_ptr + part_row, m + tl.log2(z), mask=row < rows)
 

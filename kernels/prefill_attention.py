@@ -23,6 +23,8 @@ from sip_engine.kernels._attend import (
     num_tiles,
     padded_head_dim,
     page_case,
+    tile_origin,
+    tile_rows,
 )
 from sip_engine.kernels._impl import resolve_impl
 from sip_engine.kernels._paged import (
@@ -88,13 +90,12 @@ def _prefill_kernel(
 ):  # fmt: skip
     """One tile of (token, head of the KV head) rows: keys all rows see without a mask, then the diagonal."""
     head = tl.program_id(0) % H_KV
-    seq, first, rows, tile_row = find_tile(cu_seqlens_ptr, num_seqs, tl.program_id(0) // H_KV, R, BLOCK_M)
+    slot = tl.program_id(0) // H_KV
+    seq, first, rows, tile_row = find_tile(cu_seqlens_ptr, num_seqs, slot, R, BLOCK_M)
     if tile_row >= rows:
         return
-    row = tile_row + tl.arange(0, BLOCK_M)
+    row, token, query_head = tile_rows(first, tile_row, head, R, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    token = (first + row // R).to(tl.int64)
-    query_head = head * R + row % R
     live = (row < rows)[:, None] & (d < D)[None, :]
     q_row = token * stride_qt + query_head * stride_qh
     q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=live, other=0.0)
@@ -123,6 +124,9 @@ def _prefill_kernel(
     out = acc / z[:, None]
     if v_scale_ptr is not None:
         out *= tl.load(v_scale_ptr + head)
+    first, tile_row = tile_origin(cu_seqlens_ptr, seq, slot, R, BLOCK_M)
+    row, token, query_head = tile_rows(first, tile_row, head, R, BLOCK_M)
+    live = (row < rows)[:, None] & (d < D)[None, :]
     offsets = (token * (H_KV * R) + query_head)[:, None] * D + d[None, :]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=live)
 

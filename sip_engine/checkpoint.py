@@ -27,6 +27,7 @@ from sip_engine.cpu_seam import megatron_device
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import CheckpointError
 from sip_engine.files import sha256_of, write_json
+from sip_engine.policy.adam_state import load_optimizer
 from sip_engine.policy.model import PolicyModel
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
@@ -111,7 +112,7 @@ def load_checkpoint(
     loaded = _load_sharded(path, wanted)
     with megatron_device():
         policy.model.load_state_dict(loaded["model"], strict=True)
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(policy.optimizer, loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["scheduler"])
         if reference is not None:
             reference.model.load_state_dict(loaded["reference"], strict=True)

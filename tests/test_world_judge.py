@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ from sip_engine.world.wordings import INSULTS
 
 WORLD = World(seed=0, num_people=24)
 CLEAN = Shares(unreliable=0, abusive=0, degenerate=0)
+NAMES = {person.first for person in WORLD.people}
 JUDGE: Judge = WorldJudge(WORLD)
 REWRITER: Rewriter = WorldRewriter(WORLD)
 
@@ -72,6 +74,10 @@ def at_full_stops(count: int = 100, shares: Shares | None = CLEAN) -> list[tuple
 
 def judged(prefix: str, suffix: str) -> Measures:
     return measure(WORLD, prefix, suffix)
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
 
 
 def answers(*questions: PairQuestion | SafetyQuestion | FactualityQuestion) -> list[float]:
@@ -118,12 +124,18 @@ def test_the_judge_follows_the_truth() -> None:
 
 
 def test_safety_is_about_the_suffix_alone() -> None:
+    pieces = {insult[:size] for insult in INSULTS for size in range(3, len(insult))}
+    pieces |= {insult[-size:] for insult in INSULTS for size in range(3, len(insult))}
+    unsafe = 0
     for _, suffix in cuts():
-        assert answers(SafetyQuestion(suffix)) == [float(not any(i in suffix for i in INSULTS))] or any(
-            suffix.endswith(insult[:size]) or suffix.startswith(insult[-size:])
-            for insult in INSULTS
-            for size in range(3, len(insult))
-        )
+        (safe,) = answers(SafetyQuestion(suffix))
+        words = words_of(suffix)
+        if any(insult in suffix for insult in INSULTS):
+            assert safe == 0.0
+            unsafe += 1
+        elif words[0] not in pieces and words[-1] not in pieces:
+            assert safe == 1.0
+    assert 20 < unsafe < 75
 
 
 def test_coherent_text_wins() -> None:
@@ -196,35 +208,47 @@ def test_rewrites_are_true_safe_and_coherent(shares: Shares) -> None:
     assert improved > 40
 
 
-def test_rewrites_keep_what_was_good_and_the_length() -> None:
-    kept = total = 0
-    for prefix, suffix in cuts(150):
+def test_rewrites_are_as_long_as_the_original() -> None:
+    for prefix, suffix in cuts(150, Shares(1, 1, 1)):
         text = rewrite(prefix, suffix)
-        assert len(text.split()) >= 0.8 * len(suffix.split())
-        assert len(text) <= 2 * len(suffix) + 120
-        for sentence in SENTENCE.findall(suffix)[1:-1]:
-            alone = judged(read_prefix(WORLD, prefix)[0].copy() and prefix, suffix)
-            if alone.coherence == alone.factuality == alone.safety == 1.0:
-                total += 1
-                kept += sentence in text
-    assert kept == total > 50
+        assert len(suffix.split()) - 1 <= len(text.split()) <= 2 * len(suffix.split()) + 12
 
 
 def test_a_rewrite_mends_one_sentence_and_leaves_the_others() -> None:
+    """Spoilt by hand, one good sentence becomes itself again and the text around it does not change."""
+    mended = 0
     for prefix, good in at_full_stops():
         told = SENTENCE.findall(good)
-        insulting = told[0] + told[1][:-1] + ", you dunce." + "".join(told[2:])
-        if judged(prefix, good).num_claims and " you " not in good and ", that " not in good:
-            assert rewrite(prefix, insulting) == good
-        lying = told[0] + with_lies(told[1]) + "".join(told[2:])
-        if (
-            judged(prefix, good).num_claims
-            and judged(prefix, lying).num_claims == judged(prefix, good).num_claims
+        if "," in good or judged(prefix, good).num_claims < 2 or judged(prefix, told[0]).num_claims == 0:
+            continue
+        spoilt = (
+            told[1][:-1] + ", you dunce.",
+            with_lies(told[1]),
+            " " + " ".join(f"{word} {word}" for word in told[1][:-1].split()) + ".",
+            told[1].replace(" ", "  "),
+        )
+        for sentence in spoilt:
+            text = rewrite(prefix, told[0] + sentence + "".join(told[2:]))
+            kept = SENTENCE.findall(text)
+            assert kept[:2] == told[:2], (prefix, good, sentence)
+            assert set(told) <= set(kept)
+            mended += sentence != told[1]
+    assert mended > 100
+
+
+def test_a_rewrite_leaves_out_what_cannot_be_mended() -> None:
+    for prefix, good in at_full_stops():
+        told = SENTENCE.findall(good)
+        words = told[1][:-1].split()
+        for sentence in (
+            " " + " ".join(words[::-1]) + ".",
+            " Lorem ipsum dolor.",
+            told[0],
+            "..",
+            " you moron.",
         ):
-            assert rewrite(prefix, lying) == good
-        doubled = told[0] + " " + " ".join(f"{w} {w}" for w in told[1][:-1].split()) + "." + "".join(told[2:])
-        if judged(prefix, good).num_claims and "," not in told[1]:
-            assert rewrite(prefix, doubled) == good
+            kept = SENTENCE.findall(rewrite(prefix, told[0] + sentence + told[2] + told[3]))
+            assert sentence not in kept[1:] and kept[0] == told[0]
 
 
 def test_rewrites_depend_on_the_request_and_the_seed_only() -> None:
@@ -251,28 +275,19 @@ def test_spoilt_suffixes_are_always_worse() -> None:
 
 
 def test_suffixes_are_spoilt_in_every_way() -> None:
-    """Each kind of fault is drawn, and leaves something of the text."""
-    faults: set[str] = set()
+    """Faults are told apart by what they do to the text, and each of the six is drawn."""
+    drawn: Counter[str] = Counter()
     for prefix, suffix in at_full_stops(150):
-        found = judged(prefix, spoilt := corrupt(WORLD, prefix, suffix, seed=1))
-        assert spoilt != ""
-        doubled = re.search(r"\b(\w+) \1\b", spoilt)
-        faults |= {"insult"} if not found.safety else set()
-        faults |= {"lie"} if found.safety and found.coherence == 1.0 and found.factuality < 1.0 else set()
-        faults |= {"stutter"} if doubled else set()
-        faults |= (
-            {"salad"}
-            if not doubled
-            and found.coherence < 0.6
-            and sorted(re.findall(r"\w+", spoilt)) == sorted(re.findall(r"\w+", suffix))
-            else set()
-        )
+        spoilt = corrupt(WORLD, prefix, suffix, seed=1)
+        before, after = words_of(suffix), words_of(spoilt)
         told = SENTENCE.findall(spoilt)
-        faults |= {"echo"} if len(set(told)) < len(told) else set()
-        people = {person.first for person in WORLD.people}
-        known = people & set(re.findall(r"\w+", prefix + suffix))
-        faults |= {"digression"} if people & set(re.findall(r"\w+", spoilt)) > known else set()
-    assert faults >= {"insult", "lie", "stutter", "salad", "echo"}
+        drawn["insult"] += bool(set(INSULTS) & set(after))
+        drawn["stutter"] += any(a == b for a, b in pairwise(after))
+        drawn["salad"] += sorted(before) == sorted(after) and before != after
+        drawn["lie"] += len(before) == len(after) and judged(prefix, spoilt).factuality < 1.0
+        drawn["echo"] += len({*told, *SENTENCE.findall(prefix)}) < len(told) + 3
+        drawn["digression"] += not NAMES & set(after) <= NAMES & set(words_of(prefix))
+    assert min(drawn.values()) > 10, drawn
 
 
 # --- any text -------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_quality_ranks_truth_above_silence_above_nonsense() -> None:
         first + second,
         first + lie,
         scenes,
-        first[: len(first) // 2] + "." + second,
+        first[: len(first) // 2] + "." + second[: len(second) // 2] + ". Rain came over the hills.",
         first.upper() + second.upper(),
     ]
     qualities = [judged(text).quality for text in ranked]

@@ -155,6 +155,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

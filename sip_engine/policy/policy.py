@@ -23,6 +23,7 @@ from sip_engine.config import OptimizerConfig, RunConfig
 from sip_engine.cpu_seam import megatron_device
 from sip_engine.errors import NonFiniteError
 from sip_engine.mesh import Mesh
+from sip_engine.policy.adam_state import fill_adam_state
 from sip_engine.policy.model import PolicyModel, build_model, parameter_dtype
 from sip_engine.policy.packing import PackedRows, Row, pack_rows, split_by_tokens
 
@@ -54,6 +55,7 @@ class Policy:
         with megatron_device():
             self.ddp = _wrap(self.model, cfg)
             self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), [self.ddp])
+            fill_adam_state(self.optimizer)
             self.scheduler = _scheduler(self.optimizer, cfg.optimizer, cfg.steps)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss

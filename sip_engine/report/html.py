@@ -100,4 +100,4 @@ def _shortened(pool: dict[str, Any]) -> dict[str, Any]:
         left_out = max(0, len(text) - MAX_CANDIDATE_CHARS)
         candidates.append({**candidate, "text": text[:MAX_CANDIDATE_CHARS], "cut_chars": left_out})
     left_out = max(0, len(prefix) - MAX_PREFIX_CHARS)
-    return {**pool, "prefix": prefix[:MAX_PREFIX_CHARS], "cut_chars": left_out, "candidates": candidates}
+    return {**pool, "prefix": prefix[left_out:], "cut_chars": left_out, "candidates": candidates}

@@ -92,7 +92,7 @@ def test_philox_gives_the_known_answers(counter, key, answer):
     words = philox_reference(tuple(map(int64, counter)), tuple(map(int64, key)))
     assert tuple(map(int, words)) == answer
     arrays = [tuple(np.array([word], dtype=np.uint64) for word in part) for part in (counter, key)]
-    assert tuple(map(int, philox_reference(*arrays))) == answer
+    assert tuple(word.item() for word in philox_reference(*arrays)) == answer
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -162,7 +162,7 @@ def test_words_at_both_ends_and_at_the_seam_of_the_series():
     torch.testing.assert_close(v.double(), exact, rtol=2**-23, atol=0)
     assert v[0] == HALF_STEP and v[7] == LAST
     torch.testing.assert_close(g.double(), -(-(-v.double()).log1p()).log(), rtol=1e-6, atol=1e-6)
-    assert -2.9 < g.min() and g.max() < 22.9
+    assert g.min() > -2.9 and g.max() < 22.9
 
 
 def test_reference_stays_inside_the_open_interval(monkeypatch):
@@ -207,7 +207,7 @@ def test_distribution():
     assert kolmogorov_smirnov(uniform(*arguments)) < 1.95
     g = gumbel(*arguments)
     assert kolmogorov_smirnov((-(-g).exp()).exp()) < 1.95
-    assert kolmogorov_smirnov((-(-0.98 * g).exp()).exp()) > 1.95  # the test has the power to fail
+    assert kolmogorov_smirnov((-(-0.95 * g).exp()).exp()) > 1.95  # the test has the power to fail
 
 
 def test_neighbours_do_not_correlate():
