@@ -184,35 +184,44 @@ def merge_tiles_kernel(
     num_rows,
     num_tiles,
     vocab_start,
+    BLOCK_B: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """One program a row: the findings of all tiles become the shard's."""
-    row = tl.program_id(0)
-    tile = tl.arange(0, BLOCK_TILES)
-    is_tile = tile < num_tiles
-    partial = partial_ptr + row.to(tl.int64) * num_tiles + tile
+    """One program for BLOCK_B rows: the findings of all tiles become the shard's."""
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    tile = tl.arange(0, BLOCK_TILES)[None, :]
+    is_row = row < num_rows
+    mask = is_row[:, None] & (tile < num_tiles)
+    partial = partial_ptr + row.to(tl.int64)[:, None] * num_tiles + tile
     field = tl.cast(num_rows, tl.int64) * num_tiles
-    perturbed = tl.load(partial, mask=is_tile, other=-float("inf"))
-    column = tl.load(partial + field, mask=is_tile, other=0.0).to(tl.int32, bitcast=True)
-    logit = tl.load(partial + 2 * field, mask=is_tile, other=-float("inf"))
-    tile_max = tl.load(partial + 3 * field, mask=is_tile, other=-float("inf"))
-    tile_sum = tl.load(partial + 4 * field, mask=is_tile, other=0.0)
+    perturbed = tl.load(partial, mask=mask, other=-float("inf"))
+    column = tl.load(partial + field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+    logit = tl.load(partial + 2 * field, mask=mask, other=-float("inf"))
+    tile_max = tl.load(partial + 3 * field, mask=mask, other=-float("inf"))
+    tile_sum = tl.load(partial + 4 * field, mask=mask, other=0.0)
 
-    largest = tl.max(tile_max, axis=0)
+    largest = tl.max(tile_max, axis=1)
     shift = tl.where(largest == -float("inf"), 0.0, largest)
-    sum_exp = tl.sum(tile_sum * tl.exp(tile_max - shift), axis=0)
-    best = tl.max(perturbed, axis=0)
-    winner = tl.min(tl.where(is_tile & (perturbed == best), column, 2**31 - 1), axis=0)
-    tl.store(perturbed_ptr + row, best)
-    tl.store(token_ptr + row, tl.where(sum_exp > 0, vocab_start + winner.to(tl.int64), -1))
-    tl.store(logit_ptr + row, tl.max(tl.where(column == winner, logit, -float("inf")), axis=0))
-    tl.store(max_ptr + row, largest)
-    tl.store(sum_exp_ptr + row, sum_exp)
+    sum_exp = tl.sum(tile_sum * tl.exp(tile_max - shift[:, None]), axis=1)
+    best = tl.max(perturbed, axis=1)
+    winner = tl.min(tl.where(mask & (perturbed == best[:, None]), column, 2**31 - 1), axis=1)
+    tl.store(perturbed_ptr + row, best, mask=is_row)
+    tl.store(token_ptr + row, tl.where(sum_exp > 0, vocab_start + winner.to(tl.int64), -1), mask=is_row)
+    best_logit = tl.max(tl.where(column == winner[:, None], logit, -float("inf")), axis=1)
+    tl.store(logit_ptr + row, best_logit, mask=is_row)
+    tl.store(max_ptr + row, largest, mask=is_row)
+    tl.store(sum_exp_ptr + row, sum_exp, mask=is_row)
 
 
 def _block_sizes(dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes; the same for every batch, so that a row's result does not depend on its company."""
     return {"BLOCK_B": 128, "BLOCK_V": 128 if dtype.itemsize == 2 else 64, "BLOCK_H": 128 // dtype.itemsize}
+
+
+def _merge_block_sizes(num_tiles: int) -> dict[str, int]:
+    """All tiles of as many rows as make 1024 numbers."""
+    block_tiles = triton.next_power_of_2(num_tiles)
+    return {"BLOCK_B": max(1, 1024 // block_tiles), "BLOCK_TILES": block_tiles}
 
 
 def _launch(
@@ -243,8 +252,9 @@ def _launch(
     )
     floats = torch.empty((4, num_rows), dtype=torch.float32, device=hidden.device)
     found = ShardSample(floats[0], torch.empty_like(keys), floats[1], floats[2], floats[3])
-    merge_tiles_kernel[(num_rows,)](
-        partial, *found, num_rows, num_tiles, vocab_start, BLOCK_TILES=triton.next_power_of_2(num_tiles)
+    merge_blocks = _merge_block_sizes(num_tiles)
+    merge_tiles_kernel[(triton.cdiv(num_rows, merge_blocks["BLOCK_B"]),)](
+        partial, *found, num_rows, num_tiles, vocab_start, **merge_blocks
     )
     return found
 
@@ -359,11 +369,14 @@ def compile_cases() -> list[CompileCase]:
         )
     ]
     outputs = ("partial_ptr", "perturbed_ptr", "logit_ptr", "max_ptr", "sum_exp_ptr")
-    merge = CompileCase(
-        name="merge_tiles V<=131072",
-        kernel=merge_tiles_kernel,
-        signature=dict.fromkeys(outputs, "*fp32:16")
-        | {"token_ptr": "*i64:16", "vocab_start": "i32:16", "num_rows": "i32", "num_tiles": "i32"},
-        constexprs={"BLOCK_TILES": 1024},
-    )
-    return [*heads, merge]
+    merges = [
+        CompileCase(
+            name=f"merge_tiles V={num_columns}",
+            kernel=merge_tiles_kernel,
+            signature=dict.fromkeys(outputs, "*fp32:16")
+            | {"token_ptr": "*i64:16", "vocab_start": "i32:16", "num_rows": "i32", "num_tiles": "i32"},
+            constexprs=_merge_block_sizes(num_columns // 128),
+        )
+        for num_columns in (32_000, 128_000)
+    ]
+    return [*heads, *merges]

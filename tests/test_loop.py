@@ -1,0 +1,202 @@
+"""The whole loop in a small world: the same run at every layout, after a restart, and from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+from sip_engine.config import RunConfig, parse_config
+from sip_engine.errors import CheckpointError, ThresholdError
+from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.records import read_records
+from sip_engine.train import train
+
+STEPS = 4
+MODEL = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48, "max_context": 64}
+
+
+def run_config(folder: Path, **changes: Any) -> RunConfig:
+    """Self-improving pretraining from scratch on a few dozen documents of the world."""
+    values: dict[str, Any] = {
+        "out": folder / "run",
+        "steps": STEPS,
+        "batch_size": 4,
+        "model": MODEL,
+        "world": {"train_documents": 80, "test_documents": 20},
+        "data": {
+            "suffix_tokens": 12,
+            "max_prefix_tokens": 40,
+            "min_prefix_tokens": 8,
+            "vocab_size": 400,
+            "cache": folder / "cache",
+        },
+        "candidates": [{"original": True, "rewrite": True, "rollouts": 3}],
+        "judge": {"backend": "world"},
+        "rewriter": {"backend": "world"},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 1, "eps": 1e-6},
+        "checkpoint": {"every": 2},
+        "eval": {"every": 2, "num_prefixes": 6},
+    }
+    return parse_config(values | changes, "test")
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """All recorded metrics without wall times."""
+    rows = read_records(folder / "run" / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "elapsed" and not k.startswith("seconds/")} for row in rows]
+
+
+def pools(folder: Path) -> list[dict[str, Any]]:
+    return list(read_records(folder / "run" / "pools.jsonl"))
+
+
+def train_on_ranks(folder: Path, parallel: str) -> None:
+    layout = json.loads(parallel)
+    cfg = run_config(folder, parallel=layout)
+    train(cfg, start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline, seed=cfg.seed))
+
+
+@pytest.fixture(scope="module")
+def single(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    train(run_config(folder), mesh)
+    return folder
+
+
+def test_a_run_leaves_its_records(single: Path) -> None:
+    rows = metrics(single)
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval/heldout_loss" in row] == [0, 2, 4]
+    for row in training:
+        assert row["drift/max"] < 1e-5
+        shares = [row[f"chosen/{kind}"] for kind in ("original", "rewrite", "rollout")]
+        assert sum(shares) == pytest.approx(1.0)
+        assert row["reward/rewrite"] > row["reward/rollout"]
+    recorded = pools(single)
+    assert len(recorded) == STEPS * 4
+    for pool in recorded:
+        rewards = [c["reward"] for c in pool["candidates"]]
+        if pool["chosen"] is not None:
+            assert rewards[pool["chosen"]] == max(rewards) > min(rewards) == rewards[pool["rejected"]]
+    assert {p.name for p in (single / "run" / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
+
+
+def test_the_same_run_again_records_the_same(mesh: Mesh, single: Path, tmp_path: Path) -> None:
+    train(run_config(tmp_path), mesh)
+    assert metrics(tmp_path) == metrics(single)
+    assert pools(tmp_path) == pools(single)
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    mesh: Mesh, single: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after `stop_at` updates; the newest checkpoint is from step 2, what came later is made again."""
+    from sip_engine import train as module
+
+    class Killed(Exception):
+        pass
+
+    calls = iter(range(STEPS))
+    real = module.update
+
+    def dying(*args: Any) -> Any:
+        if next(calls) == stop_at:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(module, "update", dying)
+    with pytest.raises(Killed):
+        train(run_config(tmp_path), mesh)
+    monkeypatch.undo()
+    train(run_config(tmp_path), mesh)
+    assert metrics(tmp_path) == metrics(single)
+    assert pools(tmp_path) == pools(single)
+
+
+def test_a_finished_run_trains_no_further(mesh: Mesh, single: Path) -> None:
+    before = metrics(single)
+    train(run_config(single), mesh)
+    assert metrics(single) == before
+
+
+def test_another_models_checkpoint_is_refused(mesh: Mesh, single: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"hidden_size 32 != 64"):
+        train(run_config(tmp_path, init=single / "run", model=MODEL | {"hidden_size": 64}), mesh)
+    assert not (tmp_path / "run").exists()
+
+
+def test_drift_beyond_its_limit_stops_the_run(mesh: Mesh, tmp_path: Path) -> None:
+    with pytest.raises(ThresholdError, match="drift/mean is .* above max_drift=1e-12"):
+        train(run_config(tmp_path, max_drift=1e-12), mesh)
+
+
+OBJECTIVES = [
+    ("rf_nll", {}),
+    ("next_token", {}),
+    ("sft_rewrite", {}),
+    ("sft_rollout", {}),
+    ("dpo_rewrite_over_rollout", {}),
+    ("dpo", {"length_normalised": True, "nll_weight": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), OBJECTIVES, ids=[kind for kind, _ in OBJECTIVES])
+def test_every_objective_trains_on_what_it_says(
+    mesh: Mesh, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    cfg = run_config(tmp_path, steps=2, objective={"kind": kind, **settings}, eval={"generate": False})
+    train(cfg, mesh)
+    rows = [row for row in metrics(tmp_path) if "loss" in row]
+    assert all(row["grad_norm"] > 0 for row in rows)
+    for pool in pools(tmp_path):
+        kinds = [c["kind"] for c in pool["candidates"]]
+        if kind in ("sft_rewrite", "dpo_rewrite_over_rollout"):
+            assert kinds[pool["chosen"]] == "rewrite"
+        if kind == "sft_rollout":
+            assert kinds[pool["chosen"]] == "rollout"
+        if kind == "dpo_rewrite_over_rollout":
+            assert kinds[pool["rejected"]] == "rollout"
+    assert bool(pools(tmp_path)) == (kind != "next_token")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 1}, {"tensor": 1, "distributed_optimizer": True}])
+def test_two_processes_train_the_same_policy(single: Path, tmp_path: Path, parallel: dict[str, Any]) -> None:
+    """TP 2 and DP 2: candidates, verdicts, choices and losses are those of one process."""
+    run_ranks("test_loop:train_on_ranks", 2, tmp_path, json.dumps(parallel))
+    got, want = metrics(tmp_path), metrics(single)
+    assert [row.keys() for row in got] == [row.keys() for row in want]
+    for ours, theirs in zip(got, want, strict=True):
+        for name, value in theirs.items():
+            if not name.startswith("drift"):  # rounding only, so it is another one here
+                assert ours[name] == pytest.approx(value, abs=2e-4), f"{name} at step {theirs['step']}"
+    wanted = {(p["step"], p["document"], p["cut"]): p for p in pools(single)}
+    for pool in pools(tmp_path):  # with two data-parallel processes the first one's half
+        other = wanted[pool["step"], pool["document"], pool["cut"]]
+        assert (pool["chosen"], pool["rejected"]) == (other["chosen"], other["rejected"])
+        assert [c["text"] for c in pool["candidates"]] == [c["text"] for c in other["candidates"]]
+
+
+@pytest.mark.slow
+def test_a_pipelined_run_updates_the_same_policy(mesh: Mesh, tmp_path: Path) -> None:
+    """PP 2, whose stages do not sample: the objective that needs no rollouts."""
+    changes: dict[str, Any] = {
+        "objective": {"kind": "sft_rewrite"},
+        "candidates": [{"original": True, "rewrite": True, "rollouts": 0}],
+        "eval": {"every": 2, "num_prefixes": 6, "generate": False},
+    }
+    train(run_config(tmp_path / "one", **changes), mesh)
+    run_ranks("test_loop:train_pipelined", 2, tmp_path / "two", json.dumps(changes))
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, abs=2e-4), f"{name} at step {theirs['step']}"
+
+
+def train_pipelined(folder: Path, changes: str) -> None:
+    train(run_config(folder, parallel={"pipeline": 2}, **json.loads(changes)), start_mesh(1, 2))
