@@ -19,7 +19,7 @@ from sip_engine.kernels.sample import ShardSample, check_temperature, find_best,
 def keep_mask(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """True [B, V] for the columns that top-k, then top-p, leave; of equal logits the lowest ids stay."""
     ordered, order = logits.sort(dim=1, descending=True, stable=True)
-    probs = torch.softmax(ordered[:, :top_k] / temperature, dim=1)
+    probs = torch.softmax(ordered[:, :top_k] / temperature, dim=1, dtype=torch.float64)
     before = probs.cumsum(dim=1) - probs
     kept = before < top_p if top_p < 1 else torch.ones_like(before, dtype=torch.bool)  # sums may round to 1
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order[:, :top_k], kept)

@@ -167,7 +167,7 @@ def _parse_overrides(args: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{flag!r}: expected --section.setting VALUE")
         name, equals, value = flag[2:].partition("=")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"{flag} needs a value")
             value = rest.pop(0)
         table = result

@@ -114,6 +114,11 @@ class CandidateStage(Section):
     rollouts: Annotated[int, Field(ge=0)] = 8
     """Number of the policy's own suffixes (method: 1 to 16)."""
 
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of a pool, if no rewrite fails."""
+        return self.original + self.rewrite + self.rollouts
+
 
 class SamplerConfig(Section):
     """How rollouts are sampled."""
@@ -318,11 +323,11 @@ def _check_objective(cfg: RunConfig) -> None:
     for stage in cfg.candidates:
         if stage.rewrite and cfg.rewriter.backend == "none":
             raise ValueError("candidates.rewrite needs a rewriter: set rewriter.backend, or rewrite=false")
-        size = stage.original + stage.rewrite + stage.rollouts
-        if kind in ("dpo", "rf_nll", "dpo_rewrite_over_rollout") and size < 2:
+        least = 1 if kind == "rf_nll" else 2
+        if kind in ("dpo", "rf_nll") and stage.num_candidates < least:
             raise ValueError(
-                f"{kind} needs at least 2 candidates a prefix, stage from_step={stage.from_step} has {size}: "
-                "add rollouts, original or rewrite"
+                f"{kind} needs {least} or more candidates a prefix, stage from_step={stage.from_step} has "
+                f"{stage.num_candidates}: add original, rewrite or rollouts"
             )
         if kind in ("sft_rewrite", "dpo_rewrite_over_rollout") and not stage.rewrite:
             raise ValueError(f"{kind} trains on rewrites: set candidates.rewrite=true")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -103,11 +102,12 @@ def _tokenizer(cfg: RunConfig, train_path: Path) -> Tokenizer:
     saved = cfg.out / "tokenizer.model"
     if saved.is_file():
         return Tokenizer.load(saved)
-    return Tokenizer.train(_tokenizer_texts(cfg, train_path), cfg.data.vocab_size, saved)
-
-
-def _tokenizer_texts(cfg: RunConfig, train_path: Path) -> Iterator[str]:
-    return read_documents(train_path, cfg.data.text_column)
+    texts = read_documents(train_path, cfg.data.text_column)
+    try:
+        return Tokenizer.train(texts, cfg.data.vocab_size, saved)
+    except (ConfigError, DataError) as error:
+        where = str(train_path)
+        raise error if where in str(error) else type(error)(f"{where}: {error}") from None
 
 
 def _token_files(cfg: RunConfig, path: Path, tokenizer: Tokenizer) -> TokenFiles:

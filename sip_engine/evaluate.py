@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from sip_engine.config import JudgeConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.mesh import Mesh
@@ -67,18 +69,24 @@ def evaluate(
     if mine:
         held_out_loss(policy, mine, means)
     texts: list[str] = []
+    ids: list[np.ndarray] = []
     if sampler is not None and mine:
         texts, ids = _continue(sampler, mine, tokenizer)
-        means.add("diversity", distinct_ngrams(ids, 2))
         rivals = texts if baseline is None else baseline[mesh.dp.rank :: mesh.dp.size]
         _judge(mesh, judge, cfg, mine, texts, rivals, means)
         for s, text in zip(mine, texts, strict=True):
             for name, value in (measure(s.prefix, text) if measure else {}).items():
                 means.add(name, value)
-    return Evaluation(means.over(mesh), _interleave(mesh.gather_replicas(texts)))
+    figures = means.over(mesh)
+    if sampler is not None:
+        everyones = [one for share in mesh.gather_replicas(ids) for one in share]
+        figures["diversity"] = distinct_ngrams(everyones, 2)
+    return Evaluation(figures, _interleave(mesh.gather_replicas(texts)))
 
 
-def _continue(sampler: Sampler, samples: Sequence[Sample], tokenizer: Tokenizer) -> tuple[list[str], list]:
+def _continue(
+    sampler: Sampler, samples: Sequence[Sample], tokenizer: Tokenizer
+) -> tuple[list[str], list[np.ndarray]]:
     params = SamplingParams(max_new_tokens=max(len(s.suffix_ids) for s in samples), temperature=0.0)
     done = sampler.generate([Request(s.prefix_ids, 1, s.document, s.cut) for s in samples], params)
     return [tokenizer.decode(c[0].ids) for c in done], [c[0].ids for c in done]

@@ -63,6 +63,8 @@ def generate_file(
     check_params(params)
     if n < 1:
         raise RequestError(f"n={n}: must be 1 or more")
+    if kv_memory_mb < 1:
+        raise RequestError(f"--kv-memory-mb {kv_memory_mb}: must be 1 or more")
     rows = list(_read_rows(prompts))
     policy = load_policy(checkpoint)
     encode = _encoder(policy, prompts)

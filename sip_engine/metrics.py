@@ -78,9 +78,10 @@ def pool_means(
             means.add(f"chosen/{kind}", float(choice.candidates[choice.chosen].kind is kind))
             if choice.rejected is not None:
                 means.add(f"rejected/{kind}", float(choice.candidates[choice.rejected].kind is kind))
-    rollouts = [c for pool in pools for c in pool if c.kind is Kind.ROLLOUT]
-    if rollouts:
-        means.add("diversity/distinct_2", distinct_ngrams([c.ids for c in rollouts], 2))
+    for pool in pools:
+        rollouts = [c for c in pool if c.kind is Kind.ROLLOUT]
+        if rollouts:
+            means.add("diversity/distinct_2", distinct_ngrams([c.ids for c in rollouts], 2))
         for c in rollouts:
             assert c.logprobs is not None
             means.add("diversity/entropy", -float(c.logprobs.sum()), len(c.logprobs))

@@ -42,9 +42,12 @@ def choose(
 ) -> Choice | None:
     """The objective's pick from a pool, or None when the pool teaches nothing (a tie, too few verdicts).
 
+    A lone candidate is RF-NLL's pick without a judge: a stage of originals only is plain pretraining.
     Equal rewards are broken by `seed`, never by the candidates' order, so that no kind is favoured.
     """
     pool = tuple(candidates)
+    if cfg.kind == "rf_nll" and len(pool) == 1:
+        return Choice(sample, pool, 0)
     if cfg.kind in JUDGED:
         assert verdict is not None
         return _by_reward(cfg, sample, pool, verdict.rewards, seed)

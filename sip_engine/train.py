@@ -73,7 +73,7 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
             step=run.step,
         )
     verdicts: list[Verdict] = []
-    if cfg.objective.kind in JUDGED:
+    if cfg.objective.kind in JUDGED and stage.num_candidates > 1:
         with clock("judge"):
             pools = list(zip(samples, proposed.pools, strict=True))
             mine = judge_pools(run.judge, cfg.judge, pools, seed=run.step) if mesh.replica.is_first else None

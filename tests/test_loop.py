@@ -16,7 +16,14 @@ from sip_engine.records import read_records
 from sip_engine.train import train
 
 STEPS = 4
-MODEL = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48, "max_context": 64}
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_size": 48,
+    "max_context": 64,
+}
 
 
 def run_config(folder: Path, **changes: Any) -> RunConfig:
@@ -166,7 +173,9 @@ def test_every_objective_trains_on_what_it_says(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 1}, {"tensor": 1, "distributed_optimizer": True}])
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2}, {"tensor": 1}, {"tensor": 1, "distributed_optimizer": True}]
+)
 def test_two_processes_train_the_same_policy(single: Path, tmp_path: Path, parallel: dict[str, Any]) -> None:
     """TP 2 and DP 2: candidates, verdicts, choices and losses are those of one process."""
     run_ranks("test_loop:train_on_ranks", 2, tmp_path, json.dumps(parallel))

@@ -114,7 +114,15 @@ def judged_rows(num_steps: int = 20) -> dict[int, dict[str, float]]:
     for step in (0, num_steps):
         rows[step] = rows.get(step, {}) | {
             f"eval/{name}": float(rng.random())
-            for name in ("win_rate", "coherence", "factuality", "safety", "heldout_loss")
+            for name in (
+                "win_rate",
+                "coherence",
+                "factuality",
+                "safety",
+                "heldout_loss",
+                "diversity",
+                "true_claims",
+            )
         }
     return rows
 
@@ -478,9 +486,9 @@ def test_unlearning(chosen, rejected, verdict):
     ("drift", "verdict"),
     [
         (line(2e-6, 2e-6), "clear"),
-        (line(1e-6, 1e-4), "clear"),
+        (np.append(np.full(40, 1e-6), np.full(10, 1e-4)), "clear"),
         (np.append(np.full(40, 1e-5), np.full(10, 5e-3)), "watch"),
-        (np.append(np.full(49, 1e-5), 0.03), "seen"),
+        (np.append(np.full(49, 1e-5), 0.06), "seen"),
     ],
 )
 def test_drifting(drift, verdict):

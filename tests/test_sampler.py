@@ -58,7 +58,11 @@ def test_greedy_tokens_equal_transformers(mesh: Mesh, model: PolicyModel, impl: 
     for request, (completion,) in zip(requests(1), done, strict=True):
         prompt = torch.from_numpy(request.prefix_ids).long()[None]
         want = llama.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=19, do_sample=False, eos_token_id=None
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=19,
+            do_sample=False,
+            eos_token_id=None,
         )
         assert completion.ids.tolist() == want[0, prompt.shape[1] :].tolist()
 
@@ -94,7 +98,8 @@ def test_cut_off_tokens_are_never_sampled(
 
 @pytest.mark.parametrize("impl", ["dense", "reference"])
 @pytest.mark.parametrize(
-    "settings", [{"max_sequences": 3}, {"max_sequences": 7, "page_size": 5}, {"kv_memory_mb": 1}, {"page_size": 64}]
+    "settings",
+    [{"max_sequences": 3}, {"max_sequences": 7, "page_size": 5}, {"kv_memory_mb": 1}, {"page_size": 64}],
 )
 def test_tokens_do_not_depend_on_waves_or_order(
     mesh: Mesh, model: PolicyModel, impl: str, settings: dict
@@ -174,7 +179,11 @@ def sample_on_ranks(folder: Path, tensor: str) -> None:
     mesh = start_mesh(int(tensor))
     sampler = make_sampler(make_model(mesh), mesh)
     results = [
-        [(c.ids.tolist(), c.logprobs.tolist()) for group in sampler.generate(requests(), params) for c in group]
+        [
+            (c.ids.tolist(), c.logprobs.tolist())
+            for group in sampler.generate(requests(), params)
+            for c in group
+        ]
         for params in (PARAMS, replace(PARAMS, top_k=7, top_p=0.9))
     ]
     (folder / f"{mesh.rank}.json").write_text(json.dumps(results))

@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sip_engine.config import JudgeConfig
@@ -300,6 +300,7 @@ TEXTS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS, TEXTS)
 def test_any_text_gets_antisymmetric_answers(prefix: str, first: str, second: str) -> None:
     forth, back, factual, safe = answers(
@@ -315,6 +316,7 @@ def test_any_text_gets_antisymmetric_answers(prefix: str, first: str, second: st
     ]
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS, st.integers(0, 3))
 def test_any_text_can_be_rewritten_and_spoilt(prefix: str, suffix: str, seed: int) -> None:
     before, after = judged(prefix, suffix), judged(prefix, rewrite(prefix, suffix, seed))

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sip_engine.data.tokenizer import Tokenizer
@@ -377,6 +377,7 @@ TEXTS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS)
 def test_any_text_can_be_measured(prefix: str, suffix: str) -> None:
     found = measure(WORLD, prefix, suffix)
@@ -387,6 +388,7 @@ def test_any_text_can_be_measured(prefix: str, suffix: str) -> None:
     assert (found.safety == 1.0) == (found.num_insults == 0)
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS)
 def test_measuring_leaves_no_trace(prefix: str, suffix: str) -> None:
     """The prefix that is remembered between calls stays as it was; a fresh parser finds the same."""
@@ -398,6 +400,7 @@ def test_measuring_leaves_no_trace(prefix: str, suffix: str) -> None:
         assert Parser(WORLD).sentence(text.lstrip()) == parser_of(WORLD).sentence(text.lstrip())
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_the_sentences_of_a_text_are_the_text(text: str) -> None:
     assert "".join(SENTENCE.findall(text)) == text

@@ -108,6 +108,8 @@ def evaluations(runs: Sequence[RunRecords]) -> Plot:
         ("coherence", "coherence"),
         ("factuality", "factuality"),
         ("safety", "safety"),
+        ("true_claims", "factuality as the world measures it"),
+        ("measured_quality", "quality as the world measures it"),
     )
     panels = [
         panel
@@ -117,7 +119,7 @@ def evaluations(runs: Sequence[RunRecords]) -> Plot:
     return Plot(
         "Evaluation on held-out prefixes",
         "Greedy continuations of prefixes that are never trained on. At step 0 a run meets itself, so its win rate "
-        "starts at 50 %, and all four should rise together.",
+        "starts at 50 %, and all should rise together.",
         _run_keys(runs, *(f"eval/{name}" for name, _ in shown)),
         tuple(panels),
     )
@@ -152,13 +154,23 @@ def _loss_unit(run: RunRecords) -> str:
 
 def diversity(runs: Sequence[RunRecords]) -> Plot:
     return Plot(
-        "Diversity of rollouts",
-        "Share of distinct 2-grams in a batch and mean surprise of the sampled tokens: a slow fall is sharpening, a "
-        "steep one while rewards rise is the policy settling on what pleases the judge.",
-        _run_keys(runs, "diversity/distinct_2", "diversity/entropy"),
+        "Diversity",
+        "Share of distinct 2-grams among the rollouts of a prefix and among all greedy continuations, and mean "
+        "surprise of the sampled tokens: a slow fall is sharpening, a steep one while rewards rise is the policy "
+        "settling on what pleases the judge.",
+        _run_keys(runs, "diversity/distinct_2", "diversity/entropy", "eval/diversity"),
         (
-            *_overlaid(runs, "distinct 2-grams, share of all", "diversity/distinct_2", scale="percent"),
-            *_overlaid(runs, "entropy, nats a token", "diversity/entropy"),
+            *_overlaid(
+                runs, "distinct 2-grams of rollouts, share of all", "diversity/distinct_2", scale="percent"
+            ),
+            *_overlaid(runs, "entropy of rollouts, nats a token", "diversity/entropy"),
+            *_overlaid(
+                runs,
+                "distinct 2-grams of greedy continuations, share of all",
+                "eval/diversity",
+                scale="percent",
+                marked=True,
+            ),
         ),
     )
 

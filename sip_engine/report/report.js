@@ -136,6 +136,12 @@ function make(tag, attributes = {}, ...children) {
     detail.replaceChildren(...(shown.length ? poolView(shown[at]) : [make("p", {}, "No prefix matches.")]));
   }
 
+  /** One prefix on; the button that was pressed is drawn anew and keeps the focus. */
+  function turn(button, by) {
+    show(at + by);
+    detail.querySelectorAll(".pager button")[button].focus();
+  }
+
   /** Scroll the list, never the page. */
   function keepInView(row) {
     const top = row.offsetTop - list.offsetTop;
@@ -152,8 +158,8 @@ function make(tag, attributes = {}, ...children) {
       make(
         "div",
         { class: "pager" },
-        make("button", { type: "button", onclick: () => show(at - 1), ...(at === 0 && { disabled: "" }) }, "← previous"),
-        make("button", { type: "button", onclick: () => show(at + 1), ...(at === shown.length - 1 && { disabled: "" }) }, "next →"),
+        make("button", { type: "button", onclick: () => turn(0, -1), ...(at === 0 && { disabled: "" }) }, "← previous"),
+        make("button", { type: "button", onclick: () => turn(1, 1), ...(at === shown.length - 1 && { disabled: "" }) }, "next →"),
         make("span", { class: "at" }, `${at + 1} of ${shown.length}: step ${pool.step}, document ${pool.document ?? "–"}, cut at token ${pool.cut ?? "–"}`),
       ),
       make("h4", {}, "prefix"),

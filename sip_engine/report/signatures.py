@@ -79,7 +79,7 @@ def all_signatures(runs: Sequence[RunRecords]) -> list[Signature]:
             runs,
             "Sampler and trainer drifting apart",
             "Rollouts are then not the policy's own, and their log-probs are wrong.",
-            "mean absolute difference a token; seen: some step above a quarter of max_drift; "
+            "mean absolute difference a token; seen: some step above half of max_drift; "
             "watch: ten times its start and above 0.001 nats",
             drifting,
         ),
@@ -186,7 +186,7 @@ def drifting(run: RunRecords) -> tuple[str, str] | None:
     first, last = drift.ends()
     largest = float(drift.values.max())
     verdict = CLEAR
-    if largest > limit / 4:
+    if largest > limit / 2:
         verdict = SEEN
     elif last > max(10 * first, 1e-3):
         verdict = WATCH

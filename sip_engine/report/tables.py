@@ -161,7 +161,7 @@ def _run_row(run: RunRecords) -> RunRow:
         judge=str(run.setting("judge.backend", "–")) if judged else "–",
         progress=_progress(run),
         elapsed=_duration(float(elapsed.values[-1])) if elapsed is not None else "–",
-        newest=time.strftime("%Y-%m-%d %H:%M", time.localtime(run.modified)),
+        newest=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.modified)),
         ends=tuple(ends),
     )
 

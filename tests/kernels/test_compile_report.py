@@ -1,0 +1,116 @@
+"""Kernels compile for sm_90 on any machine, without spills, and the report says so when one does not.
+
+Triton compiles nothing while it interprets, so all of this happens in other processes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from interpreter import DEVICE  # noqa: F401  (chooses the interpreter for the files that follow)
+
+BAD_CASES = """
+import sys
+from dataclasses import replace
+from sip_engine.kernels import compile_report
+from sip_engine.kernels.rms_norm import compile_cases
+
+good = compile_cases()[0]
+spills = replace(good, name="spills", num_warps=1, constexprs=good.constexprs | {"BLOCK_H": 16384})
+misses = replace(good, name="misses", expect_wgmma=True)
+compile_report.all_cases = lambda: iter([spills, misses])
+sys.exit(compile_report.main([]))
+"""
+
+OTHER_LAUNCHES = """
+from dataclasses import replace
+from sip_engine.kernels import kv_write, random, rms_norm, rotary, sample, swiglu
+from sip_engine.kernels.compile_report import compile_case
+
+for module in (kv_write, random, rms_norm, rotary, sample, swiglu):
+    for case in {case.kernel.__name__: case for case in module.compile_cases()}.values():
+        integers = [name for name, kind in case.signature.items() if kind.startswith("i32")]
+        ones = {name: kind for name, kind in case.signature.items() if name not in integers}
+        odd = {name: kind.split(":")[0] for name, kind in case.signature.items()}
+        for other in (
+            replace(case, signature=ones, constexprs=case.constexprs | dict.fromkeys(integers, 1)),
+            replace(case, signature=odd),
+        ):
+            try:
+                assert compile_case(other).num_registers > 0
+            except Exception as error:
+                raise SystemExit(f"{case.name} with {other.signature}, {other.constexprs}: {error}")
+"""
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-W", "ignore", *arguments]
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
+
+
+def run_report(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "sip_engine.kernels.compile_report", *words, **environment)
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """Name of the case -> warps, stages, registers, spilled bytes, shared bytes, wgmma, and BAD if it is."""
+    lines = table.splitlines()
+    assert lines[0].split()[:3] == ["kernel", "warps", "stages"]
+    return {line[:58].strip(): line[58:].split() for line in lines[1:]}
+
+
+def test_two_kernels_compile_without_spills():
+    done = run_report("swiglu", "rotary")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(done.stdout)
+    assert sorted(rows) == ["rotary bf16 D=128", "swiglu bf16"]
+    for warps, stages, registers, spilled, shared, wgmma in rows.values():
+        assert (warps, stages, spilled, shared, wgmma) == ("4", "3", "0", "0", "no")
+        assert 8 <= int(registers) <= 64
+
+
+def test_spills_and_missing_wgmma_fail():
+    done = run_python("-c", BAD_CASES)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 kernels spill registers or miss wgmma" in done.stderr
+    rows = rows_of(done.stdout)
+    assert int(rows["spills"][3]) > 0 and rows["spills"][5:] == ["no", "BAD"]
+    assert rows["misses"][3] == "0" and rows["misses"][5:] == ["no", "BAD"]
+
+
+def test_a_report_on_nothing_is_an_error():
+    done = run_report("no such kernel")
+    assert done.returncode == 2 and "no such kernel" in done.stderr
+    done = run_report(TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET unset" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_without_spills():
+    done = run_report()
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(done.stdout)
+    for word in (
+        "gumbel",
+        "rms_norm",
+        "rotary",
+        "head_sample",
+        "merge_tiles",
+        "swiglu",
+        "kv_write",
+        "decode",
+        "prefill",
+    ):
+        assert any(word in name for name in rows), word
+    assert rows["head_sample bf16"][5] == "yes"
+
+
+@pytest.mark.slow
+def test_other_launches_compile():
+    """Triton compiles anew for an integer that is 1, as a batch of one row has, or no multiple of 16."""
+    done = run_python("-c", OTHER_LAUNCHES)
+    assert done.returncode == 0, done.stdout + done.stderr

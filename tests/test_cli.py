@@ -1,0 +1,272 @@
+"""The command line: what commands write, and one line with a non-zero exit for every kind of bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_loop import run_config
+
+from sip_engine import cli
+from sip_engine.mesh import Mesh
+from sip_engine.train import train
+
+Sip = Callable[..., tuple[int, str, str]]
+TINY = """
+steps = 2
+batch_size = 4
+[model]
+num_layers = 1
+hidden_size = 16
+num_heads = 2
+num_kv_heads = 1
+ffn_size = 24
+max_context = 64
+[data]
+suffix_tokens = 8
+max_prefix_tokens = 24
+min_prefix_tokens = 4
+vocab_size = 300
+[[candidates]]
+rollouts = 2
+[eval]
+num_prefixes = 4
+"""
+
+
+@pytest.fixture
+def sip(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Sip:
+    """Runs a command in this process -> (exit code, standard output, standard error)."""
+    monkeypatch.setattr(cli, "_leave_process_group", lambda: None)  # the other tests' group
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            cli.main([str(arg) for arg in args])
+            code = 0
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train(run_config(folder, steps=2), mesh)
+    return folder / "run"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def write_texts(folder: Path, count: int = 60) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = ["river", "stone", "green", "walks", "over", "the", "old", "bridge", "at", "night"]
+    for number in range(count):
+        sentences = [" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(8)]
+        (folder / f"{number}.txt").write_text(" ".join(sentences))
+    return folder
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fails(result: tuple[int, str, str], code: int, *words: str) -> None:
+    """The exit code, and one line of error that says these words."""
+    got, out, err = result
+    assert got == code, err
+    lines = [line for line in (out + err).splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    for word in words:
+        assert word in lines[0]
+
+
+def test_train_on_files_makes_a_report_and_says_what_it_found_again(sip: Sip, config: Path) -> None:
+    texts = write_texts(config.parent / "texts")
+    code, _, err = sip("train", config, "--data.path", texts, "--out", "run")
+    assert code == 0, err
+    assert "60 documents" in err and Path("run/report.html").stat().st_size > 10_000
+    code, _, err = sip("train", config, "--data.path", texts, "--out", "run", "--steps", 3)
+    assert code == 0 and "resuming at step 2 of 3" in err
+
+
+def test_dry_run_prints_the_settings_and_writes_nothing(sip: Sip, config: Path) -> None:
+    code, out, _ = sip("train", config, "--dry-run", "--data.path", "x", "--objective.beta=0.7")
+    assert code == 0
+    values = json.loads(out)
+    assert values["objective"]["beta"] == 0.7 and values["optimizer"]["lr"] == 5e-6
+    assert {p.name for p in config.parent.iterdir()} == {"tiny.toml"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--data.path", "nowhere"], 3, ["nowhere"]),
+        (["--data.path", "empty"], 3, ["empty"]),
+        (["--data.path", "rows.jsonl", "--data.text_column", "body"], 3, ["rows.jsonl", "body"]),
+        (["--data.path", "rows.jsonl.gz"], 3, ["rows.jsonl.gz"]),
+        (["--data.path", "short.txt"], 3, ["short.txt"]),
+        (["--data.path", "program.exe"], 3, ["program.exe"]),
+        ([], 2, ["data.path"]),
+        (["--data.path", "texts", "--data.vocab_size", "100000"], 3, ["vocab_size"]),
+        (["--data.path", "texts", "--init", "nowhere"], 4, ["nowhere", "no checkpoint"]),
+        (["--data.path", "texts", "--data.tokenizer", "rows.jsonl"], 3, ["rows.jsonl"]),
+        (["--data.pth", "texts"], 2, ["data.pth", "did you mean 'path'"]),
+        (["--data.path"], 2, ["--data.path needs a value"]),
+        (["data.path"], 2, ["expected --section.setting VALUE"]),
+        (["--data.path", "texts", "--batch_size", "none"], 2, ["batch_size", "valid integer"]),
+        (["--data.path", "texts", "--parallel.tensor", "2", "--model.num_kv_heads", "2"], 2, ["torchrun"]),
+    ],
+)
+def test_bad_input_of_train_is_one_line_and_leaves_nothing(
+    sip: Sip, config: Path, arguments: list[str], code: int, words: list[str]
+) -> None:
+    write_texts(config.parent / "texts")
+    Path("empty").mkdir()
+    write_jsonl(Path("rows.jsonl"), [{"text": "some words"}] * 3)
+    Path("rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b c d"}\n' * 50)[:-20])
+    Path("short.txt").write_text("three words only")
+    Path("program.exe").write_bytes(bytes(range(256)))
+    fails(sip("train", config, *arguments, "--out", "run"), code, *words)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nowhere.toml"], "no such config file"),
+        (["trian"], "No such command 'trian'"),
+        (["generate"], "Missing argument"),
+        (["quickstart", "--scale", "0"], "--scale 0"),
+        (["quickstart", "--scale", "much"], "valid number"),
+    ],
+)
+def test_bad_command_lines_are_one_line(sip: Sip, arguments: list[str], words: str) -> None:
+    fails(sip(*arguments), 2, words)
+
+
+def test_damaged_documents_are_counted_and_skipped(sip: Sip, config: Path) -> None:
+    texts = write_texts(config.parent / "texts")
+    (texts / "empty.txt").write_text("")
+    (texts / "latin.txt").write_bytes("caf\xe9".encode("latin-1") * 50)
+    (texts / "nuls.txt").write_bytes(b"\0" * 5000)
+    code, out, err = sip("data", config, "--data.path", texts)
+    assert code == 0
+    assert "60" in out + err and "3" in out + err
+
+
+def test_generated_log_probs_are_those_that_score_gives(sip: Sip, checkpoint: Path) -> None:
+    write_jsonl(Path("p.jsonl"), [{"prompt": "The bridge"}, {"prompt_ids": [1, 50, 7]}])
+    code, _, err = sip(
+        "generate", checkpoint, "--prompts", "p.jsonl", "--n", 3, "--max-new-tokens", 9, "--out", "g.jsonl"
+    )
+    assert code == 0, err
+    rows = read_jsonl(Path("g.jsonl"))
+    assert rows[1]["prompt_ids"] == [1, 50, 7] and [len(r["completions"]) for r in rows] == [3, 3]
+    done = [(r["prompt_ids"], c) for r in rows for c in r["completions"]]
+    write_jsonl(Path("s.jsonl"), [{"prefix_ids": p, "suffix_ids": c["ids"]} for p, c in done])
+    code, _, err = sip("score", checkpoint, "--pairs", "s.jsonl", "--out", "o.jsonl")
+    assert code == 0, err
+    for (prompt, completion), scored in zip(done, read_jsonl(Path("o.jsonl")), strict=True):
+        assert scored["prefix_ids"] == prompt and scored["suffix_ids"] == completion["ids"]
+        np.testing.assert_allclose(scored["logprobs"], completion["logprobs"], atol=1e-5)
+        assert scored["logprob"] == pytest.approx(sum(completion["logprobs"]), abs=1e-4)
+
+
+def test_generation_does_not_depend_on_the_other_prompts(sip: Sip, checkpoint: Path) -> None:
+    write_jsonl(Path("p.jsonl"), [{"prompt_ids": [1, 40 + n]} for n in range(70)])
+    sip("generate", checkpoint, "--prompts", "p.jsonl", "--max-new-tokens", 5, "--out", "a.jsonl")
+    write_jsonl(Path("p.jsonl"), [{"prompt_ids": [1, 40 + n]} for n in range(3)])
+    sip("generate", checkpoint, "--prompts", "p.jsonl", "--max-new-tokens", 5, "--out", "b.jsonl")
+    few, many = read_jsonl(Path("b.jsonl")), read_jsonl(Path("a.jsonl"))
+    assert [r["completions"][0]["ids"] for r in few] == [r["completions"][0]["ids"] for r in many[:3]]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "code", "words"),
+    [
+        ({"prompt": ""}, [], 0, ""),
+        ({"prompt_ids": []}, [], 5, "p.jsonl:1"),
+        ({"prompt_ids": [100000]}, [], 5, "token id 100000 is outside"),
+        ({"prompt_ids": ["a"]}, [], 3, "must be a list of integers"),
+        ({"prompt": 3}, [], 3, "must be text"),
+        ({"text": "x"}, [], 3, 'needs either "prompt" or "prompt_ids"'),
+        ({"prompt": "x", "prompt_ids": [1]}, [], 3, 'needs either "prompt" or "prompt_ids"'),
+        (["x"], [], 3, "each line must be a JSON object"),
+        ({"prompt": "x " * 200}, [], 5, "context of 64"),
+        ({"prompt": "x"}, ["--n", "0"], 5, "n=0"),
+        ({"prompt": "x"}, ["--temperature", "-1"], 5, "temperature=-1"),
+        ({"prompt": "x"}, ["--top-p", "0"], 5, "top_p=0"),
+        ({"prompt": "x"}, ["--kv-memory-mb", "0"], 5, "kv"),
+    ],
+)
+def test_bad_prompts_are_one_line_and_write_nothing(
+    sip: Sip, checkpoint: Path, row: object, options: list[str], code: int, words: str
+) -> None:
+    write_jsonl(Path("p.jsonl"), [row])
+    result = sip(
+        "generate", checkpoint, "--prompts", "p.jsonl", "--max-new-tokens", 4, "--out", "g.jsonl", *options
+    )
+    if code:
+        fails(result, code, words)
+    assert Path("g.jsonl").exists() == (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"{", "p.jsonl:1: not JSON"), (b"\n \n", "no rows"), (b"\xff", "not a readable UTF-8 file"), (None, "p.jsonl")],
+)
+def test_unreadable_prompt_files_are_named(
+    sip: Sip, checkpoint: Path, content: bytes | None, words: str
+) -> None:
+    if content is not None:
+        Path("p.jsonl").write_bytes(content)
+    fails(sip("generate", checkpoint, "--prompts", "p.jsonl", "--out", "g.jsonl"), 3, words)
+    fails(sip("score", checkpoint, "--pairs", "p.jsonl", "--out", "g.jsonl"), 3, words)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest"])
+def test_damaged_checkpoints_are_named(sip: Sip, checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    import shutil
+
+    shutil.copytree(checkpoint / "checkpoints", tmp_path / "copy")
+    folder = sorted((tmp_path / "copy").iterdir())[-1]
+    victim = sorted((folder / "sharded").glob("*.distcp"))[0]
+    content = victim.read_bytes()
+    if damage == "cut":
+        victim.write_bytes(content[:-1])
+    elif damage == "flip":
+        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        victim.unlink()
+    else:
+        (folder / "manifest.json").write_text("{")
+    write_jsonl(Path("p.jsonl"), [{"prompt": "x"}])
+    words = "manifest.json" if damage == "manifest" else victim.name
+    fails(sip("generate", folder, "--prompts", "p.jsonl", "--out", "g.jsonl"), 4, words)
+
+
+def test_report_of_a_folder_without_records_is_refused(sip: Sip, tmp_path: Path) -> None:
+    fails(sip("report", tmp_path), 3, "holds no records")
+    assert not Path("report.html").exists()
