@@ -220,7 +220,7 @@ def _block_sizes(dtype: torch.dtype) -> dict[str, int]:
 
 def _merge_block_sizes(num_tiles: int) -> dict[str, int]:
     """All tiles of as many rows as make 1024 numbers."""
-    block_tiles = triton.next_power_of_2(num_tiles)
+    block_tiles = 1 << (num_tiles - 1).bit_length()
     return {"BLOCK_B": max(1, 1024 // block_tiles), "BLOCK_TILES": block_tiles}
 
 

@@ -193,7 +193,7 @@ def _sharded(policy: Policy, reference: Reference | None, *, loading: bool) -> d
 def _load_sharded(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
         with megatron_device(), _quiet_megatron():
-            loaded = dist_checkpointing.load(
+            loaded: Any = dist_checkpointing.load(
                 wanted, str(path / "sharded"), strict=StrictHandling.RAISE_UNEXPECTED
             )
     except Exception as error:  # Megatron and torch raise many types for one cause: an unreadable file

@@ -48,14 +48,13 @@ def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) 
         DataError: see `read_documents`, `SampleIndex`; ConfigError: neither a path nor a world.
     """
     train_path, eval_path = _document_paths(cfg, mesh)
+    built: tuple[list[Path], bytes] | None = None
     if mesh.is_main:
         tokenizer = tokenizer or _tokenizer(cfg, train_path)
         files = [_token_files(cfg, path, tokenizer) for path in (train_path, eval_path) if path is not None]
-        prefixes = [f.prefix_path for f in files]
-    else:
-        prefixes, tokenizer = None, tokenizer
-    prefixes, tokenizer = mesh.broadcast((prefixes, tokenizer and tokenizer.model))
-    tokenizer = Tokenizer(tokenizer)
+        built = [f.prefix_path for f in files], tokenizer.model
+    prefixes, tokenizer_model = mesh.broadcast(built)
+    tokenizer = Tokenizer(tokenizer_model)
     opened = [TokenFiles.open(prefix) for prefix in prefixes]
     train, held = opened[0], opened[-1]
     train_lengths = held_lengths = train.lengths

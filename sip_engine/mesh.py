@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -155,15 +154,14 @@ def _init_process_group() -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
         return
-    # A world of one meets itself in a file: no port to collide with another run's.
-    store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="sip-mesh-"), "store"), 1)
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    # A world of one meets itself in memory: no port to collide with another run's, no file to leave.
+    dist.init_process_group(backend, store=dist.distributed_c10d.HashStore(), rank=0, world_size=1)
 
 
 def _current_mesh() -> Mesh:
     from megatron.core import parallel_state as state
 
-    def axis(group: dist.ProcessGroup) -> Axis:
+    def axis(group: Any) -> Axis:
         return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
     cuda = torch.cuda.is_available()

@@ -235,7 +235,12 @@ def test_bad_prompts_are_one_line_and_write_nothing(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"{", "p.jsonl:1: not JSON"), (b"\n \n", "no rows"), (b"\xff", "not a readable UTF-8 file"), (None, "p.jsonl")],
+    [
+        (b"{", "p.jsonl:1: not JSON"),
+        (b"\n \n", "no rows"),
+        (b"\xff", "not a readable UTF-8 file"),
+        (None, "p.jsonl"),
+    ],
 )
 def test_unreadable_prompt_files_are_named(
     sip: Sip, checkpoint: Path, content: bytes | None, words: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def test_every_example_parses_and_survives_a_round_trip(path: Path) -> None:
         ({"stepz": 3}, r"unknown key 'stepz'; did you mean 'steps'\?"),
         ({"objective": {"betta": 0.1}}, r"unknown key 'objective.betta'; did you mean 'beta'\?"),
         ({"candidates": [{"rolouts": 2}]}, r"unknown key 'candidates.0.rolouts'; did you mean 'rollouts'\?"),
-        ({"judge": {"weights": {"qualty": 1}}}, r"unknown key 'judge.weights.qualty'; did you mean 'quality'"),
+        (
+            {"judge": {"weights": {"qualty": 1}}},
+            r"unknown key 'judge.weights.qualty'; did you mean 'quality'",
+        ),
         ({"world": {"zzz": 1}}, "unknown key 'world.zzz'; known: seed, num_people"),
         ({"steps": 0}, "steps: Input should be greater than 0"),
         ({"steps": "many"}, "steps: Input should be a valid integer"),
@@ -73,7 +77,11 @@ def test_the_stage_in_force_changes_with_the_step() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such config file"), (b"steps = [", "not a readable TOML file"), (b"\xff\xfe", "not a readable")],
+    [
+        (None, "no such config file"),
+        (b"steps = [", "not a readable TOML file"),
+        (b"\xff\xfe", "not a readable"),
+    ],
 )
 def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "broken.toml"
@@ -85,7 +93,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, mess
 
 def test_every_setting_has_a_meaning() -> None:
     lines = describe_settings().splitlines()
-    for setting, meaning in zip(lines, lines[1:], strict=False):
+    for setting, meaning in pairwise(lines):
         if " = " in setting and not setting.startswith("#") and not setting.startswith("    "):
             assert meaning.startswith("    ") and meaning.strip() not in ("", "None"), setting
     assert any(line.startswith("judge.weights.quality = 1.0") for line in lines)

@@ -139,7 +139,7 @@ def test_another_models_checkpoint_is_refused(mesh: Mesh, single: Path, tmp_path
 
 
 def test_drift_beyond_its_limit_stops_the_run(mesh: Mesh, tmp_path: Path) -> None:
-    with pytest.raises(ThresholdError, match="drift/mean is .* above max_drift=1e-12"):
+    with pytest.raises(ThresholdError, match=r"drift/mean is .* above max_drift=1e-12"):
         train(run_config(tmp_path, max_drift=1e-12), mesh)
 
 

@@ -57,7 +57,7 @@ def test_greedy_tokens_equal_transformers(mesh: Mesh, model: PolicyModel, impl: 
     done = make_sampler(model, mesh, impl).generate(requests(1), replace(PARAMS, temperature=0.0))
     for request, (completion,) in zip(requests(1), done, strict=True):
         prompt = torch.from_numpy(request.prefix_ids).long()[None]
-        want = llama.generate(
+        want = llama.generate(  # pyright: ignore[reportAttributeAccessIssue]
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=19,
@@ -170,7 +170,7 @@ def test_bad_requests_are_refused_before_any_page_is_taken(
 
 def test_a_budget_too_small_for_one_group_is_refused(mesh: Mesh, model: PolicyModel) -> None:
     sampler = make_sampler(model, mesh, kv_memory_mb=1, max_sequences=4096)
-    with pytest.raises(RequestError, match="raise sampler.kv_memory_mb"):
+    with pytest.raises(RequestError, match=r"raise sampler\.kv_memory_mb"):
         sampler.generate([one([1] * 70, n=1000)], PARAMS)
 
 

@@ -84,7 +84,7 @@ class PolicyModel(GPTModel):
 
     def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
         embedded, _, *rest = super()._preprocess(*args, position_ids=position_ids, **kwargs)
-        angles = position_ids[0, :, None].float() * self.inv_freq  # [T, D / 2]
+        angles = position_ids[0, :, None].float() * self.get_buffer("inv_freq")  # [T, D / 2]
         return (embedded, torch.cat([angles, angles], dim=-1)[:, None, None, :], *rest)
 
     def _postprocess(
@@ -167,11 +167,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
 
 def _block_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    parts = layer.submodules
+    parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
     parts.self_attention.submodules.core_attention = SharedPrefixAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)
 
 
 def build_model(

@@ -88,7 +88,7 @@ class Policy:
         with megatron_device():
             self.scheduler.step(1)
             if units:  # an optimizer step without data would still decay weights and move by momentum
-                _, grad_norm, _ = self.optimizer.step()
+                _, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
         return UpdateStats(
             loss=total_loss / max(units, 1),
             grad_norm=float(grad_norm or 0.0),

@@ -1,6 +1,6 @@
 """Kernels compile for sm_90 on any machine, without spills, and the report says so when one does not.
 
-Triton compiles nothing while it interprets, so all of this happens in other processes.
+Triton compiles nothing while it interprets, so compilation happens in other processes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 
 import pytest
 from interpreter import DEVICE  # noqa: F401  (chooses the interpreter for the files that follow)
+
+from sip_engine.kernels import compile_report
 
 BAD_CASES = """
 import sys
@@ -46,14 +48,14 @@ for module in (kv_write, random, rms_norm, rotary, sample, swiglu):
 """
 
 
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", "-W", "ignore", *arguments]
-    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def run_report(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "sip_engine.kernels.compile_report", *words, **environment)
+def run_report(*words: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "sip_engine.kernels.compile_report", *words)
 
 
 def rows_of(table: str) -> dict[str, list[str]]:
@@ -82,11 +84,13 @@ def test_spills_and_missing_wgmma_fail():
     assert rows["misses"][3] == "0" and rows["misses"][5:] == ["no", "BAD"]
 
 
-def test_a_report_on_nothing_is_an_error():
-    done = run_report("no such kernel")
-    assert done.returncode == 2 and "no such kernel" in done.stderr
-    done = run_report(TRITON_INTERPRET="1")
-    assert done.returncode == 2 and "TRITON_INTERPRET unset" in done.stderr
+def test_a_report_on_nothing_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "INTERPRETED", True)
+    assert compile_report.main([]) == 2
+    assert "TRITON_INTERPRET unset" in capsys.readouterr().err
+    monkeypatch.setattr(compile_report, "INTERPRETED", False)
+    assert compile_report.main(["no such kernel"]) == 2
+    assert "no such kernel" in capsys.readouterr().err
 
 
 @pytest.mark.slow

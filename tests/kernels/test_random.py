@@ -91,8 +91,8 @@ def test_philox_gives_the_known_answers(counter, key, answer):
     assert philox_in_python(counter, key) == answer
     words = philox_reference(tuple(map(int64, counter)), tuple(map(int64, key)))
     assert tuple(map(int, words)) == answer
-    arrays = [tuple(np.array([word], dtype=np.uint64) for word in part) for part in (counter, key)]
-    assert tuple(word.item() for word in philox_reference(*arrays)) == answer
+    c0, c1, c2, c3, k0, k1 = (np.array([word], dtype=np.uint64) for word in (*counter, *key))
+    assert tuple(word.item() for word in philox_reference((c0, c1, c2, c3), (k0, k1))) == answer
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_equals_float64(impl, dtype, temperature, num_rows, hidden_size, num_col
     found = sample(hidden, weight, keys, positions, temperature=temperature, impl=impl)
     logits = hidden.double() @ weight.double().T
     perturbed = exact_perturbed(logits, keys, positions, temperature)
-    near = {"rtol": 0.0, "atol": 1e-4}
+    near: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}
     best = perturbed.max(dim=1)
     assert (perturbed.gather(1, found.token[:, None])[:, 0] >= best.values - 1e-4).all()
     assert (found.token == best.indices).sum() >= num_rows - 1  # unless two lie within float error
