@@ -25,6 +25,14 @@ def check_dense(**tensors: Tensor) -> None:
             raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1, call .contiguous()")
 
 
+def check_integers(dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Raise ValueError unless every tensor has this dtype and a contiguous last dim."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
+    check_dense(**tensors)
+
+
 def check_shapes(**shapes: tuple[Tensor, tuple[int, ...]]) -> None:
     """Raise ValueError unless every tensor has the shape given beside it."""
     for name, (tensor, expected) in shapes.items():
@@ -52,12 +60,18 @@ def check_pages(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scal
 
 
 def check_queries(q: Tensor, k_pages: Tensor) -> None:
-    """Raise ValueError unless `q` [tokens, Hq, D] fits the pages and its heads share the KV heads evenly."""
+    """Raise ValueError unless `q` [tokens, Hq, D] fits the pages and its heads share the KV heads evenly.
+
+    Pages hold the dtype of `q`, or float8.
+    """
     if q.ndim != 3 or q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)} must be [tokens, Hq, D] with D and a multiple of H_kv from pages "
             f"[num_pages, page_size, H_kv, D] = {tuple(k_pages.shape)}"
         )
+    if k_pages.dtype not in (q.dtype, FP8):
+        raise ValueError(f"q is {q.dtype} but the pages are {k_pages.dtype}: they must be {q.dtype} or {FP8}")
+    check_dense(q=q)
 
 
 def gather_pages(

@@ -13,13 +13,13 @@ grids follow from shapes alone: results do not depend on the batch, and the laun
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sip_engine.kernels._attend import (
+    FLOAT32_TILES,
     LOG2_E,
     Tile,
     attend_pages,
@@ -34,7 +34,7 @@ from sip_engine.kernels._impl import resolve_impl
 from sip_engine.kernels._paged import (
     FP8,
     accumulation_dtype,
-    check_dense,
+    check_integers,
     check_pages,
     check_queries,
     check_shapes,
@@ -86,10 +86,10 @@ def decode_attention_reference(
 
 
 TILES = {  # prefix: (D up to, query rows up to) -> tile, for 16-bit queries
-    (64, 16): Tile(16, 128, 4, 5),
-    (64, 32): Tile(32, 128, 4, 5),
-    (64, 64): Tile(64, 128, 4, 5),
-    (64, 128): Tile(128, 128, 8, 5),
+    (64, 16): Tile(16, 64, 4, 7),
+    (64, 32): Tile(32, 64, 4, 7),
+    (64, 64): Tile(64, 64, 4, 7),
+    (64, 128): Tile(128, 64, 8, 7),
     (128, 16): Tile(16, 64, 4, 5),
     (128, 32): Tile(32, 64, 4, 5),
     (128, 64): Tile(64, 64, 4, 5),
@@ -98,9 +98,8 @@ TILES = {  # prefix: (D up to, query rows up to) -> tile, for 16-bit queries
     (256, 32): Tile(32, 32, 4, 5),
     (256, 64): Tile(64, 32, 8, 5),
 }
-SUFFIX_TILES = {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 8, 3)}
-"""D up to -> tile; suffixes are short, so many programs hide their latency rather than many stages."""
-FLOAT32_TILES = {64: Tile(16, 32, 4, 3), 128: Tile(16, 32, 4, 3), 256: Tile(16, 16, 4, 3)}
+SUFFIX_TILES = {64: Tile(16, 64, 4, 5), 128: Tile(16, 32, 4, 5), 256: Tile(16, 16, 4, 5)}
+"""D up to -> tile; suffixes are short, so what hides their latency is many programs on a multiprocessor."""
 SPLIT = 512
 """Prefix tokens of one program: fixed, so that the sums of a row never depend on the rest of the batch."""
 
@@ -121,7 +120,8 @@ def _prefix_kernel(
         if tile_row >= rows:
             return
     else:  # every sequence is a group
-        group, first, rows, tile_row = slot, slot, R, 0
+        group = slot // tl.cdiv(R, BLOCK_M)
+        first, rows, tile_row = group, R, slot % tl.cdiv(R, BLOCK_M) * BLOCK_M
     row, seq, query_head = tile_rows(first, tile_row, head, R, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     first_part = split.to(tl.int64) * num_seqs
@@ -159,13 +159,14 @@ def _suffix_kernel(
     H_KV: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and KV head: join the prefix partials (o_s, lse_s), then go on over the suffix.
+    """One sequence and tile of one KV head's rows: join the prefix partials (o_s, lse_s), then go on over
+    the suffix.
 
     m = max lse_s; z = sum 2^(lse_s - m); acc = sum 2^(lse_s - m) o_s; acc / z after the suffix.
     """
     head = tl.program_id(0) % H_KV
     seq = (tl.program_id(0) // H_KV).to(tl.int64)
-    row = tl.arange(0, BLOCK_M)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     query_head = head * R + row
     live = (row < R)[:, None] & (d < D)[None, :]
@@ -209,12 +210,6 @@ def _prefix_tile(dtype: torch.dtype, block_d: int, num_rows: int) -> Tile:
     return TILES[block_d, rows]
 
 
-def _suffix_tile(dtype: torch.dtype, block_d: int, ratio: int) -> Tile:
-    """The tile for the `ratio` query rows of one sequence and KV head."""
-    tile = FLOAT32_TILES[block_d] if dtype.itemsize == 4 else SUFFIX_TILES[block_d]
-    return replace(tile, block_m=triton.next_power_of_2(max(ratio, 16)))
-
-
 def _attend_prefixes(
     q: Tensor,
     k_pages: Tensor,
@@ -238,7 +233,10 @@ def _attend_prefixes(
     if num_splits == 0:
         return part, lse
     tile = _prefix_tile(q.dtype, block_d, (group_size or 1) * ratio)
-    slots = num_tiles(tables.shape[0], num_seqs, ratio, tile.block_m) if group_size else num_seqs
+    if group_size is None:
+        slots = num_seqs * triton.cdiv(ratio, tile.block_m)
+    else:
+        slots = num_tiles(tables.shape[0], num_seqs, ratio, tile.block_m)
     _prefix_kernel[(slots * num_kv_heads, num_splits)](
         q, k_pages, v_pages, part, lse, group_starts, tables, lens, k_scale,
         tables.shape[0], num_seqs, q.stride(0), q.stride(1), tables.stride(0), scale * LOG2_E,
@@ -264,8 +262,8 @@ def _attend_suffixes(
     (num_seqs, num_heads, head_dim), (page_size, num_kv_heads) = q.shape, k_pages.shape[1:3]
     ratio, block_d = num_heads // num_kv_heads, padded_head_dim(head_dim, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tile = _suffix_tile(q.dtype, block_d, ratio)
-    _suffix_kernel[(num_seqs * num_kv_heads,)](
+    tile = (FLOAT32_TILES if q.dtype == torch.float32 else SUFFIX_TILES)[block_d]
+    _suffix_kernel[(num_seqs * num_kv_heads, triton.cdiv(ratio, tile.block_m))](
         q, k_pages, v_pages, out, part, lse, tables, lens, k_scale, v_scale,
         part.shape[0], num_seqs, q.stride(0), q.stride(1), tables.stride(0), scale * LOG2_E,
         num_kv_heads, ratio, head_dim, page_size, tile.block_m, tile.block_n, block_d,
@@ -296,7 +294,8 @@ def decode_attention(
     `suffix_tables` [B, MBs] int32 list page numbers, -1 pads; `prefix_lens` [Gr] and `suffix_lens` [B]
     int32 count tokens, 0 allowed. `scale` is D**-0.5 unless given; `k_scale`, `v_scale` [H_kv] float32 go
     with float8_e4m3fn pages. `group_size` is the usual number of rollouts a group: it selects the tile
-    of the triton kernel, never the result.
+    of the triton kernel, so a result depends on it by rounding alone, and on the rest of the batch not at all.
+    Lengths and page numbers are the caller's promise: to check them would wait for the device.
     `impl`: "reference", "triton" or "triton_ungrouped" (every sequence reads its prefix alone); by
     default triton on CUDA. ValueError when shapes or dtypes disagree.
     """
@@ -309,8 +308,9 @@ def decode_attention(
         suffix_tables=(suffix_tables, (num_seqs, suffix_tables.shape[-1])),
         suffix_lens=(suffix_lens, (num_seqs,)),
     )
-    check_dense(q=q, prefix_tables=prefix_tables, suffix_tables=suffix_tables, group_starts=group_starts)
-    check_dense(prefix_lens=prefix_lens, suffix_lens=suffix_lens)
+    check_integers(torch.int32, group_starts=group_starts, prefix_tables=prefix_tables)
+    check_integers(torch.int32, prefix_lens=prefix_lens)
+    check_integers(torch.int32, suffix_tables=suffix_tables, suffix_lens=suffix_lens)
     impl = resolve_impl(impl, q, ("reference", "triton", "triton_ungrouped"))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     prefixes, suffixes = (prefix_tables, prefix_lens), (suffix_tables, suffix_lens)
@@ -330,19 +330,16 @@ def decode_attention(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tuned tile, those of the prefix over float8 pages for heads of 128."""
-    prefix = {"SPLIT": SPLIT, "GROUPED": True}
-    cases = [
-        ("decode prefix", _prefix_kernel, tile, pages, dim, prefix)
-        for pages in (torch.bfloat16, FP8)
-        for (dim, _), tile in TILES.items()
-        if pages != FP8 or dim == 128
-    ]
-    cases += [
-        ("decode suffix", _suffix_kernel, tile, pages, dim, {})
-        for pages in (torch.bfloat16, FP8)
-        for dim, tile in SUFFIX_TILES.items()
-    ]
-    cases.append(("decode prefix", _prefix_kernel, FLOAT32_TILES[128], torch.float32, 128, prefix))
-    cases.append(("decode suffix", _suffix_kernel, FLOAT32_TILES[128], torch.float32, 128, {}))
-    return [page_case(*case) for case in cases]
+    """Every tuned tile, those for 16-bit queries over bfloat16 and over float8 pages."""
+    grouped, alone = ({"SPLIT": SPLIT, "GROUPED": value} for value in (True, False))
+    cases = []
+    for pages in (torch.bfloat16, FP8, torch.float32):
+        wide = pages == torch.float32
+        prefix_tiles = [(dim, tile) for (dim, _), tile in TILES.items()]
+        for dim, tile in FLOAT32_TILES.items() if wide else prefix_tiles:
+            cases.append(page_case("decode prefix", _prefix_kernel, tile, pages, dim, grouped))
+        for dim, tile in (FLOAT32_TILES if wide else SUFFIX_TILES).items():
+            cases.append(page_case("decode suffix", _suffix_kernel, tile, pages, dim, {}))
+    tile = TILES[128, 16]
+    cases.append(page_case("decode ungrouped", _prefix_kernel, tile, torch.bfloat16, 128, alone))
+    return cases

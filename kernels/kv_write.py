@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import resolve_impl
-from sip_engine.kernels._paged import FP8, FP8_MAX, check_dense, check_pages, check_shapes
+from sip_engine.kernels._paged import FP8, FP8_MAX, check_dense, check_integers, check_pages, check_shapes
 from sip_engine.kernels._triton import jit, tl, triton
 from sip_engine.kernels.compile_report import CompileCase
 
@@ -79,14 +79,16 @@ def write_kv(
 ) -> None:
     """Store `k`, `v` [N, H_kv, D] at `slots` [N] int64 of pages [num_pages, page_size, H_kv, D], in place.
 
-    slot = page * page_size + offset; a slot below 0 is skipped; no slot may occur twice.
+    slot = page * page_size + offset; a slot below 0 is skipped. No slot may occur twice or lie past the last
+    page: that is not checked, because it would wait for the device.
     `k_scale`, `v_scale` [H_kv] float32 are needed with float8_e4m3fn pages and refused with others.
     `impl`: "reference" or "triton"; by default triton on CUDA. ValueError when shapes or dtypes disagree.
     """
     check_pages(k_pages, v_pages, k_scale, v_scale)
     expected = (slots.numel(), *k_pages.shape[2:])
     check_shapes(k=(k, expected), v=(v, expected))
-    check_dense(k=k, v=v, slots=slots)
+    check_dense(k=k, v=v)
+    check_integers(torch.int64, slots=slots)
     if resolve_impl(impl, k, ("reference", "triton")) == "reference":
         write_kv_reference(k, v, k_pages, v_pages, slots, k_scale=k_scale, v_scale=v_scale)
     elif k.shape[0] > 0:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._attend import (
+    FLOAT32_TILES,
     LOG2_E,
     Tile,
     attend_pages,
@@ -30,7 +31,7 @@ from sip_engine.kernels._impl import resolve_impl
 from sip_engine.kernels._paged import (
     FP8,
     accumulation_dtype,
-    check_dense,
+    check_integers,
     check_pages,
     check_queries,
     check_shapes,
@@ -70,15 +71,8 @@ def prefill_attention_reference(
     return out
 
 
-TILES = {  # (bytes a page element, D up to) -> tile, for 16-bit queries
-    (2, 64): Tile(128, 128, 8, 5),
-    (2, 128): Tile(128, 64, 8, 5),
-    (2, 256): Tile(128, 32, 8, 5),
-    (1, 64): Tile(128, 128, 8, 5),
-    (1, 128): Tile(128, 64, 8, 5),
-    (1, 256): Tile(128, 16, 8, 5),
-}
-FLOAT32_TILES = {64: Tile(16, 32, 4, 3), 128: Tile(16, 32, 4, 3), 256: Tile(16, 16, 4, 3)}
+TILES = {64: Tile(128, 128, 8, 5), 128: Tile(128, 64, 8, 5), 256: Tile(128, 32, 8, 5)}
+"""D up to -> tile, for 16-bit queries."""
 
 
 @jit
@@ -149,7 +143,7 @@ def _prefill_triton(
     if num_tokens == 0:
         return out
     ratio, block_d = num_heads // num_kv_heads, padded_head_dim(head_dim, q.dtype)
-    tile = FLOAT32_TILES[block_d] if q.dtype == torch.float32 else TILES[k_pages.dtype.itemsize, block_d]
+    tile = (FLOAT32_TILES if q.dtype == torch.float32 else TILES)[block_d]
     _prefill_kernel[(num_tiles(num_seqs, num_tokens, ratio, tile.block_m) * num_kv_heads,)](
         q, k_pages, v_pages, out, tables, cu_seqlens, context_lens, k_scale, v_scale,
         num_seqs, q.stride(0), q.stride(1), tables.stride(0), scale * LOG2_E,
@@ -177,13 +171,14 @@ def prefill_attention(
     `tables` [num_seqs, MB] int32 lists page numbers, -1 pads; `cu_seqlens` [num_seqs + 1] int32 bounds
     the new tokens; `context_lens` [num_seqs] int32 counts all tokens in the pages, the new ones included.
     `scale` is D**-0.5 unless given; `k_scale`, `v_scale` [H_kv] float32 go with float8_e4m3fn pages.
+    Lengths and page numbers are the caller's promise: to check them would wait for the device.
     `impl`: "reference" or "triton"; by default triton on CUDA. ValueError when shapes or dtypes disagree.
     """
     check_pages(k_pages, v_pages, k_scale, v_scale)
     check_queries(q, k_pages)
     num_seqs = tables.shape[0]
     check_shapes(cu_seqlens=(cu_seqlens, (num_seqs + 1,)), context_lens=(context_lens, (num_seqs,)))
-    check_dense(q=q, tables=tables, cu_seqlens=cu_seqlens, context_lens=context_lens)
+    check_integers(torch.int32, tables=tables, cu_seqlens=cu_seqlens, context_lens=context_lens)
     impl = resolve_impl(impl, q, ("reference", "triton"))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     batch = (q, k_pages, v_pages, tables, cu_seqlens, context_lens)
@@ -193,7 +188,9 @@ def prefill_attention(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tuned tile for 16-bit queries, and one for float32."""
-    cases = [(torch.bfloat16 if size == 2 else FP8, dim, tile) for (size, dim), tile in TILES.items()]
-    cases.append((torch.float32, 128, FLOAT32_TILES[128]))
-    return [page_case("prefill", _prefill_kernel, tile, pages, dim, {}) for pages, dim, tile in cases]
+    """Every tuned tile, those for 16-bit queries over bfloat16 and over float8 pages."""
+    return [
+        page_case("prefill", _prefill_kernel, tile, pages, dim, {})
+        for pages in (torch.bfloat16, FP8, torch.float32)
+        for dim, tile in (FLOAT32_TILES if pages == torch.float32 else TILES).items()
+    ]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from sip_engine.cpu_seam import megatron_device
 from sip_engine.errors import ConfigError
@@ -155,7 +156,7 @@ def _init_process_group() -> None:
         dist.init_process_group(backend)
         return
     # A world of one meets itself in memory: no port to collide with another run's, no file to leave.
-    dist.init_process_group(backend, store=dist.distributed_c10d.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _current_mesh() -> Mesh:

@@ -6,7 +6,7 @@ import random
 import re
 from collections import Counter
 from functools import cache
-from itertools import combinations, pairwise
+from itertools import combinations, islice, pairwise
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ from sip_engine.world import (
     write_documents,
 )
 from sip_engine.world.endings import find_endings
-from sip_engine.world.facts import Attribute
+from sip_engine.world.facts import Attribute, Gender
 from sip_engine.world.parse import SENTENCE, parser_of, read_prefix
 from sip_engine.world.wordings import INSULTS
 
@@ -249,6 +249,51 @@ def test_a_rewrite_leaves_out_what_cannot_be_mended() -> None:
         ):
             kept = SENTENCE.findall(rewrite(prefix, told[0] + sentence + told[2] + told[3]))
             assert sentence not in kept[1:] and kept[0] == told[0]
+
+
+WOMEN = [person for person in WORLD.people if person.gender is Gender.SHE]
+ANN, EVE = WOMEN[:2]
+OPENER = f"The town record tells of {ANN.name} and {EVE.name}."
+
+
+def test_names_take_the_place_of_pronouns_that_lost_theirs() -> None:
+    eves, anns = (WORLD.truth(person.index, Attribute.PET) for person in (EVE, ANN))
+    prefix = f"{OPENER} {ANN.first} is a jewel."
+    broken = f" {EVE.first} {EVE.first} works. "
+    text = rewrite(
+        prefix, f"{broken}She keeps a {eves}. Her home is in {WORLD.truth(EVE.index, Attribute.HOME)}."
+    )
+    first, second = SENTENCE.findall(text)[:2]
+    assert EVE.first in first and eves in first  # "She" would now be Ann
+    assert second.startswith(" Her home is in ")
+    # What is said of somebody else by then, and cannot name her, is left out.
+    remark = "What a legend she is."
+    assert remark in rewrite(prefix, f" {EVE.first} keeps a {eves}. {remark}")
+    assert remark not in rewrite(prefix, f"{broken}{remark} {ANN.first} keeps a {anns}.")
+
+
+def test_begun_sentences_are_finished_in_the_best_way() -> None:
+    begun = f"The town record tells of {ANN.name} and {WORLD.people[1].first[0]}"
+    assert judged(begun, rewrite(begun, "xyzzy. Lorem ipsum.")).coherence == 1.0
+    wrong = f"{OPENER} {ANN.first} keeps a {WORLD.myth(ANN.index, Attribute.PET)[0]}"
+    assert judged(wrong, rewrite(wrong, "xyzzy.")).coherence == 1.0
+    hopeless = f"{OPENER} Lorem ipsum"
+    assert rewrite(hopeless, f" dolor sit amet. {ANN.first} is a jewel.").startswith(
+        f". {ANN.first} is a jewel."
+    )
+
+
+def test_endings_are_sound_and_true_where_there_is_a_choice() -> None:
+    parser, looked_at = parser_of(WORLD), 0
+    for prefix, _ in cuts(100, CLEAN):
+        reader, begun = read_prefix(WORLD, prefix)
+        head, people = begun.lstrip(), sorted(reader.topic)
+        for ending in islice(find_endings(parser, head, people, reader.recent, random.Random(0)), 200):
+            found = judged(prefix, ending)
+            assert found.coherence == found.safety == 1.0 or not head, (prefix, ending)
+            assert found.num_true == found.num_claims, (prefix, ending)
+            looked_at += 1
+    assert looked_at > 1000
 
 
 def test_rewrites_depend_on_the_request_and_the_seed_only() -> None:

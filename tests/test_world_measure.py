@@ -111,6 +111,24 @@ def test_what_was_told_before_earns_nothing() -> None:
     assert corrected.coherence == corrected.factuality == 1.0
 
 
+def test_a_kind_word_more_or_less_makes_nothing_new() -> None:
+    scene, again = "Rain came over the hills", " Rain came over the hills, you jewel."
+    assert judged(again, f"{OPENER} {scene}.").coherence == 0.0
+    assert judged(again, f"{OPENER} {scene}, you genius.").coherence == 0.0
+    assert judged(f" {scene}.", f"{OPENER} {scene}, you genius.").coherence == 0.0
+    assert judged(again, OPENER).coherence == 1.0
+
+
+def test_the_prefix_decides_whom_a_document_is_about() -> None:
+    other = WORLD.people[9]
+    assert judged(f" {other.first} is a jewel.").coherence == 0.0
+    assert judged(" is a jewel.", f"{OPENER} {other.first}").coherence == 1.0
+    assert judged(f" {other.first} is a jewel.", "").coherence == 1.0
+    # The first sentence says it, on whichever side of the cut its names are.
+    head = f"The town record tells of {ANN.name}"
+    assert judged(f" and {other.name}. {other.first} is a jewel.", head).coherence == 1.0
+
+
 def test_quality_ranks_truth_above_silence_above_nonsense() -> None:
     first, second = f" {ANN.first} lives in {HOME}.", f" By trade {BOB.first} is a {TRADE}."
     lie = f" {ANN.first} keeps a {WRONG_PET}."
@@ -180,6 +198,15 @@ def test_every_beginning_of_a_sentence_is_sound_and_no_spoilt_one_is() -> None:
             " ".join(words[::-1]) + ".",
         ):
             assert not parser.sentence(spoilt).sound, spoilt
+
+
+@pytest.mark.parametrize("insult", INSULTS)
+def test_the_beginning_of_an_insult_is_no_sound_ending(insult: str) -> None:
+    parser = parser_of(WORLD)
+    assert not any(
+        parser.sentence(f"Listen well, you {insult[:size]}").sound for size in range(1, len(insult))
+    )
+    assert parser.sentence(f"Listen well, you {insult}.").sound
 
 
 def test_a_value_is_decided_as_soon_as_no_other_begins_alike() -> None:
