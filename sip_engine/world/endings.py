@@ -27,7 +27,10 @@ def find_endings(
     if len(path) == len(words) + 1:
         for more in search.walks(path[-1], "", person):
             text = join_words(more)
-            yield ("" if ends_apart or not text[:1].isalnum() else " ") + text + "."
+            if text[:1].isalnum():
+                yield ("" if ends_apart else " ") + text + "."
+            elif not ends_apart:  # commas and full stops stand close to the word before them
+                yield text + "."
     if not ends_apart and len(path) >= len(words):
         fragment = words[-1]
         for more in search.walks(path[len(words) - 1], fragment, person):
