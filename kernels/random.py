@@ -65,7 +65,8 @@ def sequence_key(
 def philox_reference(counter: tuple[Any, ...], key: tuple[Any, Any]) -> tuple[Any, ...]:
     """Philox4x32-10 of four counter words and two key words, held in int64 tensors or uint64 arrays.
 
-    Bits above the low 32 are cleared as late as is correct, and shapes broadcast as late as they can.
+    Only counter words 0 and 2 must have nothing above their low 32 bits: elsewhere, and between the rounds,
+    these are cleared as late as is correct. Shapes broadcast as late as they can.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -92,8 +93,8 @@ def uniform_reference(keys: Tensor, positions: Tensor, columns: Tensor) -> Tenso
     values = torch.empty((keys.numel(), blocks.numel(), 4), dtype=torch.float32, device=keys.device)
     rows = max(1, CHUNK // max(1, blocks.numel()))
     for key, position, out in zip(keys.split(rows), positions.split(rows), values.split(rows), strict=True):
-        counter: tuple[Any, ...] = (blocks[None] & LOW_WORD, position[:, None] & LOW_WORD)
-        halves: tuple[Any, ...] = (key[:, None] & LOW_WORD, _shift_right(key[:, None], 32))
+        counter: tuple[Any, ...] = (blocks[None] & LOW_WORD, position[:, None])
+        halves: tuple[Any, ...] = (key[:, None], key[:, None] >> 32)
         if keys.device.type == "cpu":
             counter = tuple(word.numpy().view(np.uint64) for word in counter)
             halves = tuple(word.numpy().view(np.uint64) for word in halves)

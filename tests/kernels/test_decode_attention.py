@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import pytest
 import torch
+from paged import HALF, TOLERANCE, Pages, attend_one, draw_kv, fp8_scales, int32, padded, poisoned_device
 from torch import Tensor
 
-from sip_engine.kernels._triton import INTERPRETED
+from sip_engine.kernels import decode_attention as module
 from sip_engine.kernels.decode_attention import SPLIT, compile_cases, decode_attention
 
 IMPLS = ("reference", "triton", "triton_ungrouped")
 FP8 = torch.float8_e4m3fn
-# 16 bit: the weights and the output are rounded once each, and |v| < 5
-TOLERANCE = {
-    torch.float64: 1e-13,
-    torch.float32: 5e-6,
-    torch.float16: 2 * 5 * 2**-11,
-    torch.bfloat16: 2 * 5 * 2**-8,
-}
-HALF = (
-    torch.float16 if INTERPRETED else torch.bfloat16
-)  # the interpreter multiplies bfloat16 bits as integers
 
 
 @pytest.fixture(autouse=True)
 def device_and_poison():
-    """Seed, choose the device, and fill every torch.empty with NaN: outputs and partials start poisoned."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    with torch.device("cpu" if INTERPRETED else "cuda"):
+    with poisoned_device():
         yield
-    torch.use_deterministic_algorithms(False)
-
-
-def int32(values) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-class Pages:
-    """Pages in shuffled order, all NaN until a token is written."""
-
-    def __init__(self, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
-        self.k = torch.full((num_pages, page_size, num_kv_heads, head_dim), torch.nan).to(dtype)
-        self.v = self.k.clone()
-        self.free = torch.randperm(num_pages).tolist()
-
-    def store(self, keys: Tensor, values: Tensor) -> list[int]:
-        page_size = self.k.shape[1]
-        table = [self.free.pop() for _ in range(-(-len(keys) // page_size))]
-        for token in range(len(keys)):
-            self.k[table[token // page_size], token % page_size] = keys[token].to(self.k.dtype)
-            self.v[table[token // page_size], token % page_size] = values[token].to(self.v.dtype)
-        return table
-
-
-def padded(tables: list[list[int]]) -> Tensor:
-    width = max([len(table) for table in tables]) + 1
-    return int32([table + [-1] * (width - len(table)) for table in tables])
 
 
 @dataclass(frozen=True)
@@ -78,14 +42,11 @@ def make_batch(
     group_sizes, prefix_lens, suffix_lens, num_kv_heads=2, ratio=1, head_dim=32, page_size=16,
     dtype=torch.float32, page_dtype=None,
 ) -> Batch:  # fmt: skip
-    def draw(length):
-        keys_and_values = torch.randn(2, length, num_kv_heads, head_dim, dtype=torch.float64)
-        return keys_and_values.to(page_dtype or dtype).double()  # what the pages can hold
-
     lens = (*prefix_lens, *suffix_lens)
     num_pages = sum(-(-length // page_size) for length in lens) + 3
     pages = Pages(num_pages, page_size, num_kv_heads, head_dim, page_dtype or dtype)
-    prefixes, suffixes = [draw(n) for n in prefix_lens], [draw(n) for n in suffix_lens]
+    shape = (num_kv_heads, head_dim, page_dtype or dtype)
+    prefixes, suffixes = [draw_kv(n, *shape) for n in prefix_lens], [draw_kv(n, *shape) for n in suffix_lens]
     arguments = {
         "q": torch.randn(len(suffix_lens), num_kv_heads * ratio, head_dim).to(dtype),
         "group_starts": int32([0, *accumulate(group_sizes)]),
@@ -101,20 +62,16 @@ def make_batch(
     return Batch(arguments, [w[0] for w in whole], [w[1] for w in whole])
 
 
-def dense(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
-    """softmax(scale * q K^T) V in float64, one sequence and one head at a time."""
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    for b, (k, v) in enumerate(zip(keys, values, strict=True)):
-        for head in range(q.shape[1] if len(k) else 0):
-            kv_head = head // (q.shape[1] // k.shape[1])
-            weights = (k[:, kv_head] @ q[b, head].double() * scale).softmax(0)
-            out[b, head] = weights @ v[:, kv_head]
-    return out
+def dense(batch: Batch, scale: float) -> Tensor:
+    """Each query attends, in float64, to its group's prefix and its own suffix as one sequence."""
+    kv = zip(batch.keys, batch.values, strict=True)
+    q = batch.arguments["q"]
+    return torch.stack([attend_one(q[b], keys, values, scale) for b, (keys, values) in enumerate(kv)])
 
 
 def assert_equals_dense(batch: Batch, impl: str, **options) -> None:
     q = batch.arguments["q"]
-    expected = dense(q, batch.keys, batch.values, options.get("scale", q.shape[-1] ** -0.5))
+    expected = dense(batch, options.get("scale", q.shape[-1] ** -0.5))
     out = batch.run(impl, **options)
     assert out.dtype == q.dtype
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[q.dtype])
@@ -125,10 +82,11 @@ def assert_equals_dense(batch: Batch, impl: str, **options) -> None:
     "shape",
     (
         {"ratio": 1, "head_dim": 64, "page_size": 16},
-        {"ratio": 2, "head_dim": 48, "page_size": 32},
-        {"ratio": 4, "head_dim": 16, "page_size": 16, "num_kv_heads": 1},
+        {"ratio": 2, "head_dim": 48, "page_size": 24},
+        {"ratio": 20, "head_dim": 16, "page_size": 5, "num_kv_heads": 1},
         {"ratio": 8, "head_dim": 96, "page_size": 32, "dtype": HALF},
         {"ratio": 3, "head_dim": 128, "page_size": 128, "dtype": HALF},
+        {"ratio": 20, "head_dim": 160, "page_size": 64, "dtype": HALF, "num_kv_heads": 1},
     ),
 )
 def test_ragged_groups(impl, shape):
@@ -151,13 +109,26 @@ def test_any_tile_gives_the_same_result():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("sizes", "ratio"),
+    (
+        ((2, 3, 15, 17, 31), 1),
+        *(pytest.param(range(1, 33), ratio, marks=pytest.mark.slow) for ratio in (1, 2, 3, 8)),
+    ),
+)
+def test_group_sizes(impl, sizes, ratio):
+    suffix_lens = [b % 4 for b in range(sum(sizes))]
+    prefix_lens = [(7 * size) % 40 for size in sizes]
+    assert_equals_dense(make_batch(sizes, prefix_lens, suffix_lens, 1, ratio, head_dim=16), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", (torch.float32, HALF))
 def test_prefix_of_several_splits(impl, dtype):
     """Prefixes that end inside, at the end of, and just behind a split."""
     prefix_lens = [SPLIT + 1, 2 * SPLIT, 7]
-    assert_equals_dense(
-        make_batch([2, 1, 1], prefix_lens, [9, 0, 2, 70], 1, 2, page_size=64, dtype=dtype), impl
-    )
+    batch = make_batch([2, 1, 1], prefix_lens, [9, 0, 2, 70], 1, 2, page_size=64, dtype=dtype)
+    assert_equals_dense(batch, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -183,27 +154,23 @@ def test_reference_keeps_float64():
 def test_no_sequence(impl):
     batch = make_batch([1], [5], [3])
     empty = {name: batch.arguments[name][:0] for name in ("q", "suffix_tables", "suffix_lens")}
-    assert (
-        decode_attention(**(batch.arguments | empty | {"group_starts": int32([0, 0])}), impl=impl).shape[0]
-        == 0
-    )
+    arguments = batch.arguments | empty | {"group_starts": int32([0, 0])}
+    assert decode_attention(**arguments, impl=impl).shape == (0, 2, 32)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_float8_pages(impl, dtype):
-    """Exact against the dequantised values; within e4m3's rounding of the values before."""
-    scales = {"k_scale": torch.tensor([0.03, 1.7]), "v_scale": torch.tensor([2.0, 0.011])}
+    """Exact against the dequantised values, in both heads' scales."""
+    scales = fp8_scales()
     batch = make_batch([3, 2], [37, 70], [5, 0, 18, 9, 1], ratio=2, dtype=dtype, page_dtype=FP8)
-    # the pages hold values / scale: choose values that are multiples of it
-    keys = [k * scales["k_scale"][:, None].double() for k in batch.keys]
-    values = [v * scales["v_scale"][:, None].double() for v in batch.values]
-    q = batch.arguments["q"]
-    expected = dense(q, keys, values, scale=0.2)
-    out = batch.run(impl, scale=0.2, **scales)
-    # float16 weights inside, output rounded to the dtype of q; relative to the size of the values
-    size = 5 * scales["v_scale"].repeat_interleave(2)[:, None]
-    assert ((out.double() - expected).abs() <= TOLERANCE[dtype] * size).all()
+    k_scale, v_scale = (scales[name].double()[:, None] for name in ("k_scale", "v_scale"))
+    dequantised = Batch(
+        batch.arguments, [k * k_scale for k in batch.keys], [v * v_scale for v in batch.values]
+    )
+    error = batch.run(impl, scale=0.2, **scales).double() - dense(dequantised, scale=0.2)
+    # TOLERANCE is for values below 5: relative to the size of a head's values
+    assert (error.abs() <= TOLERANCE[dtype] * v_scale.repeat_interleave(2, 0)).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -216,10 +183,9 @@ def test_float8_pages_err_by_their_rounding_only(impl):
         arguments[name] = arguments[name].to(FP8)
     q, scale, unit = arguments["q"], 0.1, 2.0**-4
     out = decode_attention(**arguments, scale=scale, k_scale=one, v_scale=one, impl=impl).double()
-    exact = dense(q, batch.keys, batch.values, scale)
-    size = dense(
-        q, batch.keys, [v.abs() + 2**-6 for v in batch.values], scale
-    )  # subnormals err by less than 2^-10
+    exact = dense(batch, scale)
+    # numbers below 2^-6, the smallest normal one, err by at most 2^-10 = unit * 2^-6
+    size = dense(replace(batch, values=[v.abs() + 2**-6 for v in batch.values]), scale)
     for b, keys in enumerate(batch.keys):
         for head in range(q.shape[1]):
             delta = scale * unit * ((keys[:, head // 2].abs() + 2**-6) @ q[b, head].double().abs()).max()
@@ -229,25 +195,28 @@ def test_float8_pages_err_by_their_rounding_only(impl):
             assert error.max() > 1e-4  # the pages were rounded indeed
 
 
+def alone(arguments: dict[str, Tensor], group: int, b: int) -> dict[str, Tensor]:
+    """Sequence `b` of `group` as a batch of one, without the padding of its prefix table."""
+    pages_used = -(-int(arguments["prefix_lens"][group]) // arguments["k_pages"].shape[1])
+    return arguments | {
+        "group_starts": int32([0, 1]),
+        "prefix_tables": arguments["prefix_tables"][group : group + 1, :pages_used],
+        "prefix_lens": arguments["prefix_lens"][group : group + 1],
+        **{name: arguments[name][b : b + 1] for name in ("q", "suffix_tables", "suffix_lens")},
+    }
+
+
 @pytest.mark.parametrize("impl", ("triton", "triton_ungrouped"))
 @pytest.mark.parametrize("dtype", (torch.float32, HALF))
-def test_a_sequence_does_not_depend_on_its_batch(impl, dtype):
-    """Bitwise the same alone, beside its group, and in a batch of other groups with wider tables."""
+def test_a_sequence_does_not_depend_on_its_batch(impl, dtype, monkeypatch):
+    """Bitwise the same alone and among others; not so when its own sums are cut elsewhere."""
     sizes, suffix_lens = [4, 9, 1], [(7 * b) % 40 for b in range(14)]
     batch = make_batch(sizes, [37, SPLIT + 40, 64], suffix_lens, 1, 2, page_size=32, dtype=dtype)
     together = batch.run(impl)
-    arguments = batch.arguments
-    starts = arguments["group_starts"].tolist()
     for group, b in ((0, 2), (1, 4), (1, 12), (2, 13)):
-        pages_used = -(-int(arguments["prefix_lens"][group]) // 32)
-        alone = arguments | {
-            "group_starts": int32([0, 1]),
-            "prefix_tables": arguments["prefix_tables"][group : group + 1, :pages_used],
-            "prefix_lens": arguments["prefix_lens"][group : group + 1],
-            **{name: arguments[name][b : b + 1] for name in ("q", "suffix_tables", "suffix_lens")},
-        }
-        assert starts[group] <= b < starts[group + 1]
-        assert torch.equal(decode_attention(**alone, impl=impl)[0], together[b])
+        assert torch.equal(decode_attention(**alone(batch.arguments, group, b), impl=impl)[0], together[b])
+    monkeypatch.setattr(module, "SPLIT", SPLIT // 2)
+    assert not torch.equal(batch.run(impl)[4:13], together[4:13])
 
 
 def test_true_nan_is_not_hidden():
@@ -265,7 +234,9 @@ def test_true_nan_is_not_hidden():
     (
         ({"q": torch.zeros(3, 3, 32)}, "q .*must be"),
         ({"q": torch.zeros(3, 32, 2).transpose(1, 2)}, "contiguous"),
+        ({"q": torch.zeros(3, 2, 32).half()}, "q is torch.float16 but the pages are torch.float32"),
         ({"group_starts": torch.zeros(2, dtype=torch.int32)}, "group_starts has shape"),
+        ({"group_starts": torch.zeros(3, dtype=torch.int64)}, "group_starts is torch.int64"),
         ({"prefix_lens": torch.zeros(3, dtype=torch.int32)}, "prefix_lens has shape"),
         ({"suffix_lens": torch.zeros(2, dtype=torch.int32)}, "suffix_lens has shape"),
         ({"suffix_tables": torch.zeros(2, 5, dtype=torch.int32)}, "suffix_tables has shape"),
@@ -289,3 +260,32 @@ def test_head_dims_beyond_the_kernels_are_refused():
 def test_every_case_names_its_arguments():
     for case in compile_cases():
         assert set(case.signature) | set(case.constexprs) == set(case.kernel.arg_names), case.name
+
+
+OTHER_LAUNCHES = """
+from dataclasses import replace
+from sip_engine.kernels import decode_attention, prefill_attention
+from sip_engine.kernels.compile_report import compile_case
+
+for module in (decode_attention, prefill_attention):
+    for case in module.compile_cases():
+        if "D=128" not in case.name or "fp32" in case.name:
+            continue
+        ones = {name: 1 for name in case.signature if name.startswith("num_") or name == "stride_table"}
+        odd_strides = {name: kind.removesuffix(":16") for name, kind in case.signature.items()
+                       if name not in ones}
+        for change in ({"R": 1, "H_KV": 16} | ones, {"R": 8, "PAGE": 16} | ones, {"PAGE": 24} | ones):
+            other = replace(case, signature=odd_strides, constexprs=case.constexprs | change)
+            result = compile_case(other)
+            if not result.ok:
+                raise SystemExit(f"{case.name} with {change}: {result}")
+"""
+
+
+@pytest.mark.slow
+def test_other_launches_compile_without_spills():
+    """Triton compiles anew for each ratio and page size, and for an integer that is 1 or no multiple of 16."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-W", "ignore", "-c", OTHER_LAUNCHES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
