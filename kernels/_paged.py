@@ -6,6 +6,8 @@ references), or float8_e4m3fn with one float32 scale a KV head: value = stored *
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,11 @@ FP8_MAX = 448.0
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else accumulates in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """`scale`, or the usual 1 / sqrt(head_dim)."""
+    return 1.0 / math.sqrt(head_dim) if scale is None else scale
 
 
 def check_dense(**tensors: Tensor) -> None:

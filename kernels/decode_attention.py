@@ -39,8 +39,9 @@ from sip_engine.kernels._paged import (
     check_queries,
     check_shapes,
     gather_pages,
+    softmax_scale,
 )
-from sip_engine.kernels._triton import jit, tl, triton
+from sip_engine.kernels._triton import jit, tl
 from sip_engine.kernels.compile_report import CompileCase
 
 
@@ -60,7 +61,7 @@ def decode_attention_reference(
 ) -> Tensor:
     """The definition, in plain torch: one group at a time, its prefix read once. See `decode_attention`."""
     dtype = accumulation_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = softmax_scale(scale, q.shape[-1])
     out = torch.zeros_like(q)
     lens_p, lens_s = prefix_lens.tolist(), suffix_lens.tolist()
     for g, (first, last) in enumerate(pairwise(group_starts.tolist())):
@@ -206,8 +207,8 @@ def _prefix_tile(dtype: torch.dtype, block_d: int, num_rows: int) -> Tile:
     """The tile for a usual group of `num_rows` query rows."""
     if dtype.itemsize == 4:
         return FLOAT32_TILES[block_d]
-    rows = min(triton.next_power_of_2(max(num_rows, 16)), 128 if block_d <= 128 else 64)
-    return TILES[block_d, rows]
+    widest = 128 if block_d <= 128 else 64
+    return TILES[block_d, next(rows for rows in (16, 32, 64, 128) if rows >= min(num_rows, widest))]
 
 
 def _attend_prefixes(
@@ -227,14 +228,14 @@ def _attend_prefixes(
     """
     (num_seqs, num_heads, head_dim), (page_size, num_kv_heads) = q.shape, k_pages.shape[1:3]
     ratio, block_d = num_heads // num_kv_heads, padded_head_dim(head_dim, q.dtype)
-    num_splits = triton.cdiv(tables.shape[1] * page_size, SPLIT)
+    num_splits = -(-tables.shape[1] * page_size // SPLIT)
     part = torch.empty((num_splits, num_seqs, num_heads, head_dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((num_splits, num_seqs, num_heads), dtype=torch.float32, device=q.device)
     if num_splits == 0:
         return part, lse
     tile = _prefix_tile(q.dtype, block_d, (group_size or 1) * ratio)
     if group_size is None:
-        slots = num_seqs * triton.cdiv(ratio, tile.block_m)
+        slots = num_seqs * -(-ratio // tile.block_m)
     else:
         slots = num_tiles(tables.shape[0], num_seqs, ratio, tile.block_m)
     _prefix_kernel[(slots * num_kv_heads, num_splits)](
@@ -263,7 +264,7 @@ def _attend_suffixes(
     ratio, block_d = num_heads // num_kv_heads, padded_head_dim(head_dim, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tile = (FLOAT32_TILES if q.dtype == torch.float32 else SUFFIX_TILES)[block_d]
-    _suffix_kernel[(num_seqs * num_kv_heads, triton.cdiv(ratio, tile.block_m))](
+    _suffix_kernel[(num_seqs * num_kv_heads, -(-ratio // tile.block_m))](
         q, k_pages, v_pages, out, part, lse, tables, lens, k_scale, v_scale,
         part.shape[0], num_seqs, q.stride(0), q.stride(1), tables.stride(0), scale * LOG2_E,
         num_kv_heads, ratio, head_dim, page_size, tile.block_m, tile.block_n, block_d,
@@ -312,7 +313,7 @@ def decode_attention(
     check_integers(torch.int32, prefix_lens=prefix_lens)
     check_integers(torch.int32, suffix_tables=suffix_tables, suffix_lens=suffix_lens)
     impl = resolve_impl(impl, q, ("reference", "triton", "triton_ungrouped"))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = softmax_scale(scale, q.shape[-1])
     prefixes, suffixes = (prefix_tables, prefix_lens), (suffix_tables, suffix_lens)
     if impl == "reference":
         batch = (q, k_pages, v_pages, group_starts, *prefixes, *suffixes)

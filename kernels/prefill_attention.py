@@ -36,6 +36,7 @@ from sip_engine.kernels._paged import (
     check_queries,
     check_shapes,
     gather_pages,
+    softmax_scale,
 )
 from sip_engine.kernels._triton import jit, tl
 from sip_engine.kernels.compile_report import CompileCase
@@ -56,7 +57,7 @@ def prefill_attention_reference(
     """The definition, in plain torch: one sequence at a time. See `prefill_attention`."""
     dtype = accumulation_dtype(q.dtype)
     num_kv_heads = k_pages.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = softmax_scale(scale, q.shape[-1])
     out = torch.zeros_like(q)
     contexts = context_lens.tolist()
     for i, (first, last) in enumerate(pairwise(cu_seqlens.tolist())):
@@ -180,7 +181,7 @@ def prefill_attention(
     check_shapes(cu_seqlens=(cu_seqlens, (num_seqs + 1,)), context_lens=(context_lens, (num_seqs,)))
     check_integers(torch.int32, tables=tables, cu_seqlens=cu_seqlens, context_lens=context_lens)
     impl = resolve_impl(impl, q, ("reference", "triton"))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = softmax_scale(scale, q.shape[-1])
     batch = (q, k_pages, v_pages, tables, cu_seqlens, context_lens)
     if impl == "reference":
         return prefill_attention_reference(*batch, scale=scale, k_scale=k_scale, v_scale=v_scale)

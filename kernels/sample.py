@@ -300,7 +300,8 @@ def sample(
     vocab_size: global number of true tokens; ids from it on are padding and never chosen.
 
     `merge_shards` of all shards' findings (one or more) gives the token and its log-prob. No row's result
-    depends on another row. Raises ValueError on arguments that break the above.
+    depends on another row: the kernel's tiles are the same for every batch, while the reference is as
+    independent as torch's matmul. Raises ValueError on arguments that break the above.
     """
     if hidden.shape[1:] != weight.shape[1:] or hidden.ndim != 2 or hidden.dtype != weight.dtype:
         raise ValueError(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from sip_engine.config import CandidateStage, SamplerConfig
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.sampler.sampler import Request, Sampler, SamplingParams
+from sip_engine.sampler.requests import Request, SamplingParams
+from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import Candidate, Failure, Kind, Rewriter, RewriteRequest, Sample
 
 

@@ -105,7 +105,7 @@ def generate(
 ) -> None:
     """Complete prompts with a checkpoint's policy; completions end at end-of-document."""
     from sip_engine.generate import generate_file
-    from sip_engine.sampler.sampler import SamplingParams
+    from sip_engine.sampler.requests import SamplingParams
 
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
     generate_file(checkpoint, prompts, out, n=n, params=params, kv_memory_mb=kv_memory_mb)

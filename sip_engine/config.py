@@ -222,7 +222,7 @@ class ParallelConfig(Section):
     tensor: Positive = 1
     """Tensor-parallel size."""
     pipeline: Positive = 1
-    """Pipeline-parallel size; rollouts need 1."""
+    """Pipeline-parallel size; the sampler works on as many waves at once."""
     sequence: bool = False
     """Sequence parallelism beside tensor parallelism."""
     distributed_optimizer: bool = False
@@ -348,11 +348,6 @@ def _check_parallel(cfg: RunConfig) -> None:
         )
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence needs parallel.tensor of 2 or more")
-    if cfg.needs_sampler and parallel.pipeline > 1:
-        raise ValueError(
-            f"sampling needs parallel.pipeline=1, got {parallel.pipeline}: use parallel.tensor, "
-            "or set rollouts=0 and eval.generate=false"
-        )
 
 
 def _check_lengths(cfg: RunConfig) -> None:

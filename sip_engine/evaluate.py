@@ -13,7 +13,8 @@ from sip_engine.mesh import Mesh
 from sip_engine.metrics import Means, distinct_ngrams
 from sip_engine.policy.packing import Row
 from sip_engine.policy.policy import Policy
-from sip_engine.sampler.sampler import Request, Sampler, SamplingParams
+from sip_engine.sampler.requests import Request, SamplingParams
+from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import (
     FactualityQuestion,
     Failure,

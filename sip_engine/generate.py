@@ -21,7 +21,8 @@ from sip_engine.policy.packing import Row, pack_rows, split_by_tokens
 from sip_engine.policy.policy import score
 from sip_engine.policy.weights import weight_views
 from sip_engine.progress import console, steps
-from sip_engine.sampler.sampler import Request, Sampler, SamplingParams, check_params
+from sip_engine.sampler.requests import Request, SamplingParams, check_params
+from sip_engine.sampler.sampler import Sampler
 
 _CHUNK = 64
 _SCORE_TOKENS = 16384
@@ -71,7 +72,7 @@ def generate_file(
     ids = [encode(number, row, "prompt", bos=True) for number, row in rows]
     weights = weight_views(policy.model, policy.vocab_size, 0)
     cfg = SamplerConfig(kv_memory_mb=kv_memory_mb, max_sequences=max(256, n))
-    sampler = Sampler(weights, policy.mesh.tp, cfg)
+    sampler = Sampler(weights, policy.mesh, cfg)
     params = replace(params, stop_ids=(policy.tokenizer.eos_id,))
     requests = [Request(prompt, n, document=number) for number, prompt in enumerate(ids)]
     sampler.check(requests, params)

@@ -52,6 +52,8 @@ class Mesh:
     pp: Axis
     dp: Axis
     replica: Axis
+    ends: Axis | None
+    """First and last pipeline stage; None on stages between them and without pipeline parallelism."""
 
     @property
     def is_main(self) -> bool:
@@ -166,6 +168,8 @@ def _current_mesh() -> Mesh:
         return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
     cuda = torch.cuda.is_available()
+    # Megatron ties the embeddings of the first and the last stage in a group of these two.
+    ends: Any = state.get_embedding_group(check_initialized=False)
     return Mesh(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -174,4 +178,5 @@ def _current_mesh() -> Mesh:
         pp=axis(state.get_pipeline_model_parallel_group()),
         dp=axis(state.get_data_parallel_group()),
         replica=axis(state.get_model_parallel_group()),
+        ends=axis(ends) if ends is not None and dist.get_world_size(ends) == 2 else None,
     )

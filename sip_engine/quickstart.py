@@ -19,7 +19,9 @@ from sip_engine.train import train
 
 STAGES = ("base", "standard", "self_improving")
 NOTE = "The world's own rules both judged the candidates and measured the results here."
-ABOUT_PAPER = "paper: win rate, and gains over base, of its 1.4 B model's quality, factuality and safety runs."
+ABOUT_PAPER = (
+    "paper: win rate, and gains over base, of its 1.4 B model's quality, factuality and safety runs."
+)
 NAMES = {
     "win_rate": "win rate",
     "coherence": "coherence",

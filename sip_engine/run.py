@@ -183,7 +183,7 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
     judge, rewriter, world_measure = _judge_and_rewriter(cfg, corpus, mesh)
     sampler = None
     if cfg.needs_sampler:
-        sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh.tp, cfg.sampler)
+        sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh, cfg.sampler)
     records = Records(cfg.out, from_step=step + (step > 0), enabled=mesh.is_main)
     run = Run(cfg, mesh, corpus, policy, reference, sampler, judge, rewriter, world_measure, records, step)
     run._opened, run._spent = opened, spent

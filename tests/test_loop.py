@@ -190,22 +190,3 @@ def test_two_processes_train_the_same_policy(single: Path, tmp_path: Path, paral
         other = wanted[pool["step"], pool["document"], pool["cut"]]
         assert (pool["chosen"], pool["rejected"]) == (other["chosen"], other["rejected"])
         assert [c["text"] for c in pool["candidates"]] == [c["text"] for c in other["candidates"]]
-
-
-@pytest.mark.slow
-def test_a_pipelined_run_updates_the_same_policy(mesh: Mesh, tmp_path: Path) -> None:
-    """PP 2, whose stages do not sample: the objective that needs no rollouts."""
-    changes: dict[str, Any] = {
-        "objective": {"kind": "sft_rewrite"},
-        "candidates": [{"original": True, "rewrite": True, "rollouts": 0}],
-        "eval": {"every": 2, "num_prefixes": 6, "generate": False},
-    }
-    train(run_config(tmp_path / "one", **changes), mesh)
-    run_ranks("test_loop:train_pipelined", 2, tmp_path / "two", json.dumps(changes))
-    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, abs=2e-4), f"{name} at step {theirs['step']}"
-
-
-def train_pipelined(folder: Path, changes: str) -> None:
-    train(run_config(folder, parallel={"pipeline": 2}, **json.loads(changes)), start_mesh(1, 2))

@@ -18,7 +18,11 @@ from sip_engine.errors import RequestError
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.weights import weight_views
-from sip_engine.sampler.sampler import Completion, Request, Sampler, SamplingParams
+from sip_engine.sampler.cache import KVPages
+from sip_engine.sampler.continuous import decode_continuously
+from sip_engine.sampler.pages import RollingPages
+from sip_engine.sampler.requests import Completion, Request, SamplingParams
+from sip_engine.sampler.sampler import Sampler
 
 VOCAB = 90  # not a multiple of the padding, so that padded rows would show
 LENGTHS = (1, 7, 16, 17, 33)
@@ -26,12 +30,14 @@ PARAMS = SamplingParams(max_new_tokens=19, seed=3)
 
 
 def make_model(mesh: Mesh) -> PolicyModel:
-    return build_model(SMALL_MODEL, ParallelConfig(tensor=mesh.tp.size), VOCAB, mesh, seed=1)
+    return build_model(
+        SMALL_MODEL, ParallelConfig(tensor=mesh.tp.size, pipeline=mesh.pp.size), VOCAB, mesh, seed=1
+    )
 
 
 def make_sampler(model: PolicyModel, mesh: Mesh, impl=None, **settings) -> Sampler:
     views = weight_views(model, VOCAB, mesh.tp.rank)
-    return Sampler(views, mesh.tp, SamplerConfig(**{"kv_memory_mb": 4, **settings}), impl=impl)
+    return Sampler(views, mesh, SamplerConfig(**{"kv_memory_mb": 4, **settings}), impl=impl)
 
 
 def requests(n: int = 3) -> list[Request]:
@@ -138,6 +144,86 @@ def test_stop_tokens_end_a_completion_and_are_kept(mesh: Mesh, model: PolicyMode
             np.testing.assert_allclose(short.logprobs, long.logprobs[:end], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "preempt_every"),
+    [
+        ({}, 0),
+        ({"max_sequences": 4}, 0),
+        ({"kv_memory_mb": 1, "page_size": 4}, 0),
+        ({}, 2),
+        ({"page_size": 3}, 1),
+    ],
+)
+def test_continuous_batching_draws_the_same_tokens(
+    mesh: Mesh, model: PolicyModel, settings: dict, preempt_every: int
+) -> None:
+    """Sequences that leave at a stop token, wait for room or have to start over end as they do in a wave."""
+    whole = make_sampler(model, mesh).generate(requests(), PARAMS)
+    params = replace(PARAMS, stop_ids=tuple(int(group[0].ids[3 * i]) for i, group in enumerate(whole)))
+    want = make_sampler(model, mesh).generate(requests(), params)
+    assert len({len(c.ids) for group in want for c in group}) > 3
+    sampler = make_sampler(model, mesh, "reference", **settings)
+    assert sampler.draw is not None
+    got = decode_continuously(
+        sampler.decoder,
+        sampler.draw,
+        sampler.pages,
+        "reference",
+        requests(),
+        params,
+        sampler.limits,
+        preempt_every=preempt_every,
+    )
+    assert tokens(got) == tokens(want)
+    for ours, theirs in zip(got, want, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert sampler.pages_in_use == 0
+
+
+def test_continuous_batching_gives_way_when_pages_run_out(mesh: Mesh, model: PolicyModel) -> None:
+    """A pool that holds one group at full length and little more: the others enter, give way, and finish."""
+    need = make_sampler(model, mesh).limits.group_pages(33, 3, 19)
+    sampler = make_sampler(model, mesh, "reference")
+    small = replace(sampler.limits, num_pages=need + 2)
+    pages = KVPages(sampler.weights, small.num_pages, small.page_size)
+    assert sampler.draw is not None
+    admitted = []
+    step = RollingPages.step
+
+    def counting(rows: RollingPages) -> int:
+        short = step(rows)
+        admitted.append(short)
+        return short
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(RollingPages, "step", counting)
+        got = decode_continuously(
+            sampler.decoder, sampler.draw, pages, "reference", requests(), PARAMS, small
+        )
+    assert max(admitted) > 0, "no page was ever missing"
+    assert tokens(got) == tokens(make_sampler(model, mesh).generate(requests(), PARAMS))
+    assert pages.pool.allocator.num_used == 0
+
+
+@pytest.mark.parametrize("impl", ["dense", "reference"])
+def test_a_wave_holds_each_prefix_once(mesh: Mesh, model: PolicyModel, impl: str) -> None:
+    """Pages in use: prefixes x ceil(P / page) + sequences x ceil(S / page) throughout, 0 afterwards."""
+    sampler = make_sampler(model, mesh, impl, page_size=8)
+    seen = []
+    forward = sampler.decoder.forward
+
+    def watching(*args):
+        seen.append(sampler.pages_in_use)
+        return forward(*args)
+
+    sampler.decoder.forward = watching  # type: ignore[method-assign]
+    sampler.generate(requests(), PARAMS)
+    want = sum(-(-n // 8) for n in LENGTHS) + 3 * len(LENGTHS) * -(-19 // 8)
+    assert seen == [want] * 19
+    assert sampler.pages_in_use == 0
+
+
 def one(ids: list[int], n: int = 1) -> Request:
     return Request(np.array(ids, np.int32), n)
 
@@ -174,9 +260,9 @@ def test_a_budget_too_small_for_one_group_is_refused(mesh: Mesh, model: PolicyMo
         sampler.generate([one([1] * 70, n=1000)], PARAMS)
 
 
-def sample_on_ranks(folder: Path, tensor: str) -> None:
-    """On every rank: completions of the shared model, sampled at a tensor-parallel size."""
-    mesh = start_mesh(int(tensor))
+def sample_on_ranks(folder: Path, tensor: str, pipeline: str) -> None:
+    """On every rank: completions of the shared model, sampled at a layout."""
+    mesh = start_mesh(int(tensor), int(pipeline))
     sampler = make_sampler(make_model(mesh), mesh)
     results = [
         [
@@ -184,18 +270,25 @@ def sample_on_ranks(folder: Path, tensor: str) -> None:
             for group in sampler.generate(requests(), params)
             for c in group
         ]
-        for params in (PARAMS, replace(PARAMS, top_k=7, top_p=0.9))
+        for params in VARIANTS
     ]
     (folder / f"{mesh.rank}.json").write_text(json.dumps(results))
 
 
+VARIANTS = (PARAMS, replace(PARAMS, top_k=7, top_p=0.9), replace(PARAMS, stop_ids=tuple(range(0, 90, 9))))
+
+
 @pytest.mark.slow
-def test_two_shards_sample_what_one_does(mesh: Mesh, model: PolicyModel, tmp_path: Path) -> None:
-    run_ranks("test_sampler:sample_on_ranks", 2, tmp_path, "2")
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert ranks[0] == ranks[1]
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_every_layout_samples_what_one_process_does(
+    mesh: Mesh, model: PolicyModel, tmp_path: Path, tensor: int, pipeline: int
+) -> None:
+    size = tensor * pipeline
+    run_ranks("test_sampler:sample_on_ranks", size, tmp_path, str(tensor), str(pipeline))
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
+    assert all(rank == ranks[0] for rank in ranks)
     sampler = make_sampler(model, mesh)
-    for got, params in zip(ranks[0], (PARAMS, replace(PARAMS, top_k=7, top_p=0.9)), strict=True):
+    for got, params in zip(ranks[0], VARIANTS, strict=True):
         want = [c for group in sampler.generate(requests(), params) for c in group]
         for (ids, logprobs), completion in zip(got, want, strict=True):
             assert ids == completion.ids.tolist()

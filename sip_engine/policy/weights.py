@@ -35,11 +35,13 @@ class LayerWeights:
 class PolicyWeights:
     """All weights of one process, and the numbers needed to use them."""
 
-    embedding: Tensor
-    """[vocabulary rows of the shard, H]"""
+    embedding: Tensor | None
+    """[vocabulary rows of the shard, H]; None after the first pipeline stage."""
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor
-    head: Tensor
+    """Of this pipeline stage."""
+    final_norm: Tensor | None
+    """[H]; None before the last pipeline stage, like the head."""
+    head: Tensor | None
     """[vocabulary rows of the shard, H]; the embedding itself when tied."""
     num_heads: int
     num_kv_heads: int
@@ -47,8 +49,7 @@ class PolicyWeights:
     norm_eps: float
     inv_freq: Tensor
     """[D / 2] float32, rotary frequencies."""
-    vocab_start: int
-    """First vocabulary row of the shard."""
+    tp_rank: int
     vocab_size: int
     """True vocabulary; rows at and above it are padding and are never sampled."""
     max_context: int
@@ -61,47 +62,66 @@ class PolicyWeights:
     def num_local_kv_heads(self) -> int:
         return self.layers[0].qkv.shape[0] // self.head_dim // (self.num_heads // self.num_kv_heads + 2)
 
+    @property
+    def vocab_start(self) -> int:
+        """First vocabulary row of the shard."""
+        table = self.embedding if self.head is None else self.head
+        assert table is not None, "a middle stage holds no vocabulary"
+        return self.tp_rank * table.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.layers[0].attention_norm.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].qkv.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].qkv.device
+
     def tensors(self) -> list[Tensor]:
+        """Every tensor this process holds a view of."""
         per_layer = [tensor for layer in self.layers for tensor in vars(layer).values()]
-        return [self.embedding, *per_layer, self.final_norm, self.head]
+        ends = (self.embedding, self.final_norm, self.head)
+        return [*(tensor for tensor in ends if tensor is not None), *per_layer]
 
 
 def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWeights:
-    """Views of a model that holds every layer (no pipeline split), taken after DDP has wrapped it.
+    """Views of this process' part of a model, taken after DDP has wrapped it.
 
     The distributed optimizer moves parameters into its own buffers when DDP wraps the model, so views
     taken before would go stale.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     config = model.config
     assert config.num_query_groups is not None and config.kv_channels is not None
-
-    def view(name: str) -> Tensor:
-        return parameters[name].data
 
     def layer(number: int) -> LayerWeights:
         at = f"decoder.layers.{number}."
         return LayerWeights(
-            attention_norm=view(at + "input_layernorm.weight"),
-            qkv=view(at + "self_attention.linear_qkv.weight"),
-            attention_out=view(at + "self_attention.linear_proj.weight"),
-            mlp_norm=view(at + "pre_mlp_layernorm.weight"),
-            gate_up=view(at + "mlp.linear_fc1.weight"),
-            down=view(at + "mlp.linear_fc2.weight"),
+            attention_norm=parameters[at + "input_layernorm.weight"],
+            qkv=parameters[at + "self_attention.linear_qkv.weight"],
+            attention_out=parameters[at + "self_attention.linear_proj.weight"],
+            mlp_norm=parameters[at + "pre_mlp_layernorm.weight"],
+            gate_up=parameters[at + "mlp.linear_fc1.weight"],
+            down=parameters[at + "mlp.linear_fc2.weight"],
         )
 
-    embedding = view("embedding.word_embeddings.weight")
+    embedding = parameters.get("embedding.word_embeddings.weight")
+    tied_here = model.post_process and model.share_embeddings_and_output_weights and model.pre_process
     return PolicyWeights(
         embedding=embedding,
-        layers=tuple(layer(n) for n in range(config.num_layers)),
-        final_norm=view("decoder.final_layernorm.weight"),
-        head=embedding if model.share_embeddings_and_output_weights else view("output_layer.weight"),
+        layers=tuple(layer(n) for n in range(len(model.decoder.layers))),
+        final_norm=parameters.get("decoder.final_layernorm.weight"),
+        head=embedding if tied_here else parameters.get("output_layer.weight"),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_query_groups,
         head_dim=config.kv_channels,
         norm_eps=config.layernorm_epsilon,
         inv_freq=model.get_buffer("inv_freq"),
-        vocab_start=tp_rank * embedding.shape[0],
+        tp_rank=tp_rank,
         vocab_size=vocab_size,
         max_context=model.max_sequence_length,
     )
@@ -109,7 +129,7 @@ def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWei
 
 def assert_shared(views: PolicyWeights, model: PolicyModel) -> None:
     """Every view must still be the storage the optimizer updates; called before each generation."""
-    now = weight_views(model, views.vocab_size, views.vocab_start // max(1, views.embedding.shape[0]))
+    now = weight_views(model, views.vocab_size, views.tp_rank)
     for ours, theirs in zip(views.tensors(), now.tensors(), strict=True):
         assert ours.data_ptr() == theirs.data_ptr() and ours.shape == theirs.shape, (
             "the sampler's view of a parameter is no longer the policy's storage"

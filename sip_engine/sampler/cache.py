@@ -28,7 +28,7 @@ class KVPages:
     def __init__(self, weights: PolicyWeights, num_pages: int, page_size: int) -> None:
         self.pool = PagePool(num_pages, page_size)
         shape = (num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
-        like = {"dtype": weights.embedding.dtype, "device": weights.embedding.device}
+        like = {"dtype": weights.dtype, "device": weights.device}
         self.page_size = page_size
         self.keys = [torch.zeros(shape, **like) for _ in weights.layers]
         self.values = [torch.zeros(shape, **like) for _ in weights.layers]
@@ -37,50 +37,65 @@ class KVPages:
 def page_bytes(weights: PolicyWeights, page_size: int) -> int:
     """Bytes one page takes over all layers, keys and values."""
     per_token = 2 * len(weights.layers) * weights.num_local_kv_heads * weights.head_dim
-    return per_token * page_size * weights.embedding.element_size()
+    return per_token * page_size * weights.dtype.itemsize
 
 
-def prefill_slots(pages: KVPages, tables: WaveTables, prefix_lens: np.ndarray) -> Tensor:
-    """[sum of prefix_lens] int64: the slot of every prefix token, prefix after prefix."""
-    slots = np.empty(int(prefix_lens.sum()), np.int64)
-    starts = np.zeros_like(prefix_lens)
-    pages.pool.planner.fill_prefill_slots(tables.prefix_tables, starts, prefix_lens, pages.page_size, slots)
+def slots_of(pages: KVPages, tables: np.ndarray, lens: np.ndarray) -> Tensor:
+    """[sum of lens] int64: the slots of the first lens[r] tokens of each table row, row after row."""
+    slots = np.empty(int(lens.sum()), np.int64)
+    pages.pool.planner.fill_prefill_slots(tables, np.zeros_like(lens), lens, pages.page_size, slots)
     return torch.from_numpy(slots).to(pages.keys[0].device)
 
 
 class PagedAttention:
-    """Attention of one wave through block tables: the kernels of `prefill_attention` and `decode_attention`."""
+    """Attention through block tables: the kernels of `prefill_attention` and `decode_attention`.
 
-    def __init__(
-        self,
-        pages: KVPages,
-        tables: WaveTables,
-        prefix_lens: np.ndarray,
-        impl: Literal["reference", "triton"],
-    ) -> None:
-        device = pages.keys[0].device
+    Whoever runs it sets the tables: those of the prefixes to prefill, and those of a decode step.
+    """
+
+    def __init__(self, pages: KVPages, impl: Literal["reference", "triton"]) -> None:
         self.pages, self.impl = pages, impl
-        self.prefix_tables = torch.from_numpy(tables.prefix_tables).to(device)
-        self.suffix_tables = torch.from_numpy(tables.suffix_tables).to(device)
-        self.prefix_lens = torch.from_numpy(prefix_lens).to(device)
-        self.group_starts = torch.from_numpy(tables.group_starts).to(device)
-        self.prefill_starts = running_sums(self.prefix_lens)
-        self.prefill_slots = prefill_slots(pages, tables, prefix_lens)
-        self.suffix_lens = torch.zeros(len(self.suffix_tables), dtype=torch.int32, device=device)
+
+    def set_prefill(self, tables: np.ndarray, lens: np.ndarray) -> None:
+        """Prefixes of `lens` [groups] tokens are about to be stored in `tables` [groups, blocks]."""
+        self.prefill_tables, self.prefill_lens = self._device(tables), self._device(lens)
+        self.prefill_starts = running_sums(self.prefill_lens)
+        self.prefill_slots = slots_of(self.pages, tables, lens)
+
+    def set_decode(
+        self,
+        prefix_tables: np.ndarray,
+        prefix_lens: np.ndarray,
+        suffix_tables: np.ndarray,
+        group_starts: np.ndarray,
+    ) -> None:
+        """Groups and sequences, sorted by group, about to decode."""
+        self.prefix_tables, self.prefix_lens = self._device(prefix_tables), self._device(prefix_lens)
+        self.suffix_tables, self.group_starts = self._device(suffix_tables), self._device(group_starts)
+        self.suffix_lens = torch.zeros(
+            len(suffix_tables), dtype=torch.int32, device=self.suffix_tables.device
+        )
+
+    def set_slots(self, slots: np.ndarray, suffix_lens: np.ndarray) -> None:
+        """Where each sequence's next token goes, and its suffix length with that token."""
+        self.decode_slots, self.suffix_lens = self._device(slots), self._device(suffix_lens)
+
+    def begin_step(self, step: int, device_step: Tensor) -> None:
+        """Suffix token `step` of every sequence of a wave is about to be stored and attended from.
+
+        `device_step` [1] is the same number on the device; only it is read, so that a graph can be captured.
+        """
+        size = self.pages.page_size
+        page = self.suffix_tables.index_select(1, device_step // size)[:, 0].long()
+        self.decode_slots = page * size + device_step % size
+        self.suffix_lens.copy_((device_step + 1).expand(len(page)))
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         write_kv(k, v, keys, values, self.prefill_slots, impl=self.impl)
         return prefill_attention(
-            q, keys, values, self.prefix_tables, self.prefill_starts, self.prefix_lens, impl=self.impl
+            q, keys, values, self.prefill_tables, self.prefill_starts, self.prefill_lens, impl=self.impl
         )
-
-    def begin_step(self, step: int) -> None:
-        """Suffix token `step` of every sequence is about to be stored and attended from."""
-        size = self.pages.page_size
-        page = self.suffix_tables[:, step // size].long()
-        self.decode_slots = page * size + step % size
-        self.suffix_lens.fill_(step + 1)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
@@ -96,6 +111,10 @@ class PagedAttention:
             self.suffix_lens,
             impl=self.impl,
         )
+
+    def _device(self, array: np.ndarray) -> Tensor:
+        # A copy: the tables of a rolling batch change in place while the device still reads these.
+        return torch.tensor(array, device=self.pages.keys[0].device)
 
 
 def running_sums(lengths: Tensor) -> Tensor:
@@ -114,7 +133,7 @@ class DenseAttention:
     def __init__(self, pages: KVPages, tables: WaveTables, prefix_lens: np.ndarray) -> None:
         self.pages = pages
         self.layout = RowLayout(tuple(prefix_lens.tolist()), ((),) * len(prefix_lens))
-        self.prefill_slots = prefill_slots(pages, tables, prefix_lens)
+        self.prefill_slots = slots_of(pages, tables.prefix_tables, prefix_lens)
         self.prefix_tables = torch.from_numpy(tables.prefix_tables).long().clamp(min=0)
         longest = int(prefix_lens.max())
         inside = torch.arange(longest) < torch.from_numpy(prefix_lens)[:, None]
@@ -142,7 +161,7 @@ class DenseAttention:
         self.prefixes[layer] = (self._contiguous(keys), self._contiguous(values))
         return shared_prefix_attention(q, k, v, self.layout, scale=q.shape[-1] ** -0.5)
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, device_step: Tensor) -> None:
         """Suffix token `step` of every sequence is about to be stored and attended from."""
         self.step = step
 

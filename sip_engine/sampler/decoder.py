@@ -24,19 +24,23 @@ class Attend(Protocol):
 
 
 class Decoder:
-    """Runs tokens through the shared weights of one tensor-parallel shard, without gradient."""
+    """Runs tokens through the shared weights of one tensor-parallel shard and pipeline stage, without gradient."""
 
     def __init__(self, weights: PolicyWeights, tp: Axis) -> None:
         self.weights = weights
         self.tp = tp
-        positions = torch.arange(weights.max_context, dtype=torch.float32, device=weights.inv_freq.device)
+        positions = torch.arange(weights.max_context, dtype=torch.float32, device=weights.device)
         angles = torch.outer(positions, weights.inv_freq)
         self._cos, self._sin = angles.cos(), angles.sin()
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """tokens, positions [N] int64 -> normalised hidden states [N, hidden], ready for the head."""
+    def forward(self, inputs: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One pass through this stage's layers.
+
+        inputs: token ids [N] int64 on the first stage, the stage before's output [N, H] on others.
+        positions: [N] int64. Returns [N, H]; on the last stage normalised, ready for the head.
+        """
         w = self.weights
-        hidden = self._embed(tokens)
+        hidden = inputs if w.embedding is None else self._embed(inputs, w.embedding)
         for number, layer in enumerate(w.layers):
             x = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.norm_eps)
             q, k, v = self._qkv(F.linear(x, layer.qkv))
@@ -46,13 +50,13 @@ class Decoder:
             hidden = hidden + self._sum_shards(F.linear(attended, layer.attention_out))
             x = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, w.norm_eps)
             hidden = hidden + self._sum_shards(F.linear(swiglu(F.linear(x, layer.gate_up)), layer.down))
+        if w.final_norm is None:
+            return hidden
         return F.rms_norm(hidden, hidden.shape[-1:], w.final_norm, w.norm_eps)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        table = self.weights.embedding
-        if self.tp.size == 1:
-            return F.embedding(tokens, table)
-        local = tokens - self.weights.vocab_start
+    def _embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        local = tokens - self.weights.tp_rank * len(table)
+        # -1 stands for a token that could not be drawn; the sampler reports it when the wave is done.
         outside = (local < 0) | (local >= len(table))
         rows = F.embedding(local.masked_fill(outside, 0), table)
         return self._sum_shards(rows.masked_fill(outside[:, None], 0.0))

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from interpreter import DEVICE
 from torch import Tensor
+
+from sip_engine.kernels._triton import triton
+
+if DEVICE == "cpu" and triton.__version__.startswith("3.6."):
+    # Its interpreter calls int() on arrays of one element where a loop has a bound from memory, which
+    # numpy 2.5 refuses. Triton 3.7 does not.
+    from triton.runtime import interpreter as triton_interpreter
+
+    _patch_lang_tensor = triton_interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor_and_index(tensor: Any, scope: Any) -> None:
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    triton_interpreter._patch_lang_tensor = _patch_lang_tensor_and_index
 
 # The interpreter multiplies the bits of bfloat16 numbers as integers.
 HALF = torch.float16 if DEVICE == "cpu" else torch.bfloat16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def device_and_poison():
 class Batch:
     """Arguments of prefill_attention, and the dense keys and values [n, H_kv, D] of every sequence."""
 
-    arguments: dict[str, Tensor]
+    arguments: dict[str, Any]
     keys: list[Tensor]
     values: list[Tensor]
 

@@ -131,10 +131,11 @@ def test_a_number_depends_on_neither_batch_nor_columns(impl, draw):
     assert torch.equal(torch.cat(shards, dim=1), all_numbers)
 
 
-def test_chunks_of_the_reference_do_not_show(monkeypatch):
+@pytest.mark.parametrize("chunk", (7, 30))
+def test_chunks_of_the_reference_do_not_show(monkeypatch, chunk):
     arguments = random_int64(9), torch.arange(9), torch.arange(50)
     whole = uniform(*arguments, impl="reference")
-    monkeypatch.setattr(random, "CHUNK", 30)
+    monkeypatch.setattr(random, "CHUNK", chunk)
     assert torch.equal(uniform(*arguments, impl="reference"), whole)
 
 

@@ -1,0 +1,67 @@
+"""Drawing tokens from hidden states with the policy's head, over tensor-parallel vocabulary shards."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sip_engine.kernels.filtered_sample import filtered_sample
+from sip_engine.kernels.sample import ShardSample, merge_shards, sample
+from sip_engine.mesh import Axis
+from sip_engine.policy.weights import PolicyWeights
+from sip_engine.sampler.requests import SamplingParams
+
+
+class TokenDraw:
+    """The last stage's half of sampling: hidden states in, token ids and log-probs out.
+
+    Shards exchange 20 bytes a row; only top-k and top-p gather logits.
+    """
+
+    def __init__(self, weights: PolicyWeights, tp: Axis) -> None:
+        assert weights.head is not None, "only the last pipeline stage draws tokens"
+        self.head, self.weights, self.tp = weights.head, weights, tp
+
+    def __call__(
+        self, hidden: Tensor, keys: Tensor, positions: Tensor, params: SamplingParams
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [B, H], keys and positions [B] int64 -> ids [B] int64, log-probs [B] float32."""
+        if params.filters:
+            logits = self._gather_vocabulary(hidden @ self.head.T)
+            found = filtered_sample(
+                logits,
+                keys,
+                positions,
+                temperature=params.temperature,
+                top_k=params.top_k or None,
+                top_p=params.top_p,
+                vocab_size=self.weights.vocab_size,
+            )
+            return merge_shards(ShardSample(*(part[None] for part in found)))
+        found = sample(
+            hidden,
+            self.head,
+            keys,
+            positions,
+            temperature=params.temperature,
+            vocab_start=self.weights.vocab_start,
+            vocab_size=self.weights.vocab_size,
+        )
+        return merge_shards(ShardSample.unpack(self._gather_shards(found.pack())))
+
+    def _gather_shards(self, packed: Tensor) -> Tensor:
+        """[B, 5] -> [shards, B, 5]: all that tensor parallelism exchanges for a sampled token."""
+        if self.tp.size == 1:
+            return packed[None]
+        gathered = packed.new_empty((self.tp.size, *packed.shape))
+        dist.all_gather(list(gathered.unbind(0)), packed.contiguous(), group=self.tp.group)
+        return gathered
+
+    def _gather_vocabulary(self, logits: Tensor) -> Tensor:
+        """[B, shard] -> [B, vocabulary]."""
+        if self.tp.size == 1:
+            return logits
+        parts = [torch.empty_like(logits) for _ in range(self.tp.size)]
+        dist.all_gather(parts, logits.contiguous(), group=self.tp.group)
+        return torch.cat(parts, dim=1)
