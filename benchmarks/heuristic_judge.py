@@ -1,6 +1,6 @@
 """How often does the heuristic judge prefer real text? Held-out documentation of the standard library.
 
-    python -m benchmarks.heuristic_judge [--seed 0]
+    python -m benchmarks heuristic_judge [--seed 0]
 
 The documents are the docstrings of each standard library module and the topics of `pydoc`, every paragraph
 once. The judge counts four fifths of them; cuts of the last fifth give prefixes and original suffixes.
@@ -38,13 +38,13 @@ class Cut(NamedTuple):
     suffix: str
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0, help="order of the documents and random choices")
-    rng = random.Random(parser.parse_args().seed)
+    rng = random.Random(parser.parse_args(argv).seed)
     documents = list(stdlib_documents())
     rng.shuffle(documents)
     num_counted = len(documents) * 4 // 5

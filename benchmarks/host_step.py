@@ -8,21 +8,15 @@ Caches: "warm" - nothing runs between the steps; "cold" - 8 MB are rewritten bef
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.record import RESULTS, header, write_csv
 from sip_engine.sampler.pages import Impl, PagePool, RollingPages, WavePages
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGET_US = 60.0
 NUM_ROLLOUTS, PREFIX_TOKENS, SUFFIX_TOKENS, MAX_SUFFIX_TOKENS, PAGE_SIZE = 16, 512, 128, 512, 16
 IMPLS: tuple[Impl, ...] = ("cpp", "python")
@@ -111,34 +105,6 @@ def measure(num_sequences: int, num_steps: int) -> list[dict[str, object]]:
     return rows
 
 
-def machine() -> str:
-    """Name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Short hash of the checked-out commit, with -dirty if files have changed since."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "none"
-
-
-def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write `rows` with a header; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def print_table(rows: list[dict[str, object]]) -> None:
     """One line a row; steps of the compiled planner are held against the target."""
     print(f"{'path':10}{'caches':8}{'impl':8}{'p20 us':>10}{'p50 us':>10}{'p80 us':>10}")
@@ -151,24 +117,16 @@ def print_table(rows: list[dict[str, object]]) -> None:
         print(line)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table, write the CSV file."""
     parser = argparse.ArgumentParser(description="Host time of one decode step.")
     parser.add_argument("--sequences", type=int, default=4096, help="live sequences, a multiple of 16")
     parser.add_argument("--steps", type=int, default=128, help="timed steps of each path")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "host_step.csv")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS / "host_step.csv")
+    args = parser.parse_args(argv)
     if args.sequences < NUM_ROLLOUTS or args.sequences % NUM_ROLLOUTS or args.steps < 1:
         parser.error(f"--sequences must be a positive multiple of {NUM_ROLLOUTS} and --steps at least 1")
-    run = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "command": " ".join(["python -m benchmarks.host_step", *sys.argv[1:]]),
-        "num_sequences": args.sequences,
-    }
+    run = {**header("host_step", ("numpy",)), "num_sequences": args.sequences}
     rows = measure(args.sequences, args.steps)
     print_table(rows)
     write_csv(args.out, [{**run, **row} for row in rows])

@@ -1,0 +1,29 @@
+"""`python -m benchmarks NAME [options]`: run one measurement; without a name, list them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "sampler": "the sampler against transformers' generate, same weights",
+    "logprob": "the log-prob head against torch and other libraries",
+    "host_step": "host time of one decode step, compiled planner against its Python twin",
+    "heuristic_judge": "how often the heuristic judge prefers real text",
+}
+
+
+def main() -> int:
+    """Dispatch to `benchmarks.NAME.main`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        print("usage: python -m benchmarks NAME [--help | options]\n")
+        for name, what in BENCHMARKS.items():
+            print(f"  {name:18}{what}")
+        return 0 if sys.argv[1:] in ([], ["--help"], ["-h"]) else 2
+    module = importlib.import_module(f"benchmarks.{sys.argv[1]}")
+    sys.argv[0] = f"python -m benchmarks {sys.argv[1]}"
+    return module.main(sys.argv[2:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

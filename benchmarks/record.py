@@ -1,0 +1,59 @@
+"""What every measurement writes beside its figures: date, commit, machine, versions, command; as CSV."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+
+from sip_engine.files import write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def machine() -> str:
+    """Name of the GPU, or of the processor."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{len(names) or '?'} cores of {name}"
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, with -dirty if files have changed since."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "none"
+
+
+def header(name: str, packages: Sequence[str] = ("torch",)) -> dict[str, object]:
+    """The columns that say where, when and how the figures of benchmark `name` came about."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+        "command": " ".join([f"python -m benchmarks {name}", *sys.argv[2:]]),
+    }
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """Write `rows` with a header line; the file appears whole or not at all."""
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
