@@ -138,9 +138,8 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for rollouts in sorted({int(str(row["rollouts"])) for row in rows}):
         line = [row for row in rows if row["rollouts"] == rollouts]
-        axes.plot(
-            [row["prefix"] for row in line], [row["ratio"] for row in line], "o-", label=f"G = {rollouts}"
-        )
+        points = np.array([[float(str(row[name])) for name in ("prefix", "ratio")] for row in line])
+        axes.plot(points[:, 0], points[:, 1], "o-", label=f"G = {rollouts}")
     axes.axhline(4, color="grey", linestyle=":", label="target at G = 16, P = 512")
     axes.set(xlabel="prefix tokens P", ylabel="times as fast as generate", ylim=(0, None))
     axes.legend()

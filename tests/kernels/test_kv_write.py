@@ -31,8 +31,9 @@ def make_pages(num_pages: int, page_size: int, num_heads: int, head_dim: int, dt
 def test_tokens_land_in_their_slots(impl, dtype, num_heads, head_dim, page_size):
     slots = torch.randperm(5 * page_size)[:11]
     slots[[2, 7]] = -1
-    qkv = torch.randn(11, 4, num_heads, head_dim).to(dtype)
-    k, v = qkv[:, 1], qkv[:, 3]  # strided views, as a fused projection yields them
+    # strided views, as fused projections yield them: heads of one kind together, or kinds of one head
+    k = torch.randn(11, 4, num_heads, head_dim).to(dtype)[:, 1]
+    v = torch.randn(11, num_heads, 3, head_dim).to(dtype)[:, :, 2]
     k_pages, v_pages = make_pages(5, page_size, num_heads, head_dim, dtype)
     write_kv(k, v, k_pages, v_pages, slots, impl=impl)
     for new, pages in ((k, k_pages), (v, v_pages)):
