@@ -51,7 +51,7 @@ def tile_origin(starts_ptr, span, slot, R: tl.constexpr, BLOCK_M: tl.constexpr):
     """First token of the span, and the first row of the tile that `slot` stands for: see `find_tile`.
 
     The load is volatile, so that a second call after the loop over keys computes the addresses of the rows
-    again. Kept alive through the loop they take up to 60 registers a thread, and the widest tiles spill.
+    again. Kept alive through the loop they take tens of registers a thread, and the widest tiles spill.
     """
     first = tl.load(starts_ptr + span, volatile=True)
     return first, (slot - first * R // BLOCK_M - span) * BLOCK_M

@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(argv, standalone_mode=False)
     except SipError as error:
-        console.print(f"[red]error:[/] {_one_line(error)}", markup=True, soft_wrap=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node have the same to say
+            console.print(f"[red]error:[/] {_one_line(error)}", markup=True, soft_wrap=True)
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)

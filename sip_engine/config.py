@@ -7,7 +7,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sip_engine.errors import ConfigError
 
@@ -32,12 +40,26 @@ class ModelConfig(Section):
     """Query heads."""
     num_kv_heads: Positive = 2
     """Key/value heads; divides `num_heads`."""
+    head_dim: Positive | None = None
+    """Channels of a head; unset is hidden_size / num_heads."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values, as Qwen2 does."""
+    qk_norm: bool = False
+    """RMSNorm over the channels of each query and key head, as in Qwen3."""
     ffn_size: Positive = 352
     """Inner width of the SwiGLU block."""
     max_context: Positive = 2048
     """Longest prefix plus suffix, in tokens."""
     rope_base: float = Field(default=10000.0, gt=0)
     """Base of the rotary wavelengths."""
+    rope_factor: float = Field(default=1.0, ge=1)
+    """Stretch rotary wavelengths beyond the original context by this, as Llama 3.1 does; 1 leaves them."""
+    rope_low_freq_factor: float = Field(default=1.0, gt=0)
+    """Wavelengths above rope_original_context / this are stretched in full."""
+    rope_high_freq_factor: float = Field(default=4.0, gt=0)
+    """Wavelengths below rope_original_context / this are left as they are; in between the two are blended."""
+    rope_original_context: Positive = 8192
+    """Context that the stretched model was first trained for, in tokens."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Epsilon inside RMSNorm."""
     tie_embeddings: bool = False
@@ -47,9 +69,21 @@ class ModelConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Parameter and activation type; auto is bf16 on CUDA and fp32 on the CPU. Optimizer state stays fp32."""
 
+    @field_validator("head_dim")
+    @classmethod
+    def _unset_if_usual(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """One way to say one thing, so that settings of the same model compare equal."""
+        hidden, heads = info.data.get("hidden_size"), info.data.get("num_heads")
+        return None if value and heads and hidden == value * heads else value
+
+    @property
+    def kv_channels(self) -> int:
+        """Channels of a head, whether set or derived."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
     @model_validator(mode="after")
     def _divides(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}"
             )
@@ -57,8 +91,14 @@ class ModelConfig(Section):
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if (self.hidden_size // self.num_heads) % 2:
-            raise ValueError("hidden_size / num_heads must be even: rotary positions turn pairs of channels")
+        if self.kv_channels % 2:
+            name = "hidden_size / num_heads" if self.head_dim is None else "head_dim"
+            raise ValueError(f"{name} must be even: rotary positions turn pairs of channels")
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ValueError(
+                f"rope_low_freq_factor={self.rope_low_freq_factor} must be below "
+                f"rope_high_freq_factor={self.rope_high_freq_factor}"
+            )
         return self
 
 

@@ -172,9 +172,9 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
     if resume:
         state = load_checkpoint(resume, policy, reference, cfg.model, vocab_size)
         corpus.stream.load_state_dict(state.run["stream"])
-        step, spent = state.step, state.run["elapsed"]
+        step, spent, before = state.step, state.run["elapsed"], state.run["config"]
     else:
-        step = 0
+        step, before = 0, None
         if init:
             load_weights(init, policy.model, cfg.model, vocab_size)
             policy.optimizer.reload_model_params()
@@ -189,8 +189,13 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
     run._opened, run._spent = opened, spent
     run.baseline = _read_baseline(cfg.out, mesh) if step else None
     if mesh.is_main:
-        write_json(cfg.out / "config.json", cfg.model_dump(mode="json"))
+        settings = cfg.model_dump(mode="json")
+        write_json(cfg.out / "config.json", settings)
         found = f"resuming at step {step} of {cfg.steps}" if step else "starting"
+        if step >= cfg.steps:
+            found = f"found complete, at step {step}; remove the folder to train anew"
+        for change in changed_settings(before, settings):
+            console.print(f"[bold]{cfg.out}[/]: changed since the checkpoint: {change}", markup=True)
         console.print(
             f"[bold]{cfg.out}[/]: {found}; {corpus.files.num_documents:,} documents, "
             f"{corpus.files.num_tokens:,} tokens, {corpus.num_samples:,} samples"
@@ -199,6 +204,18 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
         yield run
     finally:
         records.close()
+
+
+def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
+    """`name old -> new` of every setting that differs; nothing when there is no `before`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in now if name in before]
+        return [
+            c
+            for name in names
+            for c in changed_settings(before[name], now[name], f"{path}.{name}".lstrip("."))
+        ]
+    return [] if (before is None and not path) or before == now else [f"{path} {before} -> {now}"]
 
 
 def _judge_and_rewriter(

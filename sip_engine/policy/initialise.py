@@ -29,8 +29,8 @@ def initialise(
     """Draw every matrix from N(0, std²), those that write to the residual stream from N(0, std² / 2L) (GPT-2).
 
     `first_layer` is the number of this pipeline stage's first layer. Whole matrices are drawn on the CPU
-    and cut for the shard, so that neither the layout nor the device shows. Norms stay 1; rows that pad the
-    vocabulary are 0.
+    and cut for the shard, so that neither the layout nor the device shows. Norms stay 1, biases 0; rows that
+    pad the vocabulary are 0.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:

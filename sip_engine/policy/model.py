@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,10 +56,10 @@ class PolicyModel(GPTModel):
     """A GPT model whose input is a `PackedRows` and whose last stage returns target log-probs.
 
     Rotary angles follow the rows' own positions, so that every suffix continues its prefix; the head is
-    applied to the rows' scored positions only.
+    applied to the rows' scored positions only. The buffer `inv_freq` is set by `build_model`.
     """
 
-    def __init__(self, *args: Any, rope_base: float, true_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.true_vocab_size = true_vocab_size
         if self.post_process and self.config.sequence_parallel:
@@ -66,11 +67,6 @@ class PolicyModel(GPTModel):
             # the gather's backward sums the shards' gradients, so that the head must not.
             self.output_layer.sequence_parallel = False
             self.output_layer.disable_grad_reduce = True
-        dim = self.config.kv_channels
-        assert dim is not None
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-        inv_freq = (1.0 / rope_base**exponents).to(torch.cuda.current_device())
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, rows: PackedRows) -> Tensor:  # type: ignore[override]
         """Last stage: [num_targets] float32 log-probs in nats. Other stages: hidden states [T, 1, hidden]."""
@@ -120,6 +116,16 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def rotary_frequencies(model: ModelConfig) -> Tensor:
+    """[head_dim / 2] float32, radians a position, stretched as in Llama 3.1 if the settings ask for it."""
+    dim = model.kv_channels
+    plain = 1.0 / model.rope_base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    turns = model.rope_original_context * plain / (2 * math.pi)  # in the original context
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain * (kept + (1 - kept) / model.rope_factor)
+
+
 def parameter_dtype(precision: str) -> torch.dtype:
     """The type of parameters and activations for a precision setting."""
     if precision == "auto":
@@ -136,7 +142,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         ffn_hidden_size=model.ffn_size,
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads,
-        kv_channels=model.hidden_size // model.num_heads,
+        kv_channels=model.kv_channels,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
@@ -170,7 +178,10 @@ def _block_spec(config: TransformerConfig, num_local_layers: int) -> Transformer
     parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = SharedPrefixAttention
+    attention = parts.self_attention.submodules
+    attention.core_attention = SharedPrefixAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)
 
@@ -196,10 +207,11 @@ def build_model(
             pre_process=mesh.pp.is_first,
             post_process=mesh.pp.is_last,
             share_embeddings_and_output_weights=model.tie_embeddings,
-            rope_base=model.rope_base,
             true_vocab_size=vocab_size,
         )
         built = built.to(device=mesh.device, dtype=config.params_dtype)
+        # After the cast: in bf16, angles of late positions would be off by radians.
+        built.register_buffer("inv_freq", rotary_frequencies(model).to(mesh.device), persistent=False)
     initialise(
         built,
         mesh.tp,

@@ -29,6 +29,12 @@ class LayerWeights:
     """[2 F, H]: gate rows, then up rows."""
     down: Tensor
     """[H, F]"""
+    qkv_bias: Tensor | None = None
+    """[g * (h / g + 2) * D], in the order of `qkv`'s rows."""
+    q_norm: Tensor | None = None
+    """[D], of every query head."""
+    k_norm: Tensor | None = None
+    """[D], of every key head."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ class PolicyWeights:
     def tensors(self) -> list[Tensor]:
         """Every tensor this process holds a view of."""
         per_layer = [tensor for layer in self.layers for tensor in vars(layer).values()]
-        ends = (self.embedding, self.final_norm, self.head)
-        return [*(tensor for tensor in ends if tensor is not None), *per_layer]
+        everything = (self.embedding, self.final_norm, self.head, *per_layer)
+        return [tensor for tensor in everything if tensor is not None]
 
 
 def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWeights:
@@ -107,6 +113,9 @@ def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWei
             mlp_norm=parameters[at + "pre_mlp_layernorm.weight"],
             gate_up=parameters[at + "mlp.linear_fc1.weight"],
             down=parameters[at + "mlp.linear_fc2.weight"],
+            qkv_bias=parameters.get(at + "self_attention.linear_qkv.bias"),
+            q_norm=parameters.get(at + "self_attention.q_layernorm.weight"),
+            k_norm=parameters.get(at + "self_attention.k_layernorm.weight"),
         )
 
     embedding = parameters.get("embedding.word_embeddings.weight")

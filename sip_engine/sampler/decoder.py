@@ -43,7 +43,11 @@ class Decoder:
         hidden = inputs if w.embedding is None else self._embed(inputs, w.embedding)
         for number, layer in enumerate(w.layers):
             x = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.norm_eps)
-            q, k, v = self._qkv(F.linear(x, layer.qkv))
+            q, k, v = self._qkv(F.linear(x, layer.qkv, layer.qkv_bias))
+            if layer.q_norm is not None:
+                q = F.rms_norm(q, q.shape[-1:], layer.q_norm, w.norm_eps)
+            if layer.k_norm is not None:
+                k = F.rms_norm(k, k.shape[-1:], layer.k_norm, w.norm_eps)
             q = rotary(q, self._cos, self._sin, positions)
             k = rotary(k, self._cos, self._sin, positions)
             attended = attend(number, q, k, v).flatten(1)

@@ -1,0 +1,274 @@
+"""Triton kernels of attention over a packed stream, forward and backward. See shared_prefix_attention.py.
+
+Shapes: T tokens, Hq query heads, H_kv KV heads, R = Hq / H_kv, D head dim. `segment_start`, `seen_until` and
+the tile tables are `RowLayout`'s.
+
+Two facts keep the kernels short. A query sees two runs of keys: its row's prefix, and its own segment up to
+itself; so a tile of queries counts its keys through the former and on into the latter, and masks only where
+its queries differ. And a key is seen by one run of queries, even a prefix's, since the suffixes follow in the
+stream; so one program adds up all of a prefix tile's dK and dV, in a fixed order and without atomics.
+
+Forward, with log2(e) in the scale:      s = scale q k^T      l = log2 sum_j 2^s      o = sum_j 2^(s - l) v
+Backward, with delta = sum_d do o:      p = 2^(s - l)      ds = p (do v^T - delta)
+                                        dq = scale ds k      dk = scale ds^T q      dv = p^T do
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sip_engine.kernels._attend import LOG2_E, Tile
+from sip_engine.kernels._shared_prefix_layout import RowLayout
+from sip_engine.kernels._triton import jit, tl
+from sip_engine.kernels.compile_report import CompileCase
+
+FORWARD_TILES = {(64, 2): Tile(128, 128, 8, 3), (128, 2): Tile(128, 64, 8, 3)}
+DQ_TILES = {(64, 2): Tile(128, 64, 8, 3), (128, 2): Tile(128, 64, 8, 3)}
+DKV_TILES = {(64, 2): Tile(64, 128, 8, 3), (128, 2): Tile(64, 128, 8, 3)}
+"""(D up to, bytes of an element) -> queries, keys, warps and stages."""
+for _tiles in (FORWARD_TILES, DQ_TILES, DKV_TILES):  # float32 takes three tf32 products for one
+    _tiles |= {(64, 4): Tile(16, 32, 4, 2), (128, 4): Tile(16, 32, 4, 2)}
+
+
+@jit
+def _load_keys(ptr, n, end, prefix_len, gap, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of the keys (or values) that a query tile counts as `n`: [BLOCK_N, BLOCK_D]."""
+    d = tl.arange(0, BLOCK_D)
+    token = n + tl.where(n < prefix_len, 0, gap)
+    live = (d < D)[None, :]
+    if MASKED:
+        live &= (n < end)[:, None]
+    return tl.load(ptr + token[:, None] * stride + d[None, :], mask=live, other=0.0)
+
+
+@jit
+def _seen(n, prefix_len, lower, upper):
+    """[BLOCK_M, BLOCK_N]: n is in the prefix, or in [lower, upper], which is the query's own segment so far."""
+    own = (n[None, :] >= lower[:, None]) & (n[None, :] <= upper[:, None])
+    return (n < prefix_len)[None, :] | own
+
+
+@jit
+def _load_query_tile(tiles_ptr, tile, segment_start_ptr, BLOCK_M: tl.constexpr):
+    """A row of the table `query_tiles`, with keys counted from 0 as the tile sees them.
+
+    Returns (first query, its end, first token of the row, keys of the prefix, tokens left out behind these,
+    keys all queries see, end of the keys, first and last own key of each query [BLOCK_M]).
+    """
+    tiles_ptr += tile * 6
+    first = tl.load(tiles_ptr)
+    last = tl.load(tiles_ptr + 1)
+    row = tl.load(tiles_ptr + 2)
+    prefix_len = tl.load(tiles_ptr + 3)
+    own = tl.load(tiles_ptr + 4)
+    seen_by_all = tl.load(tiles_ptr + 5)
+    skipped = own - prefix_len  # stream index of key n >= prefix_len, less n
+    query = first + tl.arange(0, BLOCK_M)
+    lower = tl.load(segment_start_ptr + query, mask=query < last, other=own) - skipped
+    return first, last, row, prefix_len, skipped - row, seen_by_all, last - skipped, lower, query - skipped
+
+
+@jit
+def _forward_keys(
+    q, acc, m, z, k_ptr, v_ptr, stride_kt, stride_vt, begin, end, prefix_len, gap, lower, upper, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of the queries `q` over the keys [begin, end); without MASKED they see them all."""
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = _load_keys(k_ptr, n, end, prefix_len, gap, stride_kt, D, BLOCK_D, MASKED)
+        s = tl.dot(q, k.T, input_precision="tf32x3") * scale
+        if MASKED:
+            s = tl.where(_seen(n, prefix_len, lower, upper), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        base = m_new
+        if MASKED:  # a query need not have seen any key yet
+            base = tl.where(m_new > float("-inf"), m_new, 0.0)
+        rescale = tl.exp2(m - base)
+        p = tl.exp2(s - base[:, None])
+        v = _load_keys(v_ptr, n, end, prefix_len, gap, stride_vt, D, BLOCK_D, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="tf32x3")
+        z = z * rescale + tl.sum(p, 1)
+        m = m_new
+    return acc, m, z
+
+
+@jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, segment_start_ptr,
+    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, scale,
+    H_KV: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: keys all of them see without a mask, then the others."""
+    head = tl.program_id(0) % (H_KV * R)
+    first, last, row, prefix_len, gap, seen_by_all, end, lower, upper = _load_query_tile(
+        tiles_ptr, tl.program_id(0) // (H_KV * R), segment_start_ptr, BLOCK_M
+    )
+    r = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    live = (r < last - first)[:, None] & (d < D)[None, :]
+    q_ptr += first.to(tl.int64) * stride_qt + head * stride_qh
+    q = tl.load(q_ptr + r[:, None] * stride_qt + d[None, :], mask=live, other=0.0)
+    k_ptr += row.to(tl.int64) * stride_kt + head // R * stride_kh
+    v_ptr += row.to(tl.int64) * stride_vt + head // R * stride_vh
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    z = tl.zeros([BLOCK_M], tl.float32)
+    unmasked = seen_by_all // BLOCK_N * BLOCK_N
+    acc, m, z = _forward_keys(
+        q, acc, m, z, k_ptr, v_ptr, stride_kt, stride_vt, 0, unmasked, prefix_len, gap, lower, upper, scale,
+        False, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc, m, z = _forward_keys(
+        q, acc, m, z, k_ptr, v_ptr, stride_kt, stride_vt, unmasked, end, prefix_len, gap, lower, upper, scale,
+        True, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    out_ptr += (first.to(tl.int64) * (H_KV * R) + head) * D
+    out = (acc / z[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + r[:, None] * (H_KV * R * D) + d[None, :], out, mask=live)
+    lse_ptr += head.to(tl.int64) * num_tokens + first
+    tl.store(lse_ptr + r, m + tl.log2(z), mask=r < last - first)
+
+
+@jit
+def _dq_keys(
+    q, do, dq, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, begin, end, prefix_len, gap, lower, upper, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add ds k over the keys [begin, end) to dq."""
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = _load_keys(k_ptr, n, end, prefix_len, gap, stride_kt, D, BLOCK_D, MASKED)
+        p = tl.exp2(tl.dot(q, k.T, input_precision="tf32x3") * scale - lse[:, None])
+        if MASKED:
+            p = tl.where(_seen(n, prefix_len, lower, upper), p, 0.0)
+        v = _load_keys(v_ptr, n, end, prefix_len, gap, stride_vt, D, BLOCK_D, MASKED)
+        dp = tl.dot(do, v.T, input_precision="tf32x3")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="tf32x3")
+    return dq
+
+
+@jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, segment_start_ptr,
+    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, scale,
+    H_KV: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries of one head, over the forward's keys; writes delta for the other kernel."""
+    head = tl.program_id(0) % (H_KV * R)
+    first, last, row, prefix_len, gap, seen_by_all, end, lower, upper = _load_query_tile(
+        tiles_ptr, tl.program_id(0) // (H_KV * R), segment_start_ptr, BLOCK_M
+    )
+    r = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    live = (r < last - first)[:, None] & (d < D)[None, :]
+    q_ptr += first.to(tl.int64) * stride_qt + head * stride_qh
+    q = tl.load(q_ptr + r[:, None] * stride_qt + d[None, :], mask=live, other=0.0)
+    k_ptr += row.to(tl.int64) * stride_kt + head // R * stride_kh
+    v_ptr += row.to(tl.int64) * stride_vt + head // R * stride_vh
+    start = (first.to(tl.int64) * (H_KV * R) + head) * D
+    offsets = r[:, None] * (H_KV * R * D) + d[None, :]
+    do = tl.load(dout_ptr + start + offsets, mask=live, other=0.0)
+    out = tl.load(out_ptr + start + offsets, mask=live, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    scalars = head.to(tl.int64) * num_tokens + first
+    tl.store(delta_ptr + scalars + r, delta, mask=r < last - first)
+    lse = tl.load(lse_ptr + scalars + r, mask=r < last - first, other=0.0)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    unmasked = seen_by_all // BLOCK_N * BLOCK_N
+    dq = _dq_keys(
+        q, do, dq, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, 0, unmasked, prefix_len, gap, lower, upper,
+        scale, False, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq = _dq_keys(
+        q, do, dq, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, unmasked, end, prefix_len, gap, lower, upper,
+        scale, True, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq = (dq * (scale * 0.6931471805599453)).to(dq_ptr.dtype.element_ty)  # scale has log2(e) in it
+    tl.store(dq_ptr + start + offsets, dq, mask=live)
+
+
+@jit
+def _dkv_queries(
+    k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_dt, begin, end, num_queries, until, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add p^T do and ds^T q over the queries [begin, end), counted from the tile's first key, to dv and dk.
+
+    Behind `num_queries` q and do are zero and the log-sum-exp is infinite, so that p and ds are zero.
+    """
+    d = tl.arange(0, BLOCK_D)
+    for start in range(begin, end, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        live = (i < num_queries)[:, None] & (d < D)[None, :]
+        q = tl.load(q_ptr + i[:, None] * stride_qt + d[None, :], mask=live, other=0.0)
+        lse = tl.load(lse_ptr + i, mask=i < num_queries, other=float("inf"))
+        p = tl.exp2(tl.dot(k, q.T, input_precision="tf32x3") * scale - lse[None, :])
+        if MASKED:
+            key = tl.arange(0, BLOCK_N)
+            p = tl.where((key[:, None] <= i[None, :]) & (i[None, :] < until[:, None]), p, 0.0)
+        do = tl.load(dout_ptr + i[:, None] * stride_dt + d[None, :], mask=live, other=0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="tf32x3")
+        dp = tl.dot(v, do.T, input_precision="tf32x3")
+        delta = tl.load(delta_ptr + i, mask=i < num_queries, other=0.0)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
+    return dk, dv
+
+
+@jit
+def _dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, tiles_ptr, seen_until_ptr,
+    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, scale,
+    H_KV: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys of one KV head, over all queries of its heads that see any of them."""
+    head = tl.program_id(0) % H_KV
+    tiles_ptr += tl.program_id(0) // H_KV * 4
+    first = tl.load(tiles_ptr)
+    num_keys = tl.load(tiles_ptr + 1) - first
+    masked = tl.cdiv(tl.load(tiles_ptr + 2) - first, BLOCK_M) * BLOCK_M
+    num_queries = tl.load(tiles_ptr + 3) - first
+    r = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    live = (r < num_keys)[:, None] & (d < D)[None, :]
+    until = tl.load(seen_until_ptr + first + r, mask=r < num_keys, other=0) - first
+    k_ptr += first.to(tl.int64) * stride_kt + head * stride_kh
+    k = tl.load(k_ptr + r[:, None] * stride_kt + d[None, :], mask=live, other=0.0)
+    v_ptr += first.to(tl.int64) * stride_vt + head * stride_vh
+    v = tl.load(v_ptr + r[:, None] * stride_vt + d[None, :], mask=live, other=0.0)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    q_ptr += first.to(tl.int64) * stride_qt + head * R * stride_qh
+    dout_ptr += (first.to(tl.int64) * H_KV + head) * (R * D)
+    lse_ptr += (head * R).to(tl.int64) * num_tokens + first
+    delta_ptr += (head * R).to(tl.int64) * num_tokens + first
+    for _ in range(R):
+        dk, dv = _dkv_queries(
+            k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, H_KV * R * D, 0, masked, num_queries,
+            until, scale, True, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        dk, dv = _dkv_queries(
+            k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, H_KV * R * D, masked, num_queries,
+            num_queries, until, scale, False, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        q_ptr += stride_qh
+        dout_ptr += D
+        lse_ptr += num_tokens
+        delta_ptr += num_tokens
+    start = (first.to(tl.int64) * H_KV + head) * D
+    offsets = r[:, None] * (H_KV * D) + d[None, :]
+    dk *= scale * 0.6931471805599453
+    tl.store(dk_ptr + start + offsets, dk.to(dk_ptr.dtype.element_ty), mask=live)
+    tl.store(dv_ptr + start + offsets, dv.to(dv_ptr.dtype.element_ty), mask=live)
