@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?= tests
+WORKERS ?= 2
 
 .PHONY: quickstart test check lint format install clean
 
@@ -11,10 +12,10 @@ quickstart: install
 	$(BIN)/sip quickstart
 
 test: install
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest -n $(WORKERS) $(TESTS)
 
 check: lint
-	$(BIN)/pytest -m "not slow" $(TESTS)
+	$(BIN)/pytest -n $(WORKERS) -m "not slow" $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

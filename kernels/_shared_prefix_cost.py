@@ -22,9 +22,7 @@ class AttentionCost:
     from dk and dv runs seven."""
 
 
-def attention_cost(
-    layout: RowLayout, *, num_heads: int, head_dim: int, shared: bool = True
-) -> AttentionCost:
+def attention_cost(layout: RowLayout, *, num_heads: int, head_dim: int, shared: bool = True) -> AttentionCost:
     """The cost of `layout`, or unless `shared` of its suffixes as sequences of their own, each with its prefix.
 
     A row without suffixes is one sequence either way. Masked pairs are not counted: this is the work that the

@@ -103,11 +103,10 @@ def merge_shards(stacked: ShardSample) -> tuple[Tensor, Tensor]:
     """
     best = stacked.perturbed.argmax(dim=0, keepdim=True)
     largest = stacked.max.amax(dim=0)
-    shift = largest.masked_fill(largest == -torch.inf, 0.0)
+    shift = largest.masked_fill(largest == -torch.inf, 0.0)  # without any column the log-prob is -inf + inf
     sum_exp = (stacked.sum_exp * (stacked.max - shift).exp()).sum(dim=0)
     logprob = stacked.logit.gather(0, best)[0] - shift - sum_exp.log()
-    valid = sum_exp > 0
-    return stacked.token.gather(0, best)[0].where(valid, -1), logprob.where(valid, torch.nan)
+    return stacked.token.gather(0, best)[0].where(sum_exp > 0, -1), logprob
 
 
 @jit
@@ -204,7 +203,7 @@ def merge_tiles_kernel(
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     sum_exp = tl.sum(tile_sum * tl.exp(tile_max - shift[:, None]), axis=1)
     best = tl.max(perturbed, axis=1)
-    winner = tl.min(tl.where(mask & (perturbed == best[:, None]), column, 2**31 - 1), axis=1)
+    winner = tl.min(tl.where(perturbed == best[:, None], column, 2**31 - 1), axis=1)
     tl.store(perturbed_ptr + row, best, mask=is_row)
     tl.store(token_ptr + row, tl.where(sum_exp > 0, vocab_start + winner.to(tl.int64), -1), mask=is_row)
     best_logit = tl.max(tl.where(column == winner[:, None], logit, -float("inf")), axis=1)

@@ -171,6 +171,8 @@ class SamplerConfig(Section):
     """Keep the k likeliest tokens; 0 keeps all."""
     page_size: Positive = 16
     """Tokens a KV page holds."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of the KV pages: auto is the weights', fp8 (e4m3, a scale a layer and head) holds twice as many tokens."""
     max_sequences: Positive = 256
     """Most sequences decoded together; groups beyond it wait for the next wave."""
     kv_memory_mb: Positive = 1024

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 
-# Small tensors: more threads only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Small tensors, several test processes: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from sip_engine.config import ModelConfig, RunConfig
 from sip_engine.mesh import Mesh, start_mesh
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 SMALL_MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_context=96, init_std=0.2

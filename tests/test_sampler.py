@@ -186,7 +186,7 @@ def test_continuous_batching_gives_way_when_pages_run_out(mesh: Mesh, model: Pol
     need = make_sampler(model, mesh).limits.group_pages(33, 3, 19)
     sampler = make_sampler(model, mesh, "reference")
     small = replace(sampler.limits, num_pages=need + 2)
-    pages = KVPages(sampler.weights, small.num_pages, small.page_size)
+    pages = KVPages(sampler.weights, small.num_pages, small.page_size, torch.float32)
     assert sampler.draw is not None
     admitted = []
     step = RollingPages.step
@@ -204,6 +204,20 @@ def test_continuous_batching_gives_way_when_pages_run_out(mesh: Mesh, model: Pol
     assert max(admitted) > 0, "no page was ever missing"
     assert tokens(got) == tokens(make_sampler(model, mesh).generate(requests(), PARAMS))
     assert pages.pool.allocator.num_used == 0
+
+
+def test_fp8_pages_hold_twice_the_tokens_and_drift_a_little(mesh: Mesh, model: PolicyModel) -> None:
+    """Four-bit mantissas: log-probs stay within a few hundredths, far from what fp32 pages keep to."""
+    llama = llama_of(model, VOCAB)
+    fp8, fp32 = make_sampler(model, mesh, kv_dtype="fp8"), make_sampler(model, mesh)
+    assert fp8.limits.num_pages == 4 * fp32.limits.num_pages  # of float32 weights
+    gaps = []
+    for request, group in zip(requests(), fp8.generate(requests(), PARAMS), strict=True):
+        for completion in group:
+            with torch.no_grad():
+                want = llama_logprobs(llama, request.prefix_ids.tolist(), completion.ids.tolist())
+            gaps.append(np.abs(completion.logprobs - want.numpy()).mean())
+    assert 1e-4 < np.mean(gaps) < 0.05
 
 
 @pytest.mark.parametrize("impl", ["dense", "reference"])

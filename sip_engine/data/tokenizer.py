@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from sip_engine.errors import DataError
+
+if TYPE_CHECKING:
+    from sip_engine.huggingface.tokenizer import BundledTokenizer
 
 MAX_TRAINING_BYTES = 256 * 2**20
 
@@ -26,11 +30,14 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer") -> None:
-        """model: a serialised sentencepiece model; `name` is what errors call it. Raises DataError."""
+        """model: a serialised sentencepiece model, or the bundle of an imported model's tokenizer.
+
+        `name` is what errors call it. Raises DataError.
+        """
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
         """SHA-256 of the model, in hex: equal fingerprints give equal ids."""
-        self._backend = _SentencePiece(model, name)
+        self._backend = _open_backend(model, name)
         self.vocab_size = len(self._backend.token_bytes)
         self.bos_id = self._backend.bos_id
         self.eos_id = self._backend.eos_id
@@ -105,6 +112,14 @@ class Tokenizer:
             )
         token_bytes = self._backend.token_bytes
         return b"".join([token_bytes[token] for token in values.tolist()]).decode(errors="replace")
+
+
+def _open_backend(model: bytes, name: str) -> _SentencePiece | BundledTokenizer:
+    if model.startswith(b"{"):
+        from sip_engine.huggingface.tokenizer import BundledTokenizer  # it builds on this module
+
+        return BundledTokenizer(model, name)
+    return _SentencePiece(model, name)
 
 
 def _is_unicode(text: str) -> bool:

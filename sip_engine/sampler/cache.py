@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._paged import FP8, FP8_MAX
 from sip_engine.kernels.decode_attention import decode_attention
 from sip_engine.kernels.dense_decode_attention import dense_decode_attention
 from sip_engine.kernels.kv_write import write_kv
@@ -22,22 +23,23 @@ AttentionImpl = Literal["dense", "reference", "triton"]
 class KVPages:
     """The paged key/value memory of every layer, and the pool that says who holds which page.
 
-    keys, values: one [num_pages, page_size, kv_heads, head_dim] a layer, in the weights' dtype.
+    keys, values: one [num_pages, page_size, kv_heads, head_dim] a layer, in `dtype`.
     """
 
-    def __init__(self, weights: PolicyWeights, num_pages: int, page_size: int) -> None:
+    def __init__(self, weights: PolicyWeights, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
         self.pool = PagePool(num_pages, page_size)
         shape = (num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
-        like = {"dtype": weights.dtype, "device": weights.device}
+        like = {"dtype": dtype, "device": weights.device}
         self.page_size = page_size
+        self.is_fp8 = dtype is FP8
         self.keys = [torch.zeros(shape, **like) for _ in weights.layers]
         self.values = [torch.zeros(shape, **like) for _ in weights.layers]
 
 
-def page_bytes(weights: PolicyWeights, page_size: int) -> int:
+def page_bytes(weights: PolicyWeights, page_size: int, dtype: torch.dtype) -> int:
     """Bytes one page takes over all layers, keys and values."""
     per_token = 2 * len(weights.layers) * weights.num_local_kv_heads * weights.head_dim
-    return per_token * page_size * weights.dtype.itemsize
+    return per_token * page_size * dtype.itemsize
 
 
 def slots_of(pages: KVPages, tables: np.ndarray, lens: np.ndarray) -> Tensor:
@@ -50,11 +52,14 @@ def slots_of(pages: KVPages, tables: np.ndarray, lens: np.ndarray) -> Tensor:
 class PagedAttention:
     """Attention through block tables: the kernels of `prefill_attention` and `decode_attention`.
 
-    Whoever runs it sets the tables: those of the prefixes to prefill, and those of a decode step.
+    Whoever runs it sets the tables: those of the prefixes to prefill, and those of a decode step. With FP8
+    pages each layer and head gets its scales from the first prefixes stored, with room for values twice as
+    large to come; what is larger still saturates.
     """
 
     def __init__(self, pages: KVPages, impl: Literal["reference", "triton"]) -> None:
         self.pages, self.impl = pages, impl
+        self.scales: dict[int, tuple[Tensor, Tensor]] = {}
 
     def set_prefill(self, tables: np.ndarray, lens: np.ndarray) -> None:
         """Prefixes of `lens` [groups] tokens are about to be stored in `tables` [groups, blocks]."""
@@ -92,14 +97,26 @@ class PagedAttention:
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
-        write_kv(k, v, keys, values, self.prefill_slots, impl=self.impl)
+        if self.pages.is_fp8 and layer not in self.scales:
+            self.scales[layer] = _fp8_scale(k), _fp8_scale(v)
+        k_scale, v_scale = self.scales.get(layer, (None, None))
+        write_kv(k, v, keys, values, self.prefill_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl)
         return prefill_attention(
-            q, keys, values, self.prefill_tables, self.prefill_starts, self.prefill_lens, impl=self.impl
+            q,
+            keys,
+            values,
+            self.prefill_tables,
+            self.prefill_starts,
+            self.prefill_lens,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            impl=self.impl,
         )
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
-        write_kv(k, v, keys, values, self.decode_slots, impl=self.impl)
+        k_scale, v_scale = self.scales.get(layer, (None, None))
+        write_kv(k, v, keys, values, self.decode_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl)
         return decode_attention(
             q,
             keys,
@@ -109,12 +126,19 @@ class PagedAttention:
             self.prefix_lens,
             self.suffix_tables,
             self.suffix_lens,
+            k_scale=k_scale,
+            v_scale=v_scale,
             impl=self.impl,
         )
 
     def _device(self, array: np.ndarray) -> Tensor:
         # A copy: the tables of a rolling batch change in place while the device still reads these.
         return torch.tensor(array, device=self.pages.keys[0].device)
+
+
+def _fp8_scale(x: Tensor) -> Tensor:
+    """[tokens, heads, D] -> [heads] float32: what a stored 1.0 stands for."""
+    return (x.float().abs().amax((0, 2)) * (2.0 / FP8_MAX)).clamp(min=1e-12)
 
 
 def running_sums(lengths: Tensor) -> Tensor:

@@ -40,13 +40,14 @@ class Sampler:
         self, weights: PolicyWeights, mesh: Mesh, cfg: SamplerConfig, *, impl: AttentionImpl | None = None
     ) -> None:
         self.weights, self.mesh, self.cfg = weights, mesh, cfg
-        self.impl: AttentionImpl = impl or ("triton" if weights.device.type == "cuda" else "dense")
+        self.kv_dtype = torch.float8_e4m3fn if cfg.kv_dtype == "fp8" else weights.dtype
+        self.impl: AttentionImpl = impl or _default_impl(weights, cfg)
         self.decoder = Decoder(weights, mesh.tp)
         self.draw = TokenDraw(weights, mesh.tp) if mesh.pp.is_last else None
         self.limits = Limits(
             weights.max_context,
             weights.vocab_size,
-            cfg.kv_memory_mb * 2**20 // page_bytes(weights, cfg.page_size),
+            cfg.kv_memory_mb * 2**20 // page_bytes(weights, cfg.page_size, self.kv_dtype),
             cfg.page_size,
             cfg.max_sequences,
         )
@@ -87,7 +88,8 @@ class Sampler:
     @property
     def pages(self) -> KVPages:
         if self._pages is None:
-            self._pages = KVPages(self.weights, self.limits.num_pages, self.limits.page_size)
+            size = self.limits.page_size
+            self._pages = KVPages(self.weights, self.limits.num_pages, size, self.kv_dtype)
         return self._pages
 
     def _bundles(self, requests: Sequence[Request], suffix: int) -> Iterator[list[int]]:
@@ -130,6 +132,12 @@ class Sampler:
         _check_drawn(ids)
         rows = iter(zip(ids, logprobs, strict=True))
         return [[cut_at_stop(*next(rows), params.stop_ids) for _ in range(r.n)] for r in requests]
+
+
+def _default_impl(weights: PolicyWeights, cfg: SamplerConfig) -> AttentionImpl:
+    if weights.device.type == "cuda":
+        return "triton"
+    return "reference" if cfg.kv_dtype == "fp8" else "dense"
 
 
 def _check_drawn(rows: Iterable[np.ndarray]) -> None:

@@ -224,7 +224,7 @@ def test_no_rows_and_no_columns(impl):
 def test_views_are_read(impl):
     hidden, weight = make_integers(10, 24, 60)
     keys, positions = make_keys(10)
-    plain = sample(hidden[::2], weight, keys[::2], positions[::2], impl=impl)
+    plain = sample(hidden[::2].clone(), weight, keys[::2].clone(), positions[::2].clone(), impl=impl)
     padded = torch.full((60, 30), NAN)
     padded[:, :24] = weight
     views = sample(hidden.T.contiguous().T[::2], padded[:, :24], keys[::2], positions[::2], impl=impl)

@@ -1,0 +1,38 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sip_engine.errors import CheckpointError
+
+
+def check_free(out: Path) -> None:
+    """Raises CheckpointError when there is already something at `out`; an empty folder may be."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: already there; remove it or name another folder")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that becomes it when the block ends well, and vanishes when not.
+
+    Raises:
+        CheckpointError: there is already something at `out`, or it cannot be written.
+    """
+    check_free(out)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out}: cannot be written ({error.strerror or error}); free space or name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,587 @@
+"""Import and export against transformers: the same distributions, the same bits, the same token ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import small_run
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from test_loop import run_config
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Fast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sip_engine.checkpoint import load_weights, read_state
+from sip_engine.config import ModelConfig, ObjectiveConfig, ParallelConfig, SamplerConfig
+from sip_engine.cpu_seam import megatron_device
+from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.errors import CheckpointError, DataError
+from sip_engine.generate import load_policy
+from sip_engine.huggingface.exporting import export_model
+from sip_engine.huggingface.families import config_json
+from sip_engine.huggingface.importing import import_model, model_section
+from sip_engine.huggingface.tensors import tensor_views
+from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.policy.model import build_model
+from sip_engine.policy.packing import Row, pack_rows
+from sip_engine.policy.policy import Policy, score
+from sip_engine.policy.weights import weight_views
+from sip_engine.sampler.requests import Request, SamplingParams
+from sip_engine.sampler.sampler import Sampler
+from sip_engine.train import train
+from sip_engine.types import Sample
+from sip_engine.update import rows_of_samples, update
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "a naïve café, 12 of 345 — it's here"] * 20
+SAMPLE = "  The fox's\n\n\tcafé <s> <|endoftext|> 2024 \u2581 漢字 \U0001f600 \u00c5  dog "
+PIECES = 310
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 24,
+}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 20000.0}
+# Family, what differs from the common shape. Wide heads: head_dim is not hidden_size / num_heads.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_parameters": PLAIN_ROPE, "rms_norm_eps": 1e-5}),
+    "llama tied, stretched, wide": (
+        "Llama",
+        {"rope_parameters": LLAMA3, "head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    ),
+    "qwen2": ("Qwen2", {"rope_parameters": PLAIN_ROPE}),
+    "qwen2 tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"rope_parameters": PLAIN_ROPE, "head_dim": 8}),
+    "qwen3 tied, wide": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+}
+
+
+def write_model(
+    folder: Path, name: str, *, vocab_size: int = PIECES, bos_id: int | None = 1, save: dict | None = None
+) -> Any:
+    """A model of transformers with every parameter random, norms and biases too, saved to `folder`."""
+    family, changes = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(
+        **{
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 96,
+            "bos_token_id": bos_id,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(0, 0.2)
+            parameter += parameter.ndim == 1  # norms and biases around 1
+    made.save_pretrained(folder, **(save or {}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.train(TEXTS, PIECES, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture
+def source(tmp_path: Path, sentencepiece: Tokenizer) -> Callable[..., tuple[Path, Any]]:
+    """Writes a folder with a model and a sentencepiece tokenizer -> (folder, model)."""
+
+    def write(name: str, **options: Any) -> tuple[Path, Any]:
+        folder = tmp_path / "source"
+        made = write_model(folder, name, **options)
+        sentencepiece.save(folder / "tokenizer.model")
+        return folder, made
+
+    return write
+
+
+def random_rows(seed: int, vocab_size: int) -> list[Row]:
+    """Ragged rows, the last one with every token as a suffix of its own: the whole next distribution."""
+    rng = np.random.default_rng(seed)
+
+    def ids(n: int) -> np.ndarray:
+        return rng.integers(0, vocab_size, n).astype(np.int32)
+
+    ragged = [(7, (5, 3)), (40, (20, 9)), (1, (1, 30))]
+    rows = [Row(ids(prefix), tuple(ids(n) for n in suffixes)) for prefix, suffixes in ragged]
+    return [*rows, Row(ids(60), tuple(np.array([t], np.int32) for t in range(vocab_size)))]
+
+
+def transformers_logprobs(model: Any, rows: list[Row]) -> torch.Tensor:
+    """[num_targets] log-probs of all suffix tokens, each sequence alone; differentiable."""
+    found = []
+    for row in rows:
+        suffixes = row.suffixes
+        if all(len(s) == 1 for s in suffixes):  # one pass for all
+            logits = model(torch.from_numpy(row.prefix).long()[None]).logits[0, -1]
+            found.append(torch.log_softmax(logits, -1)[[int(s[0]) for s in suffixes]])
+            continue
+        for suffix in suffixes:
+            ids = torch.from_numpy(np.concatenate([row.prefix, suffix])).long()
+            logits = model(ids[None]).logits[0, len(row.prefix) - 1 : -1]
+            found.append(torch.log_softmax(logits, -1).gather(1, ids[len(row.prefix) :, None])[:, 0])
+    return torch.cat(found)
+
+
+def assert_same_distribution(checkpoint: Path, model: Any) -> None:
+    """Scores and the sampler's own log-probs of a checkpoint are those of a model of transformers."""
+    policy = load_policy(checkpoint)
+    rows = random_rows(0, policy.vocab_size)
+    with torch.no_grad():
+        got = score(policy.model, [pack_rows(rows, policy.mesh.device)])[0]
+        torch.testing.assert_close(got, transformers_logprobs(model, rows), atol=1e-4, rtol=0)
+        sampler = Sampler(weight_views(policy.model, policy.vocab_size, 0), policy.mesh, SamplerConfig())
+        requests = [Request(row.prefix, 2, document=n) for n, row in enumerate(rows)]
+        completions = sampler.generate(requests, SamplingParams(max_new_tokens=12, seed=1))
+        for row, group in zip(rows, completions, strict=True):
+            want = transformers_logprobs(model, [Row(row.prefix, tuple(c.ids for c in group))])
+            got = torch.from_numpy(np.concatenate([c.logprobs for c in group]))
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_import_gives_the_distribution_of_transformers(mesh: Mesh, tmp_path: Path, source, name: str) -> None:
+    folder, model = source(name)
+    assert_same_distribution(import_model(folder, tmp_path / "checkpoint"), model)
+
+
+@pytest.mark.parametrize("name", ["llama tied, stretched, wide", "qwen2", "qwen3"])
+def test_export_gives_the_distribution_to_transformers(mesh: Mesh, tmp_path: Path, source, name: str) -> None:
+    """There and back in one file and in several: bitwise the same tensors, tokenizer and settings."""
+    folder, model = source(name)
+    checkpoint = import_model(folder, tmp_path / "checkpoint")
+    whole = export_model(checkpoint, tmp_path / "whole")
+    parts = export_model(checkpoint, tmp_path / "parts", max_shard_bytes=40_000)
+    assert len(list(parts.glob("*.safetensors"))) > 2 and (parts / "model.safetensors.index.json").is_file()
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, PIECES, (2, 50)))
+    for out in (whole, parts):
+        loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert type(loaded) is type(model) and loaded.dtype == torch.float32
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=0, rtol=0)
+    before, after = load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+    again = import_model(parts, tmp_path / "again")
+    first, second = load_policy(checkpoint), load_policy(again)
+    assert all(map(torch.equal, first.model.parameters(), second.model.parameters()))
+    assert read_state(again) == read_state(checkpoint)
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+def test_a_sharded_folder_is_the_same_model(mesh: Mesh, tmp_path: Path, source) -> None:
+    folder, _ = source("qwen2")
+    one = load_policy(import_model(folder, tmp_path / "one")).model
+    (folder / "model.safetensors").unlink()
+    source("qwen2", save={"max_shard_size": "30KB"})
+    assert not (folder / "model.safetensors").exists() and len(list(folder.glob("*.safetensors"))) > 2
+    many = load_policy(import_model(folder, tmp_path / "many")).model
+    assert all(map(torch.equal, one.parameters(), many.parameters()))
+
+
+@pytest.mark.parametrize(("saved", "stored"), [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
+def test_half_precision_loses_nothing(mesh: Mesh, tmp_path: Path, source, saved: str, stored) -> None:
+    folder, model = source("qwen3")
+    model.to(getattr(torch, saved)).save_pretrained(folder)
+    checkpoint = import_model(folder, tmp_path / "checkpoint")
+    # On the CPU the policy computes in float32, whatever the weights are stored in.
+    assert_same_distribution(checkpoint, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    before = load_file(folder / "model.safetensors")
+    after = load_file(export_model(checkpoint, tmp_path / "out") / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {stored}
+    assert all(torch.equal(before[key].to(stored), after[key]) for key in before)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == stored
+
+
+@pytest.mark.parametrize("name", ["llama tied, stretched, wide", "qwen2", "qwen3"])
+def test_gradients_are_those_of_transformers(mesh: Mesh, tmp_path: Path, source, name: str) -> None:
+    """Float64, every parameter: biases and head norms are trained like the rest."""
+    folder, model = source(name)
+    policy = load_policy(import_model(folder, tmp_path / "checkpoint"))
+    ours, theirs = policy.model.double().requires_grad_(True), model.double()
+    rows = random_rows(3, PIECES)[:3]
+    packed = pack_rows(rows, policy.mesh.device)
+    weights = torch.linspace(-1, 1, len(packed.targets), dtype=torch.float64)
+    with megatron_device():
+        (ours(packed) * weights).sum().backward()
+    (transformers_logprobs(theirs, rows) * weights).sum().backward()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            assert parameter.grad is not None
+            parameter.copy_(parameter.grad)
+    tied = model.config.tie_word_embeddings
+    got = tensor_views(weight_views(ours, PIECES, 0), tied=tied)
+    for key, parameter in theirs.named_parameters():
+        assert parameter.grad is not None
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(
+            got[key].reshape(parameter.shape), parameter.grad, atol=1e-5 * scale, rtol=0
+        )
+
+
+def test_rotary_frequencies_stay_float32(mesh: Mesh) -> None:
+    settings = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "rope_base": 500.0, "rope_factor": 4.0}
+    shape = ModelConfig(**settings, rope_high_freq_factor=3, rope_original_context=24, precision="bf16")
+    ours = build_model(shape, ParallelConfig(), PIECES, mesh, seed=0).get_buffer("inv_freq")
+    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=LLAMA3)
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    torch.testing.assert_close(ours, rotary.get_buffer("inv_freq"), atol=0, rtol=1e-6)
+
+
+# Tokenizers
+
+
+def write_byte_level(folder: Path, *, normalize: bool = True) -> None:
+    """A `tokenizer.json` in Qwen's way: bytes as characters, Unicode composed, special and plain added tokens."""
+    fast = Fast(models.BPE())
+    fast.normalizer = normalizers.NFC() if normalize else normalizers.Lowercase()
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"'s|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet))
+    fast.add_special_tokens(
+        [AddedToken("<|endoftext|>", special=True), AddedToken("<|im_end|>", special=True)]
+    )
+    fast.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def assert_ids_agree(tokenizer: Tokenizer, theirs: Any, texts: list[str]) -> None:
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == theirs(text, add_special_tokens=False).input_ids, text
+        assert tokenizer.decode(ids) == text
+
+
+def random_texts(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    parts = [
+        "the",
+        " ",
+        "  ",
+        "\n",
+        "\u2581",
+        "quick",
+        " naïve",
+        "\U0001f600",
+        "azy",
+        "12",
+        "\t",
+        "é",
+        "e",
+        "漢",
+    ]
+    return ["".join(rng.choice(parts, rng.integers(0, 12))) for _ in range(count)]
+
+
+def test_a_byte_level_tokenizer_comes_along(mesh: Mesh, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    write_model(folder, "qwen2", vocab_size=320, bos_id=None)  # rows beyond the tokenizer's 293 tokens
+    write_byte_level(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    checkpoint = import_model(folder, tmp_path / "checkpoint")
+    tokenizer = load_policy(checkpoint).tokenizer
+    end = theirs.convert_tokens_to_ids("<|endoftext|>")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (320, end, end)
+    assert_ids_agree(tokenizer, theirs, [*random_texts(200), "a <think> b"])
+    assert end not in tokenizer.encode(SAMPLE) and tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
+    every = [tokenizer.decode([token]) for token in range(320)]
+    assert (
+        every[end] == "" and every[319] == "" and every[theirs.convert_tokens_to_ids("<think>")] == "<think>"
+    )
+    with pytest.raises(DataError, match="token id 320"):
+        tokenizer.decode([320])
+
+    out = export_model(checkpoint, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    again = load_policy(import_model(out, tmp_path / "again"))
+    assert again.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_our_tokenizer_gives_transformers_the_same_ids(
+    mesh: Mesh, tmp_path: Path, source, sentencepiece: Tokenizer
+) -> None:
+    folder, _ = source("llama")
+    out = export_model(import_model(folder, tmp_path / "checkpoint"), tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert_ids_agree(sentencepiece, theirs, random_texts(500))
+    assert theirs("the fox").input_ids == [sentencepiece.bos_id, *sentencepiece.encode("the fox").tolist()]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (sentencepiece.bos_id, sentencepiece.eos_id)
+    assert theirs.decode(sentencepiece.encode(SAMPLE)) == SAMPLE
+
+
+def test_byte_fallback_without_a_sentencepiece_model(
+    mesh: Mesh, tmp_path: Path, source, sentencepiece: Tokenizer
+) -> None:
+    """Llama 2's own `tokenizer.json`, as transformers writes it: the ids of the sentencepiece model."""
+    folder, _ = source("llama")
+    out = export_model(import_model(folder, tmp_path / "checkpoint"), tmp_path / "out")
+    spelled = json.loads((out / "tokenizer.json").read_text())["model"]
+    vocab = {piece.replace(" ", "\u2581"): token for piece, token in spelled["vocab"].items()}
+    merges = [tuple(part.replace(" ", "\u2581") for part in pair) for pair in spelled["merges"]]
+    transformers.LlamaTokenizer(vocab=vocab, merges=merges).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    tokenizer = load_policy(import_model(folder, tmp_path / "json only")).tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    for text in [*random_texts(200), SAMPLE]:
+        assert tokenizer.encode(text).tolist() == sentencepiece.encode(text).tolist()
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_model_with_more_rows_than_pieces(mesh: Mesh, tmp_path: Path, source) -> None:
+    folder, model = source("llama", vocab_size=PIECES + 7)
+    checkpoint = import_model(folder, tmp_path / "checkpoint")
+    assert_same_distribution(checkpoint, model)
+    assert load_policy(checkpoint).tokenizer.vocab_size == PIECES + 7
+    out = export_model(checkpoint, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == PIECES + 7
+    assert (out / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+# Use
+
+
+def test_a_run_starts_from_an_imported_model(mesh: Mesh, tmp_path: Path) -> None:
+    """Rollouts, judge and DPO from an imported Qwen3 with its own tokenizer; then out again, tokenizer intact."""
+    folder = tmp_path / "source"
+    write_model(folder, "qwen3 tied, wide", vocab_size=320, bos_id=None)
+    write_byte_level(folder)
+    checkpoint = import_model(folder, tmp_path / "checkpoint")
+    section = tomllib.loads(model_section(checkpoint))["model"]
+    assert ModelConfig(**section) == read_state(checkpoint).model.model_copy(update={"init_std": 0.02})
+    changes = {"init": checkpoint, "model": {**section, "max_context": 96}, "steps": 1}
+    data = {"suffix_tokens": 12, "max_prefix_tokens": 40, "min_prefix_tokens": 8, "cache": tmp_path / "cache"}
+    cfg = run_config(tmp_path, **changes, data=data)
+    trained = train(cfg, mesh)
+    before, after = load_policy(checkpoint).model, load_policy(trained).model
+    moved = [not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(moved)
+    out = export_model(tmp_path / "run", tmp_path / "out")
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert_same_distribution(trained, AutoModelForCausalLM.from_pretrained(out))
+
+
+def one_update(folder: Path, checkpoint: str, layout: str) -> None:
+    """On every rank: load an imported checkpoint, score and sample, make one update, score again."""
+    parallel = json.loads(layout)
+    state = read_state(Path(checkpoint))
+    # A large eps keeps Adam from blowing the rounding of tiny gradients up to whole steps.
+    cfg = small_run(
+        model=state.model, parallel=parallel, optimizer={"lr": 1e-2, "warmup_steps": 0, "eps": 1e-3}
+    )
+    mesh = start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline)
+    policy = Policy(cfg, state.vocab_size, mesh)
+    load_weights(Path(checkpoint), policy.model, state.model, state.vocab_size)
+    policy.optimizer.reload_model_params()
+    rows = random_rows(0, state.vocab_size)
+    multiple = mesh.tp.size if cfg.parallel.sequence else 1
+    packed = pack_rows(rows, mesh.device, multiple=multiple)
+    scores = [part.numpy() for part in policy.score([packed])]
+    sampler = Sampler(weight_views(policy.model, state.vocab_size, mesh.tp.rank), mesh, SamplerConfig())
+    (drawn,) = sampler.generate([Request(rows[0].prefix, 2)], SamplingParams(max_new_tokens=8, seed=1))
+    samples = [Sample(n, 0, row.prefix, row.suffixes[0], "", "") for n, row in enumerate(rows[:3])]
+    update(policy, None, rows_of_samples(samples, "all"), ObjectiveConfig(kind="next_token"))
+    scores += [part.numpy() for part in policy.score([packed])]
+    if mesh.pp.is_last and mesh.tp.is_first:
+        np.savez(
+            folder / "result.npz",
+            scores=np.concatenate(scores),
+            ids=np.concatenate([c.ids for c in drawn]),
+            logprobs=np.concatenate([c.logprobs for c in drawn]),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2", "qwen3 tied, wide"])
+def test_every_layout_loads_an_imported_model(mesh: Mesh, tmp_path: Path, source, name: str) -> None:
+    folder, model = source(name)
+    checkpoint = import_model(folder, tmp_path / "checkpoint")
+    results = {}
+    for layout in ({}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}):
+        ranks = tmp_path / "-".join(["ranks", *layout])
+        run_ranks(
+            "test_huggingface:one_update", 2 if layout else 1, ranks, str(checkpoint), json.dumps(layout)
+        )
+        results[ranks.name] = np.load(ranks / "result.npz")
+    single = results["ranks"]
+    with torch.no_grad():
+        want = transformers_logprobs(model, random_rows(0, PIECES)).numpy()
+    half = len(want)
+    assert not np.allclose(single["scores"][:half], single["scores"][half:], atol=1e-2)  # the update was one
+    for result in results.values():
+        np.testing.assert_allclose(result["scores"][:half], want, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(result["scores"][half:], single["scores"][half:], atol=2e-4, rtol=0)
+        assert result["ids"].tolist() == single["ids"].tolist()
+        np.testing.assert_allclose(result["logprobs"], single["logprobs"], atol=1e-4, rtol=0)
+
+
+# Bad input
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-10])
+
+
+def pickle_only(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def lose_a_shard(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lowercasing_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").unlink()
+    write_byte_level(folder, normalize=False)
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+BAD = {
+    "architecture": (
+        edit_config(architectures=["MistralForCausalLM"]),
+        "'MistralForCausalLM' is not supported",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
+    "no width": (edit_config(hidden_size=None), "config.json: hidden_size"),
+    "heads": (edit_config(num_key_value_heads=3), "must be a multiple of num_kv_heads=3"),
+    "yarn": (edit_config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope scaling 'yarn'"),
+    "biases": (edit_config(attention_bias=True), "attention_bias=True is not supported"),
+    "window": (edit_config(layer_types=["sliding_attention"] * 2), "layer_types other than full_attention"),
+    "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config"),
+    "truncated": (truncate, "model.safetensors: truncated or not a safetensors file"),
+    "not safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" * 50),
+        "truncated or not a safetensors file",
+    ),
+    "pickle": (pickle_only, "pytorch_model.bin: a pickle.*safe_serialization=True"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    "missing shard": (lose_a_shard, "model-00001-of-00001.safetensors: named by"),
+    "missing tensor": (edit_tensors(lambda t: t.pop(Q)), f"1 tensors are missing, first {Q}"),
+    "extra tensor": (
+        edit_tensors(lambda t: t.update({Q.replace("weight", "bias"): torch.ones(32)})),
+        "q_proj.bias has no place",
+    ),
+    "shape": (edit_config(intermediate_size=50), r"has shape \[32, 48\] but config.json makes it \[32, 50\]"),
+    "type": (edit_tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), "is F8_E4M3, not one of"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model and no tokenizer.json"),
+    "damaged tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"abc"), "not a sentencepiece model"),
+    "changing tokenizer": (lowercasing_tokenizer, "this tokenizer changes text"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory, sentencepiece: Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("good") / "source"
+    write_model(folder, "llama")
+    sentencepiece.save(folder / "tokenizer.model")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_folders_are_one_error_and_leave_nothing(
+    mesh: Mesh, tmp_path: Path, good: Path, case: str
+) -> None:
+    damage, message = BAD[case]
+    shutil.copytree(good, tmp_path / "source")
+    damage(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=message) as error:
+        import_model(tmp_path / "source", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tokenizer_of_another_model(mesh: Mesh, tmp_path: Path, source) -> None:
+    folder, _ = source("llama", vocab_size=PIECES - 1)
+    with pytest.raises(CheckpointError, match=f"knows {PIECES} tokens.* but the model has {PIECES - 1} rows"):
+        import_model(folder, tmp_path / "out")
+
+
+def test_nothing_is_overwritten_or_half_written(
+    mesh: Mesh, tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("")
+    with pytest.raises(CheckpointError, match="taken: already there"):
+        import_model(good, tmp_path / "taken")
+    checkpoint = import_model(good, tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="checkpoint: already there"):
+        export_model(checkpoint, checkpoint)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sip_engine.huggingface.importing.write_json", full)
+    monkeypatch.setattr("sip_engine.huggingface.exporting.write_json", full)
+    for convert, given in ((import_model, good), (export_model, checkpoint)):
+        with pytest.raises(CheckpointError, match=r"out: cannot be written .No space left"):
+            convert(given, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "taken"]
+
+
+def test_what_no_family_has_is_not_exported() -> None:
+    with pytest.raises(CheckpointError, match="both qkv_bias and qk_norm"):
+        config_json(ModelConfig(qkv_bias=True, qk_norm=True), 100, bos_id=1, eos_id=2, dtype="float32")
+
+
+def test_settings_of_one_shape_are_equal() -> None:
+    assert ModelConfig(hidden_size=64, num_heads=4, head_dim=16) == ModelConfig(hidden_size=64, num_heads=4)
+    with pytest.raises(ValueError, match="head_dim must be even"):
+        ModelConfig(head_dim=15)
+    with pytest.raises(ValueError, match=r"rope_low_freq_factor=4.0 must be below"):
+        ModelConfig(rope_low_freq_factor=4.0)
