@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -360,11 +361,11 @@ def launch_gradients(
 
 def compile_cases() -> list[CompileCase]:
     """The configurations to check for sm_90."""
-    return [case for dtype in (torch.bfloat16, torch.float32) for case in _cases_of(dtype)]
+    return [*_cases_of(torch.bfloat16, "bf16"), *_cases_of(torch.float32, "fp32")]
 
 
-def _cases_of(dtype: torch.dtype) -> list[CompileCase]:
-    tile, short = _tile(dtype), {2: "bf16", 4: "fp32"}[dtype.itemsize]
+def _cases_of(dtype: torch.dtype, short: str) -> list[CompileCase]:
+    tile = _tile(dtype)
     own = ("hidden_ptr", "weight_ptr", "a_ptr", "b_ptr", "out_ptr", "low_ptr")
     strides = ("hidden_stride", "weight_stride", "out_stride", "a_stride", "b_stride", "vocab_start")
     signature = {
@@ -375,9 +376,9 @@ def _cases_of(dtype: torch.dtype) -> list[CompileCase]:
         "targets_ptr": "*i64:16",
     }
 
-    def case(name: str, kernel: object, blocks: dict[str, int], **constexprs: object) -> CompileCase:
+    def case(name: str, kernel: Any, blocks: dict[str, int], **constexprs: Any) -> CompileCase:
         constexprs = {"HIDDEN_SIZE": 2048, **blocks, **constexprs}
-        taken = {key: kind for key, kind in signature.items() if key not in constexprs}
+        taken = {each: signature[each] for each in kernel.arg_names if each not in constexprs}
         return CompileCase(
             f"logprob {name} {short}", kernel, taken, constexprs, tile.num_warps, tile.num_stages, True
         )

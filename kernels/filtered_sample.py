@@ -54,8 +54,8 @@ def filtered_sample(
     check_temperature(temperature)
     logits = logits[:, :vocab_size].float()
     num_columns = logits.shape[1]
-    top_k = num_columns if top_k is None else min(top_k, num_columns)
-    if temperature == 0 or (top_k == num_columns and top_p == 1):
+    top_k = num_columns if top_k is None else top_k
+    if temperature == 0 or (top_k >= num_columns and top_p == 1):
         return sample_from_logits(logits, keys, positions, temperature=temperature, impl=impl)
     check_counters(keys, positions, logits.shape[0])
     keep = keep_mask(logits, temperature, top_k, top_p)

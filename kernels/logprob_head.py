@@ -82,11 +82,11 @@ def merge_shards(stacked: ShardStats) -> tuple[Tensor, Tensor, Tensor | None]:
     A target that no shard has gets log-prob -inf; a token with a NaN or +inf logit, or none above -inf, NaN.
     """
     whole = combine_shards(stacked)
-    log_sum_exp = whole.max + whole.sum_exp.log()
+    log_sum = whole.sum_exp.log()
     entropy = None
     if whole.sum_exp_logit is not None:
-        entropy = whole.sum_exp.log() - whole.sum_exp_logit / whole.sum_exp
-    return whole.target_logit - log_sum_exp, log_sum_exp, entropy
+        entropy = log_sum - whole.sum_exp_logit / whole.sum_exp
+    return whole.target_logit - whole.max - log_sum, whole.max + log_sum, entropy
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

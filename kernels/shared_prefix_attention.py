@@ -10,80 +10,24 @@ For a query at stream index i and a key at j of the same row:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sip_engine.kernels._impl import resolve_impl
+from sip_engine.kernels._shared_prefix_cost import AttentionCost, attention_cost
+from sip_engine.kernels._shared_prefix_flash import shared_prefix_attention_flash
+from sip_engine.kernels._shared_prefix_layout import RowLayout, rows_of
+from sip_engine.kernels._shared_prefix_triton import compile_cases, shared_prefix_attention_triton
 
-@dataclass(frozen=True)
-class RowLayout:
-    """Lengths of a stream's rows: prefix tokens and the tokens of each suffix. A prefix may be empty."""
-
-    prefix_lens: tuple[int, ...]
-    suffix_lens: tuple[tuple[int, ...], ...]
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @cached_property
-    def row_lens(self) -> tuple[int, ...]:
-        return tuple(p + sum(s) for p, s in zip(self.prefix_lens, self.suffix_lens, strict=True))
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return sum(self.row_lens)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """[T] int64: a suffix continues its prefix's positions."""
-        runs = []
-        for prefix, suffixes in zip(self.prefix_lens, self.suffix_lens, strict=True):
-            runs.append(torch.arange(prefix))
-            runs.extend(torch.arange(prefix, prefix + n) for n in suffixes)
-        return torch.cat(runs).to(self.device)
-
-    @cached_property
-    def is_causal(self) -> bool:
-        """True when no row holds more than one suffix: plain causal attention."""
-        return all(len(s) <= 1 for s in self.suffix_lens)
-
-    @cached_property
-    def padded_index(self) -> Tensor:
-        """[R, longest row] int64: stream index of each cell; cells past a row's end repeat its last token."""
-        rows, start = [], 0
-        longest = max(self.row_lens)
-        for length in self.row_lens:
-            rows.append(torch.arange(longest).clamp(max=length - 1) + start)
-            start += length
-        return torch.stack(rows).to(self.device)
-
-    @cached_property
-    def stream_index(self) -> Tensor:
-        """[T] int64: the padded cell (row * longest + column) of each stream token."""
-        longest = max(self.row_lens)
-        runs = [torch.arange(n) + r * longest for r, n in enumerate(self.row_lens)]
-        return torch.cat(runs).to(self.device)
-
-    @cached_property
-    def visible(self) -> Tensor:
-        """[R, longest, longest] bool: the definition above, cell by cell."""
-        longest = max(self.row_lens)
-        segment = torch.zeros(len(self.row_lens), longest, dtype=torch.int64)
-        for r, (prefix, suffixes) in enumerate(zip(self.prefix_lens, self.suffix_lens, strict=True)):
-            start = prefix
-            for number, n in enumerate(suffixes, start=1):
-                segment[r, start : start + n] = number
-                start += n
-        same = segment[:, :, None] == segment[:, None, :]
-        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-        return (causal & (same | (segment == 0)[:, None, :])).to(self.device)
-
-    def is_uniform(self) -> bool:
-        """True when every row has the same length, so that the stream reshapes to rows for free."""
-        return len(set(self.row_lens)) == 1
+__all__ = [
+    "AttentionCost",
+    "RowLayout",
+    "attention_cost",
+    "compile_cases",
+    "rows_of",
+    "shared_prefix_attention",
+    "shared_prefix_attention_reference",
+]
 
 
 def shared_prefix_attention_reference(
@@ -110,6 +54,13 @@ def shared_prefix_attention_reference(
     return out if uniform else out[layout.stream_index]
 
 
+IMPLS = {
+    "reference": shared_prefix_attention_reference,
+    "triton": shared_prefix_attention_triton,
+    "flash": shared_prefix_attention_flash,
+}
+
+
 def shared_prefix_attention(
     q_THD: Tensor,
     k_TGD: Tensor,
@@ -117,22 +68,30 @@ def shared_prefix_attention(
     layout: RowLayout,
     *,
     scale: float,
-    impl: Literal["reference"] = "reference",
+    impl: str | None = None,
 ) -> Tensor:
-    """Attention of a packed stream; returns [T, H, D] in the inputs' dtype.
+    """Attention of a packed stream, differentiable; returns [T, H, D] in the inputs' dtype.
+
+    Args:
+        q_THD, k_TGD, v_TGD: of one dtype and device. "triton" copies q unless it is contiguous; k and v
+            may be views with a last stride of 1.
+        layout: its tables are built when first needed and serve every later call.
+        impl: "reference", in any floating dtype; "triton", in 16 or 32 bits and head dims up to 128, with
+            deterministic gradients; "flash", flash-attn 2.7 or 2.8 where it is installed, in 16 bits. By
+            default "triton" on CUDA and "reference" elsewhere.
 
     Raises:
-        ValueError: the stream's length is not the layout's, or `impl` is unknown.
+        ValueError: the stream's length is not the layout's, the heads do not divide, or `impl` is unknown or
+            cannot run on these tensors.
     """
     if q_THD.shape[0] != layout.num_tokens:
         raise ValueError(f"stream of {q_THD.shape[0]} tokens, but the layout's rows hold {layout.num_tokens}")
-    if impl != "reference":
-        raise ValueError(f"impl={impl!r}: shared_prefix_attention has only 'reference'")
-    return shared_prefix_attention_reference(q_THD, k_TGD, v_TGD, layout, scale)
-
-
-def rows_of(
-    prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]], device: torch.device
-) -> RowLayout:
-    """A `RowLayout` from any sequences of lengths."""
-    return RowLayout(tuple(prefix_lens), tuple(tuple(s) for s in suffix_lens), device)
+    same = k_TGD.shape == v_TGD.shape and k_TGD.shape[::2] == q_THD.shape[::2]
+    if q_THD.ndim != 3 or not same or q_THD.shape[1] % k_TGD.shape[1]:
+        raise ValueError(
+            f"q {list(q_THD.shape)}, k {list(k_TGD.shape)} and v {list(v_TGD.shape)} must be [T, H, D], "
+            "[T, G, D] and [T, G, D], with H a multiple of G"
+        )
+    if not q_THD.dtype == k_TGD.dtype == v_TGD.dtype:
+        raise ValueError(f"q is {q_THD.dtype}, k {k_TGD.dtype} and v {v_TGD.dtype}: give them one dtype")
+    return IMPLS[resolve_impl(impl, q_THD, tuple(IMPLS))](q_THD, k_TGD, v_TGD, layout, scale)

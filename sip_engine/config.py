@@ -173,10 +173,18 @@ class SamplerConfig(Section):
     """Tokens a KV page holds."""
     kv_dtype: Literal["auto", "fp8"] = "auto"
     """Type of the KV pages: auto is the weights', fp8 (e4m3, a scale a layer and head) holds twice as many tokens."""
+    batch_invariant: bool = False
+    """The same bits for any batch, order and parallel layout, by exact sums in float64; many times slower."""
     max_sequences: Positive = 256
     """Most sequences decoded together; groups beyond it wait for the next wave."""
     kv_memory_mb: Positive = 1024
     """Memory of the KV pages on each process, in MiB."""
+
+    @model_validator(mode="after")
+    def _exact_pages(self) -> SamplerConfig:
+        if self.batch_invariant and self.kv_dtype == "fp8":
+            raise ValueError('batch_invariant needs kv_dtype="auto": FP8 scales depend on the batch')
+        return self
 
 
 class RewardWeights(Section):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import small_run
+from huggingface_ranks import one_update, random_rows
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_loop import run_config
@@ -21,8 +21,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Fast
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sip_engine.checkpoint import load_weights, read_state
-from sip_engine.config import ModelConfig, ObjectiveConfig, ParallelConfig, SamplerConfig
+from sip_engine.checkpoint import read_state
+from sip_engine.config import ModelConfig, ParallelConfig, SamplerConfig
 from sip_engine.cpu_seam import megatron_device
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import CheckpointError, DataError
@@ -31,16 +31,14 @@ from sip_engine.huggingface.exporting import export_model
 from sip_engine.huggingface.families import config_json
 from sip_engine.huggingface.importing import import_model, model_section
 from sip_engine.huggingface.tensors import tensor_views
-from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.mesh import Mesh
 from sip_engine.policy.model import build_model
 from sip_engine.policy.packing import Row, pack_rows
-from sip_engine.policy.policy import Policy, score
+from sip_engine.policy.policy import score
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.train import train
-from sip_engine.types import Sample
-from sip_engine.update import rows_of_samples, update
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a naïve café, 12 of 345 — it's here"] * 20
 SAMPLE = "  The fox's\n\n\tcafé <s> <|endoftext|> 2024 \u2581 漢字 \U0001f600 \u00c5  dog "
@@ -116,18 +114,6 @@ def source(tmp_path: Path, sentencepiece: Tokenizer) -> Callable[..., tuple[Path
     return write
 
 
-def random_rows(seed: int, vocab_size: int) -> list[Row]:
-    """Ragged rows, the last one with every token as a suffix of its own: the whole next distribution."""
-    rng = np.random.default_rng(seed)
-
-    def ids(n: int) -> np.ndarray:
-        return rng.integers(0, vocab_size, n).astype(np.int32)
-
-    ragged = [(7, (5, 3)), (40, (20, 9)), (1, (1, 30))]
-    rows = [Row(ids(prefix), tuple(ids(n) for n in suffixes)) for prefix, suffixes in ragged]
-    return [*rows, Row(ids(60), tuple(np.array([t], np.int32) for t in range(vocab_size)))]
-
-
 def transformers_logprobs(model: Any, rows: list[Row]) -> torch.Tensor:
     """[num_targets] log-probs of all suffix tokens, each sequence alone; differentiable."""
     found = []
@@ -176,7 +162,8 @@ def test_export_gives_the_distribution_to_transformers(mesh: Mesh, tmp_path: Pat
     assert len(list(parts.glob("*.safetensors"))) > 2 and (parts / "model.safetensors.index.json").is_file()
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, PIECES, (2, 50)))
     for out in (whole, parts):
-        loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        loading: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        loaded, info = loading
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert type(loaded) is type(model) and loaded.dtype == torch.float32
         with torch.no_grad():
@@ -394,58 +381,29 @@ def test_a_run_starts_from_an_imported_model(mesh: Mesh, tmp_path: Path) -> None
     assert_same_distribution(trained, AutoModelForCausalLM.from_pretrained(out))
 
 
-def one_update(folder: Path, checkpoint: str, layout: str) -> None:
-    """On every rank: load an imported checkpoint, score and sample, make one update, score again."""
-    parallel = json.loads(layout)
-    state = read_state(Path(checkpoint))
-    # A large eps keeps Adam from blowing the rounding of tiny gradients up to whole steps.
-    cfg = small_run(
-        model=state.model, parallel=parallel, optimizer={"lr": 1e-2, "warmup_steps": 0, "eps": 1e-3}
-    )
-    mesh = start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline)
-    policy = Policy(cfg, state.vocab_size, mesh)
-    load_weights(Path(checkpoint), policy.model, state.model, state.vocab_size)
-    policy.optimizer.reload_model_params()
-    rows = random_rows(0, state.vocab_size)
-    multiple = mesh.tp.size if cfg.parallel.sequence else 1
-    packed = pack_rows(rows, mesh.device, multiple=multiple)
-    scores = [part.numpy() for part in policy.score([packed])]
-    sampler = Sampler(weight_views(policy.model, state.vocab_size, mesh.tp.rank), mesh, SamplerConfig())
-    (drawn,) = sampler.generate([Request(rows[0].prefix, 2)], SamplingParams(max_new_tokens=8, seed=1))
-    samples = [Sample(n, 0, row.prefix, row.suffixes[0], "", "") for n, row in enumerate(rows[:3])]
-    update(policy, None, rows_of_samples(samples, "all"), ObjectiveConfig(kind="next_token"))
-    scores += [part.numpy() for part in policy.score([packed])]
-    if mesh.pp.is_last and mesh.tp.is_first:
-        np.savez(
-            folder / "result.npz",
-            scores=np.concatenate(scores),
-            ids=np.concatenate([c.ids for c in drawn]),
-            logprobs=np.concatenate([c.logprobs for c in drawn]),
-        )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2", "qwen3 tied, wide"])
-def test_every_layout_loads_an_imported_model(mesh: Mesh, tmp_path: Path, source, name: str) -> None:
-    folder, model = source(name)
-    checkpoint = import_model(folder, tmp_path / "checkpoint")
-    results = {}
-    for layout in ({}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}):
-        ranks = tmp_path / "-".join(["ranks", *layout])
-        run_ranks(
-            "test_huggingface:one_update", 2 if layout else 1, ranks, str(checkpoint), json.dumps(layout)
-        )
-        results[ranks.name] = np.load(ranks / "result.npz")
-    single = results["ranks"]
-    with torch.no_grad():
-        want = transformers_logprobs(model, random_rows(0, PIECES)).numpy()
-    half = len(want)
-    assert not np.allclose(single["scores"][:half], single["scores"][half:], atol=1e-2)  # the update was one
-    for result in results.values():
-        np.testing.assert_allclose(result["scores"][:half], want, atol=1e-4, rtol=0)
-        np.testing.assert_allclose(result["scores"][half:], single["scores"][half:], atol=2e-4, rtol=0)
-        assert result["ids"].tolist() == single["ids"].tolist()
-        np.testing.assert_allclose(result["logprobs"], single["logprobs"], atol=1e-4, rtol=0)
+def test_every_layout_loads_an_imported_model(mesh: Mesh, tmp_path: Path, source) -> None:
+    """Biases and head norms with tensor, sequence and pipeline parallelism: the same scores, samples and update."""
+    checkpoints, want = {}, {}
+    for name in ("qwen2", "qwen3 tied, wide"):
+        folder, model = source(name)
+        checkpoints[name] = str(import_model(folder, tmp_path / f"checkpoint {name}"))
+        with torch.no_grad():
+            want[name] = transformers_logprobs(model, random_rows(0, PIECES)).numpy()
+        shutil.rmtree(folder)
+    one_update(tmp_path, json.dumps(checkpoints), json.dumps({"single": {}}))
+    layouts = {"tp": {"tensor": 2}, "sp": {"tensor": 2, "sequence": True}, "pp": {"pipeline": 2}}
+    arguments = json.dumps(checkpoints), json.dumps(layouts)
+    run_ranks("huggingface_ranks:one_update", 2, tmp_path, *arguments)
+    for name in checkpoints:
+        single = np.load(tmp_path / f"single {name}.npz")
+        for layout in ("single", *layouts):
+            result = np.load(tmp_path / f"{layout} {name}.npz")
+            np.testing.assert_allclose(result["before"], want[name], atol=1e-4, rtol=0)
+            np.testing.assert_allclose(result["after"], single["after"], atol=2e-4, rtol=0)
+            assert result["ids"].tolist() == single["ids"].tolist()
+            np.testing.assert_allclose(result["logprobs"], single["logprobs"], atol=1e-4, rtol=0)
+        assert np.abs(single["after"] - single["before"]).max() > 0.1  # the update was one
 
 
 # Bad input

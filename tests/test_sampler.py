@@ -73,7 +73,7 @@ def test_greedy_tokens_equal_transformers(mesh: Mesh, model: PolicyModel, impl: 
         assert completion.ids.tolist() == want[0, prompt.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("impl", ["dense", "reference"])
+@pytest.mark.parametrize("impl", ["dense", "reference", "exact"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}])
 def test_logprobs_equal_transformers(mesh: Mesh, model: PolicyModel, impl: str, settings: dict) -> None:
     """Whatever cuts or sharpens the distribution, the returned log-probs are the policy's own."""
@@ -274,6 +274,30 @@ def test_a_budget_too_small_for_one_group_is_refused(mesh: Mesh, model: PolicyMo
         sampler.generate([one([1] * 70, n=1000)], PARAMS)
 
 
+def bits(done: list[list[Completion]]) -> list[tuple[list[int], bytes]]:
+    """Tokens and the very bits of their log-probs."""
+    return [(c.ids.tolist(), c.logprobs.tobytes()) for group in done for c in group]
+
+
+def alone_and_together(mesh: Mesh, model: PolicyModel, impl: str) -> tuple[list, list]:
+    """Completions of each request sampled by itself, and of all in one batch in another order."""
+    alone = [group for r in requests() for group in make_sampler(model, mesh, impl).generate([r], PARAMS)]
+    sampler = make_sampler(model, mesh, impl, page_size=7)
+    return bits(alone), bits(sampler.generate(requests()[::-1], PARAMS)[::-1])
+
+
+def test_batch_invariant_mode_has_the_same_bits_in_any_batch(mesh: Mesh, model: PolicyModel) -> None:
+    alone, together = alone_and_together(mesh, model, "exact")
+    assert alone == together
+
+
+def test_the_bits_of_the_fast_path_do_depend_on_the_batch(mesh: Mesh, model: PolicyModel) -> None:
+    """So that the test above can fail: the tokens are the same, the last bits of the log-probs are not."""
+    alone, together = alone_and_together(mesh, model, "dense")
+    assert [ids for ids, _ in alone] == [ids for ids, _ in together]
+    assert alone != together
+
+
 def sample_on_ranks(folder: Path, tensor: str, pipeline: str) -> None:
     """On every rank: completions of the shared model, sampled at a layout."""
     mesh = start_mesh(int(tensor), int(pipeline))
@@ -286,6 +310,8 @@ def sample_on_ranks(folder: Path, tensor: str, pipeline: str) -> None:
         ]
         for params in VARIANTS
     ]
+    exact = make_sampler(make_model(mesh), mesh, batch_invariant=True).generate(requests(), PARAMS)
+    results.append([(c.ids.tolist(), c.logprobs.tobytes().hex()) for group in exact for c in group])
     (folder / f"{mesh.rank}.json").write_text(json.dumps(results))
 
 
@@ -302,6 +328,8 @@ def test_every_layout_samples_what_one_process_does(
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     assert all(rank == ranks[0] for rank in ranks)
     sampler = make_sampler(model, mesh)
+    exact = bits(make_sampler(model, mesh, batch_invariant=True).generate(requests(), PARAMS))
+    assert [(ids, bytes.fromhex(logprobs)) for ids, logprobs in ranks[0].pop()] == exact, "not bitwise"
     for got, params in zip(ranks[0], VARIANTS, strict=True):
         want = [c for group in sampler.generate(requests(), params) for c in group]
         for (ids, logprobs), completion in zip(got, want, strict=True):

@@ -11,13 +11,14 @@ from torch import Tensor
 from sip_engine.kernels._paged import FP8, FP8_MAX
 from sip_engine.kernels.decode_attention import decode_attention
 from sip_engine.kernels.dense_decode_attention import dense_decode_attention
+from sip_engine.kernels.exact import exact_attention
 from sip_engine.kernels.kv_write import write_kv
 from sip_engine.kernels.prefill_attention import prefill_attention
 from sip_engine.kernels.shared_prefix_attention import RowLayout, shared_prefix_attention
 from sip_engine.policy.weights import PolicyWeights
 from sip_engine.sampler.pages import PagePool, WaveTables
 
-AttentionImpl = Literal["dense", "reference", "triton"]
+AttentionImpl = Literal["dense", "reference", "triton", "exact"]
 
 
 class KVPages:
@@ -209,3 +210,49 @@ class DenseAttention:
         if self.bias is not None:
             gathered = gathered.masked_fill(torch.isinf(self.bias[:, 0, 0, :, None, None]), 0.0)
         return gathered.transpose(1, 2).contiguous()
+
+
+class ExactAttention(PagedAttention):
+    """The same function with bits that depend on a sequence alone (see `exact_attention`); slow."""
+
+    def __init__(self, pages: KVPages, max_context: int) -> None:
+        super().__init__(pages, "reference" if not pages.keys[0].is_cuda else "triton")
+        self.max_context = max_context
+
+    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        write_kv(k, v, keys, values, self.prefill_slots, impl=self.impl)
+        lens = self.prefill_lens.tolist()
+        parts = zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
+        return torch.cat([self._causal(*part) for part in parts])
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        write_kv(k, v, keys, values, self.decode_slots, impl=self.impl)
+        group_of = torch.repeat_interleave(self.group_starts.diff().long())
+        tables = torch.cat([self.prefix_tables[group_of], self.suffix_tables], 1).long().clamp(min=0)
+        prefix_cells = self.prefix_tables.shape[1] * self.pages.page_size
+        cell = torch.arange(tables.shape[1] * self.pages.page_size, device=q.device)
+        inside = torch.where(
+            cell < prefix_cells,
+            cell < self.prefix_lens[group_of, None],
+            cell - prefix_cells < self.suffix_lens[:, None],
+        )
+        gathered_k, gathered_v = (pool[tables].flatten(1, 2).transpose(1, 2) for pool in (keys, values))
+        visible = inside[:, None, None]  # [B, 1, 1, cells]
+        gathered_k, gathered_v = (
+            x.masked_fill(~inside[:, None, :, None], 0.0) for x in (gathered_k, gathered_v)
+        )
+        heads = q.view(len(q), gathered_k.shape[1], -1, q.shape[-1])  # [B, kv_heads, R, D]
+        return self._attend(heads, gathered_k, gathered_v, visible).reshape(q.shape)
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One prefix: q [P, heads, D], k and v [P, kv_heads, D]."""
+        length, num_kv_heads = k.shape[:2]
+        heads = q.view(length, num_kv_heads, -1, q.shape[-1]).permute(1, 2, 0, 3)  # [kv_heads, R, P, D]
+        visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        out = self._attend(heads, k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None], visible)
+        return out.permute(2, 0, 1, 3).reshape(q.shape)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        return exact_attention(q, k, v, visible, q.shape[-1] ** -0.5, max_keys=self.max_context)

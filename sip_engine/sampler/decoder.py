@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from sip_engine.kernels.exact import exact_linear
 from sip_engine.kernels.rotary import rotary
 from sip_engine.kernels.swiglu import swiglu
 from sip_engine.mesh import Axis
@@ -26,9 +27,9 @@ class Attend(Protocol):
 class Decoder:
     """Runs tokens through the shared weights of one tensor-parallel shard and pipeline stage, without gradient."""
 
-    def __init__(self, weights: PolicyWeights, tp: Axis) -> None:
-        self.weights = weights
-        self.tp = tp
+    def __init__(self, weights: PolicyWeights, tp: Axis, *, exact: bool = False) -> None:
+        """`exact` gives every row the same bits in any batch and at any tensor-parallel size, and is slow."""
+        self.weights, self.tp, self.exact = weights, tp, exact
         positions = torch.arange(weights.max_context, dtype=torch.float32, device=weights.device)
         angles = torch.outer(positions, weights.inv_freq)
         self._cos, self._sin = angles.cos(), angles.sin()
@@ -43,7 +44,7 @@ class Decoder:
         hidden = inputs if w.embedding is None else self._embed(inputs, w.embedding)
         for number, layer in enumerate(w.layers):
             x = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.norm_eps)
-            q, k, v = self._qkv(F.linear(x, layer.qkv, layer.qkv_bias))
+            q, k, v = self._qkv(self._columns(x, layer.qkv, layer.qkv_bias))
             if layer.q_norm is not None:
                 q = F.rms_norm(q, q.shape[-1:], layer.q_norm, w.norm_eps)
             if layer.k_norm is not None:
@@ -51,9 +52,9 @@ class Decoder:
             q = rotary(q, self._cos, self._sin, positions)
             k = rotary(k, self._cos, self._sin, positions)
             attended = attend(number, q, k, v).flatten(1)
-            hidden = hidden + self._sum_shards(F.linear(attended, layer.attention_out))
+            hidden = hidden + self._rows(attended, layer.attention_out)
             x = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, w.norm_eps)
-            hidden = hidden + self._sum_shards(F.linear(swiglu(F.linear(x, layer.gate_up)), layer.down))
+            hidden = hidden + self._rows(self._gate(self._columns(x, layer.gate_up)), layer.down)
         if w.final_norm is None:
             return hidden
         return F.rms_norm(hidden, hidden.shape[-1:], w.final_norm, w.norm_eps)
@@ -71,6 +72,31 @@ class Decoder:
         share = w.num_heads // w.num_kv_heads
         grouped = mixed.view(len(mixed), -1, share + 2, w.head_dim)
         return grouped[:, :, :share].flatten(1, 2), grouped[:, :, share], grouped[:, :, share + 1]
+
+    def _columns(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x times a matrix whose outputs are sharded."""
+        return exact_linear(x, weight, bias) if self.exact else F.linear(x, weight, bias)
+
+    def _gate(self, gate_up: Tensor) -> Tensor:
+        """SwiGLU. Vector and scalar code round exp differently, and which runs depends on the shard's width."""
+        if not self.exact:
+            return swiglu(gate_up)
+        gate, value = gate_up.double().chunk(2, dim=-1)
+        return (F.silu(gate.contiguous()) * value).to(gate_up.dtype)
+
+    def _rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x times a matrix whose inputs are sharded, summed over the shards."""
+        if not self.exact:
+            return self._sum_shards(F.linear(x, weight))
+        num_terms = x.shape[1] * self.tp.size
+        return exact_linear(
+            x, weight, num_terms=num_terms, across_max=self._max_shards, across_sum=self._sum_shards
+        )
+
+    def _max_shards(self, x: Tensor) -> Tensor:
+        if self.tp.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.tp.group)
+        return x
 
     def _sum_shards(self, x: Tensor) -> Tensor:
         if self.tp.size > 1:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sip_engine.kernels.exact import exact_linear
 from sip_engine.kernels.filtered_sample import filtered_sample
 from sip_engine.kernels.sample import ShardSample, merge_shards, sample
 from sip_engine.mesh import Axis
@@ -19,16 +20,18 @@ class TokenDraw:
     Shards exchange 20 bytes a row; only top-k and top-p gather logits.
     """
 
-    def __init__(self, weights: PolicyWeights, tp: Axis) -> None:
+    def __init__(self, weights: PolicyWeights, tp: Axis, *, exact: bool = False) -> None:
+        """`exact` draws from logits whose bits depend on the row only, and gathers them, too."""
         assert weights.head is not None, "only the last pipeline stage draws tokens"
-        self.head, self.weights, self.tp = weights.head, weights, tp
+        self.head, self.weights, self.tp, self.exact = weights.head, weights, tp, exact
 
     def __call__(
         self, hidden: Tensor, keys: Tensor, positions: Tensor, params: SamplingParams
     ) -> tuple[Tensor, Tensor]:
         """hidden [B, H], keys and positions [B] int64 -> ids [B] int64, log-probs [B] float32."""
-        if params.filters:
-            logits = self._gather_vocabulary(hidden @ self.head.T)
+        if params.filters or self.exact:
+            shard = exact_linear(hidden, self.head) if self.exact else hidden @ self.head.T
+            logits = self._gather_vocabulary(shard)
             found = filtered_sample(
                 logits,
                 keys,

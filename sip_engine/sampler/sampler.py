@@ -42,8 +42,9 @@ class Sampler:
         self.weights, self.mesh, self.cfg = weights, mesh, cfg
         self.kv_dtype = torch.float8_e4m3fn if cfg.kv_dtype == "fp8" else weights.dtype
         self.impl: AttentionImpl = impl or _default_impl(weights, cfg)
-        self.decoder = Decoder(weights, mesh.tp)
-        self.draw = TokenDraw(weights, mesh.tp) if mesh.pp.is_last else None
+        exact = self.impl == "exact"
+        self.decoder = Decoder(weights, mesh.tp, exact=exact)
+        self.draw = TokenDraw(weights, mesh.tp, exact=exact) if mesh.pp.is_last else None
         self.limits = Limits(
             weights.max_context,
             weights.vocab_size,
@@ -61,7 +62,12 @@ class Sampler:
             NonFiniteError: the policy gave logits that are not finite.
         """
         self.check(requests, params)
-        if params.stop_ids and self.draw is not None and self.impl != "dense" and self.mesh.pp.size == 1:
+        if (
+            params.stop_ids
+            and self.draw is not None
+            and self.impl in ("reference", "triton")
+            and self.mesh.pp.size == 1
+        ):
             with torch.no_grad():
                 done = decode_continuously(
                     self.decoder, self.draw, self.pages, self.impl, requests, params, self.limits
@@ -135,6 +141,8 @@ class Sampler:
 
 
 def _default_impl(weights: PolicyWeights, cfg: SamplerConfig) -> AttentionImpl:
+    if cfg.batch_invariant:
+        return "exact"
     if weights.device.type == "cuda":
         return "triton"
     return "reference" if cfg.kv_dtype == "fp8" else "dense"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sip_engine.sampler.cache import AttentionImpl, DenseAttention, KVPages, PagedAttention
+from sip_engine.sampler.cache import AttentionImpl, DenseAttention, ExactAttention, KVPages, PagedAttention
 from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.pages import WavePages
@@ -40,7 +40,8 @@ class Wave:
         if impl == "dense":
             self.attention = DenseAttention(pages, tables, prefix_lens)
         else:
-            self.attention = PagedAttention(pages, impl)
+            exact = ExactAttention(pages, decoder.weights.max_context) if impl == "exact" else None
+            self.attention = exact or PagedAttention(pages, "triton" if impl == "triton" else "reference")
             self.attention.set_prefill(tables.prefix_tables, prefix_lens)
             self.attention.set_decode(
                 tables.prefix_tables, prefix_lens, tables.suffix_tables, tables.group_starts
@@ -94,7 +95,7 @@ class Wave:
     def run(self) -> None:
         """Decode all tokens where this process holds every stage; with CUDA the steps are one captured graph."""
         tokens = self.advance(None)
-        if self.ids.is_cuda and self.params.max_new_tokens > 3:
+        if self.ids.is_cuda and self.params.max_new_tokens > 3 and not self.decoder.exact:
             self._replay(self.advance(tokens))
             return
         for _ in range(1, self.params.max_new_tokens):

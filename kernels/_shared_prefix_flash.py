@@ -1,0 +1,166 @@
+"""Attention over a packed stream by flash-attn's variable-length kernels, where that package is installed.
+
+Two calls: every segment (prefix or suffix) to itself, causal, over the stream as it is; and all suffix tokens
+of a row to its prefix, not causal, over gathered copies. They are joined by their log-sum-exps:
+
+    l = log(e^l1 + e^l2)        o = e^(l1 - l) o1 + e^(l2 - l) o2
+
+The kernels' backward computes p = e^(s - l) and ds = p (do v^T - sum_d do o) from whatever l and o it is
+given. Fed the joint ones, each call gives its own share of the joint dq, dk and dv, which are then added.
+
+It is written against the functions `_flash_attn_varlen_forward` and `_flash_attn_varlen_backward` of
+flash-attn 2.7 and 2.8, whose interfaces agree. It has never run on them, since they need a GPU and a build
+that takes hours: the tests put a plain-torch twin of both functions in their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sip_engine.kernels._shared_prefix_layout import RowLayout
+
+
+@cache
+def flash_attn_interface() -> ModuleType:
+    """The module with the low-level functions. Raises ValueError if it is missing or another version."""
+    try:
+        import flash_attn  # pyright: ignore[reportMissingImports]
+        from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"impl='flash' needs flash-attn 2.7 or 2.8 ({error}): install it or pass impl='triton'"
+        ) from error
+    version = tuple(int(part) for part in flash_attn.__version__.split(".")[:2])
+    if version not in ((2, 7), (2, 8)):
+        raise ValueError(
+            f"impl='flash' got flash-attn {flash_attn.__version__}: install 2.7 or 2.8, or pass impl='triton'"
+        )
+    return flash_attn_interface
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """How one variable-length call cuts its queries and keys into sequences."""
+
+    cu_queries: Tensor
+    """[n + 1] int32."""
+    cu_keys: Tensor
+    longest_query: int
+    longest_key: int
+    causal: bool
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Output [tokens, Hq, D] and natural log-sum-exps [Hq, tokens] float32."""
+        out, lse, *_ = flash_attn_interface()._flash_attn_varlen_forward(
+            q, k, v, self.cu_queries, self.cu_keys, self.longest_query, self.longest_key,
+            0.0, scale, causal=self.causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
+            alibi_slopes=None, return_softmax=False,
+        )  # fmt: skip
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of these sequences, from an output and log-sum-exps that may cover more keys."""
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        flash_attn_interface()._flash_attn_varlen_backward(
+            dout, q, k, v, out, lse, dq, dk, dv,
+            self.cu_queries, self.cu_keys, self.longest_query, self.longest_key,
+            0.0, scale, self.causal, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Both calls of one layout. Rows without a prefix, or without suffixes, take no part in the second."""
+
+    own: Sequences
+    shared: Sequences | None
+    suffix_tokens: Tensor
+    """[queries of the second call] int64: where they are in the stream."""
+    prefix_tokens: Tensor
+
+
+def _sequences(query_lens: list[int], key_lens: list[int], causal: bool, device: torch.device) -> Sequences:
+    def cumulative(lens: list[int]) -> Tensor:
+        return torch.tensor([0, *np.cumsum(lens).tolist()], dtype=torch.int32, device=device)
+
+    # The lengths only bound the grid. At one query per sequence flash-attn would take a decode path of its own.
+    longest = (max(2, *lens) for lens in (query_lens, key_lens))
+    return Sequences(cumulative(query_lens), cumulative(key_lens), *longest, causal)
+
+
+def make_plan(layout: RowLayout) -> Plan:
+    """The calls' metadata, on the layout's device."""
+    own = _sequences(list(layout.segment_lens), list(layout.segment_lens), True, layout.device)
+    bounds = zip(layout.row_starts, layout.row_starts[1:], layout.prefix_lens, strict=False)
+    shared = [(start, start + n, end) for start, end, n in bounds if 0 < n < end - start]
+
+    def tokens(runs: list[tuple[int, int]]) -> Tensor:
+        return torch.cat([torch.arange(0), *(torch.arange(*run) for run in runs)]).to(layout.device)
+
+    lens = [end - prefix_end for _, prefix_end, end in shared], [p - start for start, p, _ in shared]
+    return Plan(
+        own,
+        _sequences(*lens, False, layout.device) if shared else None,
+        tokens([(prefix_end, end) for _, prefix_end, end in shared]),
+        tokens([(start, prefix_end) for start, prefix_end, _ in shared]),
+    )
+
+
+def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The output [n, Hq, D] and log-sum-exps [Hq, n] over both sets of keys; sums in float32."""
+    joint = torch.logaddexp(lse, other_lse)
+    first, second = ((part - joint).exp().T[:, :, None] for part in (lse, other_lse))
+    return (out * first + other * second).to(out.dtype), joint
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+        out, lse = plan.own.forward(q, k, v, scale)
+        if plan.shared is not None:
+            here, there = plan.suffix_tokens, plan.prefix_tokens
+            shared = plan.shared.forward(q[here], k[there], v[there], scale)
+            out[here], lse[:, here] = _join(out[here], lse[:, here], *shared)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        plan, dout = ctx.plan, dout.contiguous()
+        dq, dk, dv = plan.own.backward(dout, q, k, v, out, lse, ctx.scale)
+        if plan.shared is not None:
+            here, there = plan.suffix_tokens, plan.prefix_tokens
+            joint = out[here], lse[:, here].contiguous()
+            more = plan.shared.backward(dout[here], q[here], k[there], v[there], *joint, ctx.scale)
+            for gradient, index, part in zip((dq, dk, dv), (here, there, there), more, strict=True):
+                gradient[index] += part  # no index comes twice
+        return dq, dk, dv, None, None
+
+
+def shared_prefix_attention_flash(q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float) -> Tensor:
+    """See `shared_prefix_attention`. Raises ValueError where flash-attn is missing or has no kernel."""
+    flash_attn_interface()
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8 or q.shape[2] > 256:
+        raise ValueError(
+            f"flash-attn has no kernel for head dim {q.shape[2]} in {q.dtype}: use a multiple of 8 up to 256 in "
+            "bfloat16 or float16, or impl='triton'"
+        )
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    plan = layout.once("flash", lambda: make_plan(layout))
+    return _FlashAttention.apply(q, k, v, plan, scale)  # pyright: ignore[reportReturnType]
