@@ -95,8 +95,8 @@ def _sequences(query_lens: list[int], key_lens: list[int], causal: bool, device:
         return torch.tensor([0, *np.cumsum(lens).tolist()], dtype=torch.int32, device=device)
 
     # The lengths only bound the grid. At one query per sequence flash-attn would take a decode path of its own.
-    longest = (max(2, *lens) for lens in (query_lens, key_lens))
-    return Sequences(cumulative(query_lens), cumulative(key_lens), *longest, causal)
+    longest_query, longest_key = max(2, *query_lens), max(2, *key_lens)
+    return Sequences(cumulative(query_lens), cumulative(key_lens), longest_query, longest_key, causal)
 
 
 def make_plan(layout: RowLayout) -> Plan:
@@ -108,10 +108,11 @@ def make_plan(layout: RowLayout) -> Plan:
     def tokens(runs: list[tuple[int, int]]) -> Tensor:
         return torch.cat([torch.arange(0), *(torch.arange(*run) for run in runs)]).to(layout.device)
 
-    lens = [end - prefix_end for _, prefix_end, end in shared], [p - start for start, p, _ in shared]
+    query_lens = [end - prefix_end for _, prefix_end, end in shared]
+    key_lens = [prefix_end - start for start, prefix_end, _ in shared]
     return Plan(
         own,
-        _sequences(*lens, False, layout.device) if shared else None,
+        _sequences(query_lens, key_lens, False, layout.device) if shared else None,
         tokens([(prefix_end, end) for _, prefix_end, end in shared]),
         tokens([(start, prefix_end) for start, prefix_end, _ in shared]),
     )
@@ -144,8 +145,9 @@ class _FlashAttention(torch.autograd.Function):
         dq, dk, dv = plan.own.backward(dout, q, k, v, out, lse, ctx.scale)
         if plan.shared is not None:
             here, there = plan.suffix_tokens, plan.prefix_tokens
-            joint = out[here], lse[:, here].contiguous()
-            more = plan.shared.backward(dout[here], q[here], k[there], v[there], *joint, ctx.scale)
+            more = plan.shared.backward(
+                dout[here], q[here], k[there], v[there], out[here], lse[:, here].contiguous(), ctx.scale
+            )
             for gradient, index, part in zip((dq, dk, dv), (here, there, there), more, strict=True):
                 gradient[index] += part  # no index comes twice
         return dq, dk, dv, None, None

@@ -98,7 +98,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        return *_backward(*ctx.saved_tensors, dout.contiguous(), ctx.layout, ctx.scale), None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *_backward(q, k, v, out, lse, dout.contiguous(), ctx.layout, ctx.scale), None, None
 
 
 def shared_prefix_attention_triton(

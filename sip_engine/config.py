@@ -245,6 +245,25 @@ class ObjectiveConfig(Section):
     """next_token: train on the suffix only, or on every token of prefix and suffix."""
 
 
+class ReferenceConfig(Section):
+    """The reference policy of DPO: frozen at the start unless told otherwise."""
+
+    refresh_every: Annotated[int, Field(ge=0)] = 0
+    """Updates after which it takes the policy's weights anew; 0 never."""
+    ema: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Above 0 it follows the policy after every update: reference = ema * reference + (1 - ema) * policy."""
+    offload: bool = False
+    """Keep it in (pinned) CPU memory and bring it to the device for scoring only."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> ReferenceConfig:
+        if self.ema and self.refresh_every:
+            raise ValueError(
+                "ema and refresh_every are both set: choose how the reference follows the policy"
+            )
+        return self
+
+
 class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
@@ -324,6 +343,7 @@ class RunConfig(Section):
     judge: JudgeConfig = JudgeConfig()
     rewriter: RewriterConfig = RewriterConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -41,6 +41,8 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
                 training = self_improve(run, samples, clock, means)
             with clock("update"):
                 stats = update(run.policy, run.reference, training, cfg.objective)
+                if run.reference is not None:
+                    run.reference.follow(run.policy, run.step + 1)
 
             metrics = {**update_metrics(stats), **means.over(mesh), **flatten("seconds", clock.seconds)}
             run.check_thresholds(metrics)

@@ -60,6 +60,7 @@ def test_every_example_parses_and_survives_a_round_trip(path: Path) -> None:
         ({"parallel": {"pipeline": 3}}, "parallel.pipeline=3 does not divide model.num_layers=4"),
         ({"parallel": {"sequence": True}}, "parallel.sequence needs parallel.tensor"),
         ({"sampler": {"batch_invariant": True, "kv_dtype": "fp8"}}, "FP8 scales depend on the batch"),
+        ({"reference": {"ema": 0.9, "refresh_every": 5}}, "choose how the reference follows"),
         ({"sampler": {"top_p": 0}}, "sampler.top_p: Input should be greater than 0"),
     ],
 )
