@@ -98,9 +98,12 @@ def generate(
     out: Annotated[Path, typer.Option(help="JSONL to write, one object a prompt.")],
     n: Annotated[int, typer.Option(help="Completions a prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Above 0; below 1 sharpens.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus; 1 keeps all tokens.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Likeliest tokens kept; 0 keeps all.")] = 0,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Take the likeliest token; nothing is drawn.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed; the same gives the same completions.")] = 0,
     kv_memory_mb: Annotated[int, typer.Option(help="Memory of the KV pages, MiB.")] = 1024,
 ) -> None:
@@ -108,7 +111,7 @@ def generate(
     from sip_engine.generate import generate_file
     from sip_engine.sampler.requests import SamplingParams
 
-    params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+    params = SamplingParams(max_new_tokens, temperature, top_p, top_k, greedy, seed)
     generate_file(checkpoint, prompts, out, n=n, params=params, kv_memory_mb=kv_memory_mb)
 
 

@@ -163,8 +163,8 @@ class CandidateStage(Section):
 class SamplerConfig(Section):
     """How rollouts are sampled."""
 
-    temperature: float = Field(default=1.0, ge=0.0)
-    """0 is greedy."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Divides the logits before drawing; 1 is the policy itself."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Keep the smallest set of tokens with this mass; 1 keeps all."""
     top_k: Annotated[int, Field(ge=0)] = 0

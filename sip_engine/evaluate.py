@@ -88,7 +88,7 @@ def evaluate(
 def _continue(
     sampler: Sampler, samples: Sequence[Sample], tokenizer: Tokenizer
 ) -> tuple[list[str], list[np.ndarray]]:
-    params = SamplingParams(max_new_tokens=max(len(s.suffix_ids) for s in samples), temperature=0.0)
+    params = SamplingParams(max_new_tokens=max(len(s.suffix_ids) for s in samples), greedy=True)
     done = sampler.generate([Request(s.prefix_ids, 1, s.document, s.cut) for s in samples], params)
     return [tokenizer.decode(c[0].ids) for c in done], [c[0].ids for c in done]
 

@@ -60,7 +60,7 @@ def tokens(done: list[list[Completion]]) -> list[list[list[int]]]:
 @pytest.mark.parametrize("impl", ["dense", "reference"])
 def test_greedy_tokens_equal_transformers(mesh: Mesh, model: PolicyModel, impl: str) -> None:
     llama = llama_of(model, VOCAB)
-    done = make_sampler(model, mesh, impl).generate(requests(1), replace(PARAMS, temperature=0.0))
+    done = make_sampler(model, mesh, impl).generate(requests(1), replace(PARAMS, greedy=True))
     for request, (completion,) in zip(requests(1), done, strict=True):
         prompt = torch.from_numpy(request.prefix_ids).long()[None]
         want = llama.generate(  # pyright: ignore[reportAttributeAccessIssue]
@@ -252,6 +252,7 @@ def one(ids: list[int], n: int = 1) -> Request:
         (one([1, -1]), {}, "token id -1 is outside"),
         (one([1], n=300), {}, "sampler.max_sequences"),
         (one([1]), {"temperature": -0.5}, "temperature=-0.5"),
+        (one([1]), {"temperature": 0.0}, r"temperature=0.0: must be above 0 \(see greedy\)"),
         (one([1]), {"temperature": float("nan")}, "temperature=nan"),
         (one([1]), {"top_p": 0.0}, "top_p=0.0"),
         (one([1]), {"top_p": 1.5}, "top_p=1.5"),

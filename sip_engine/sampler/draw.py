@@ -36,7 +36,7 @@ class TokenDraw:
                 logits,
                 keys,
                 positions,
-                temperature=params.temperature,
+                temperature=0.0 if params.greedy else params.temperature,
                 top_k=params.top_k or None,
                 top_p=params.top_p,
                 vocab_size=self.weights.vocab_size,
@@ -47,7 +47,7 @@ class TokenDraw:
             self.head,
             keys,
             positions,
-            temperature=params.temperature,
+            temperature=0.0 if params.greedy else params.temperature,
             vocab_start=self.weights.vocab_start,
             vocab_size=self.weights.vocab_size,
         )

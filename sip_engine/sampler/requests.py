@@ -37,12 +37,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. `stop_ids` end a completion early (the stop token is kept)."""
+    """How tokens are drawn; `greedy` takes the likeliest. `stop_ids` end a completion early, and are kept."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    greedy: bool = False
     seed: int = 0
     step: int = 0
     stop_ids: tuple[int, ...] = ()
@@ -50,7 +51,7 @@ class SamplingParams:
     @property
     def filters(self) -> bool:
         """Whether tokens are cut off before drawing, which needs all logits of a row in one place."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def check_params(params: SamplingParams) -> None:
     """Raise RequestError for a parameter outside its range."""
     rules = (
         ("max_new_tokens", params.max_new_tokens, params.max_new_tokens >= 1, "1 or more"),
-        ("temperature", params.temperature, 0.0 <= params.temperature < float("inf"), "0 (greedy) or more"),
+        ("temperature", params.temperature, 0.0 < params.temperature < float("inf"), "above 0 (see greedy)"),
         ("top_p", params.top_p, 0.0 < params.top_p <= 1.0, "in (0, 1]"),
         ("top_k", params.top_k, params.top_k >= 0, "0 (keep all) or more"),
     )
