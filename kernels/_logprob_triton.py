@@ -148,7 +148,7 @@ def dlogits_kernel(
 ):  # fmt: skip
     """One tile of out[n, v] = grad[n] * ([v is n's target] - e^(logit - lse[n])), zero for ignored targets.
 
-    Whole tiles are written, with zeros past the last row and column.
+    Whole tiles are written; what lies past the last row and column is finite where they are, and means nothing.
     """
     num_column_blocks = tl.cdiv(num_columns, BLOCK_V)
     block, column_block = grouped_block(
@@ -161,14 +161,12 @@ def dlogits_kernel(
         hidden_ptr, weight_ptr, row, tl.minimum(column, num_columns - 1), hidden_stride, weight_stride,
         HIDDEN_SIZE, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
-    is_live = (out_row < num_rows) & (tl.load(targets_ptr + row) != IGNORED)
+    is_live = tl.load(targets_ptr + row) != IGNORED
     target = local_target(targets_ptr, row, vocab_start, num_columns)
     grad = tl.load(grad_ptr + row)
     prob = tl.exp(logits - tl.load(lse_ptr + row)[:, None])
     onehot = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
-    dlogits = tl.where(
-        is_live[:, None] & (column < num_columns)[None, :], grad[:, None] * (onehot - prob), 0.0
-    )
+    dlogits = tl.where(is_live[:, None], grad[:, None] * (onehot - prob), 0.0)
     out_ptrs = out_ptr + out_row.to(tl.int64)[:, None] * out_stride + column[None, :]
     tl.store(out_ptrs, dlogits.to(out_ptr.dtype.element_ty))
 
@@ -198,7 +196,7 @@ def accumulate_kernel(
 ):  # fmt: skip
     """One tile of out [rows, H] = A @ B, or with ADD out += A @ B; A is a, or with TRANSPOSED a.T.
 
-    a: whole tiles in memory, zero past the last row and inner index. b: [inner, H].
+    a: whole tiles in memory, finite past the last row and inner index. b: [inner, H].
     low: None, or what rounding took from `out`, of its dtype and layout: out + low carries twice the bits of
     a 16-bit sum from chunk to chunk, in the place of a float32 copy of `out`.
     """

@@ -57,10 +57,10 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
             [out / stage for stage in STAGES], out / "report.html", title="Quickstart", summary=summary
         )
         console.print(comparison_table(summary))
-        console.print(f"{NOTE}\n{ABOUT_PAPER}")
+        console.print(f"{NOTE}\n{ABOUT_PAPER}", soft_wrap=True)
         if scale < 1:
             console.print(f"Shortened to {scale:g} of its steps: a smoke test.")
-        console.print(f"report  {report}\nsummary {out / 'summary.json'}")
+        console.print(f"report  {report}\nsummary {out / 'summary.json'}", soft_wrap=True)
     return summary
 
 

@@ -198,7 +198,8 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
             console.print(f"[bold]{cfg.out}[/]: changed since the checkpoint: {change}", markup=True)
         console.print(
             f"[bold]{cfg.out}[/]: {found}; {corpus.files.num_documents:,} documents, "
-            f"{corpus.files.num_tokens:,} tokens, {corpus.num_samples:,} samples"
+            f"{corpus.files.num_tokens:,} tokens, {corpus.num_samples:,} samples",
+            soft_wrap=True,
         )
     try:
         yield run

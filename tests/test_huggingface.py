@@ -13,87 +13,37 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_models import (
+    LLAMA3,
+    MODELS,
+    PIECES,
+    SAMPLE,
+    TEXTS,
+    assert_same_distribution,
+    transformers_logprobs,
+    write_byte_level,
+    write_model,
+)
 from huggingface_ranks import one_update, random_rows
 from ranks import run_ranks
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_loop import run_config
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Fast
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sip_engine.checkpoint import read_state
-from sip_engine.config import ModelConfig, ParallelConfig, SamplerConfig
+from sip_engine.config import ModelConfig, ParallelConfig
 from sip_engine.cpu_seam import megatron_device
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.errors import CheckpointError, DataError
+from sip_engine.errors import DataError
 from sip_engine.generate import load_policy
 from sip_engine.huggingface.exporting import export_model
-from sip_engine.huggingface.families import config_json
 from sip_engine.huggingface.importing import import_model, model_section
 from sip_engine.huggingface.tensors import tensor_views
 from sip_engine.mesh import Mesh
 from sip_engine.policy.model import build_model
-from sip_engine.policy.packing import Row, pack_rows
-from sip_engine.policy.policy import score
+from sip_engine.policy.packing import pack_rows
 from sip_engine.policy.weights import weight_views
-from sip_engine.sampler.requests import Request, SamplingParams
-from sip_engine.sampler.sampler import Sampler
 from sip_engine.train import train
-
-TEXTS = ["the quick brown fox jumps over the lazy dog", "a naïve café, 12 of 345 — it's here"] * 20
-SAMPLE = "  The fox's\n\n\tcafé <s> <|endoftext|> 2024 \u2581 漢字 \U0001f600 \u00c5  dog "
-PIECES = 310
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 3.0,
-    "original_max_position_embeddings": 24,
-}
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 20000.0}
-# Family, what differs from the common shape. Wide heads: head_dim is not hidden_size / num_heads.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"rope_parameters": PLAIN_ROPE, "rms_norm_eps": 1e-5}),
-    "llama tied, stretched, wide": (
-        "Llama",
-        {"rope_parameters": LLAMA3, "head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 1},
-    ),
-    "qwen2": ("Qwen2", {"rope_parameters": PLAIN_ROPE}),
-    "qwen2 tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"rope_parameters": PLAIN_ROPE, "head_dim": 8}),
-    "qwen3 tied, wide": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
-}
-
-
-def write_model(
-    folder: Path, name: str, *, vocab_size: int = PIECES, bos_id: int | None = 1, save: dict | None = None
-) -> Any:
-    """A model of transformers with every parameter random, norms and biases too, saved to `folder`."""
-    family, changes = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(
-        **{
-            "vocab_size": vocab_size,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 96,
-            "bos_token_id": bos_id,
-            "eos_token_id": 2,
-            **changes,
-        }
-    )
-    torch.manual_seed(0)
-    made = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(0, 0.2)
-            parameter += parameter.ndim == 1  # norms and biases around 1
-    made.save_pretrained(folder, **(save or {}))
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -112,38 +62,6 @@ def source(tmp_path: Path, sentencepiece: Tokenizer) -> Callable[..., tuple[Path
         return folder, made
 
     return write
-
-
-def transformers_logprobs(model: Any, rows: list[Row]) -> torch.Tensor:
-    """[num_targets] log-probs of all suffix tokens, each sequence alone; differentiable."""
-    found = []
-    for row in rows:
-        suffixes = row.suffixes
-        if all(len(s) == 1 for s in suffixes):  # one pass for all
-            logits = model(torch.from_numpy(row.prefix).long()[None]).logits[0, -1]
-            found.append(torch.log_softmax(logits, -1)[[int(s[0]) for s in suffixes]])
-            continue
-        for suffix in suffixes:
-            ids = torch.from_numpy(np.concatenate([row.prefix, suffix])).long()
-            logits = model(ids[None]).logits[0, len(row.prefix) - 1 : -1]
-            found.append(torch.log_softmax(logits, -1).gather(1, ids[len(row.prefix) :, None])[:, 0])
-    return torch.cat(found)
-
-
-def assert_same_distribution(checkpoint: Path, model: Any) -> None:
-    """Scores and the sampler's own log-probs of a checkpoint are those of a model of transformers."""
-    policy = load_policy(checkpoint)
-    rows = random_rows(0, policy.vocab_size)
-    with torch.no_grad():
-        got = score(policy.model, [pack_rows(rows, policy.mesh.device)])[0]
-        torch.testing.assert_close(got, transformers_logprobs(model, rows), atol=1e-4, rtol=0)
-        sampler = Sampler(weight_views(policy.model, policy.vocab_size, 0), policy.mesh, SamplerConfig())
-        requests = [Request(row.prefix, 2, document=n) for n, row in enumerate(rows)]
-        completions = sampler.generate(requests, SamplingParams(max_new_tokens=12, seed=1))
-        for row, group in zip(rows, completions, strict=True):
-            want = transformers_logprobs(model, [Row(row.prefix, tuple(c.ids for c in group))])
-            got = torch.from_numpy(np.concatenate([c.logprobs for c in group]))
-            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -239,30 +157,6 @@ def test_rotary_frequencies_stay_float32(mesh: Mesh) -> None:
 
 
 # Tokenizers
-
-
-def write_byte_level(folder: Path, *, normalize: bool = True) -> None:
-    """A `tokenizer.json` in Qwen's way: bytes as characters, Unicode composed, special and plain added tokens."""
-    fast = Fast(models.BPE())
-    fast.normalizer = normalizers.NFC() if normalize else normalizers.Lowercase()
-    fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"'s|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet))
-    fast.add_special_tokens(
-        [AddedToken("<|endoftext|>", special=True), AddedToken("<|im_end|>", special=True)]
-    )
-    fast.add_tokens([AddedToken("<think>", special=False, normalized=False)])
-    folder.mkdir(parents=True, exist_ok=True)
-    fast.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
 
 
 def assert_ids_agree(tokenizer: Tokenizer, theirs: Any, texts: list[str]) -> None:
@@ -407,137 +301,6 @@ def test_every_layout_loads_an_imported_model(mesh: Mesh, tmp_path: Path, source
             assert result["ids"].tolist() == single["ids"].tolist()
             np.testing.assert_allclose(result["logprobs"], single["logprobs"], atol=1e-4, rtol=0)
         assert np.abs(single["after"] - single["before"]).max() > 0.1  # the update was one
-
-
-# Bad input
-
-
-def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        values = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps(values))
-
-    return edit
-
-
-def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return edit
-
-
-def truncate(folder: Path) -> None:
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[:-10])
-
-
-def pickle_only(folder: Path) -> None:
-    torch.save({}, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def lose_a_shard(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def lowercasing_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.model").unlink()
-    write_byte_level(folder, normalize=False)
-
-
-Q = "model.layers.1.self_attn.q_proj.weight"
-BAD = {
-    "architecture": (
-        edit_config(architectures=["MistralForCausalLM"]),
-        "'MistralForCausalLM' is not supported",
-    ),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
-    "no width": (edit_config(hidden_size=None), "config.json: hidden_size"),
-    "heads": (edit_config(num_key_value_heads=3), "must be a multiple of num_kv_heads=3"),
-    "yarn": (edit_config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope scaling 'yarn'"),
-    "biases": (edit_config(attention_bias=True), "attention_bias=True is not supported"),
-    "window": (edit_config(layer_types=["sliding_attention"] * 2), "layer_types other than full_attention"),
-    "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config"),
-    "truncated": (truncate, "model.safetensors: truncated or not a safetensors file"),
-    "not safetensors": (
-        lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" * 50),
-        "truncated or not a safetensors file",
-    ),
-    "pickle": (pickle_only, "pytorch_model.bin: a pickle.*safe_serialization=True"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-    "missing shard": (lose_a_shard, "model-00001-of-00001.safetensors: named by"),
-    "missing tensor": (edit_tensors(lambda t: t.pop(Q)), f"1 tensors are missing, first {Q}"),
-    "extra tensor": (
-        edit_tensors(lambda t: t.update({Q.replace("weight", "bias"): torch.ones(32)})),
-        "q_proj.bias has no place",
-    ),
-    "shape": (edit_config(intermediate_size=50), r"has shape \[32, 48\] but config.json makes it \[32, 50\]"),
-    "type": (edit_tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), "is F8_E4M3, not one of"),
-    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model and no tokenizer.json"),
-    "damaged tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"abc"), "not a sentencepiece model"),
-    "changing tokenizer": (lowercasing_tokenizer, "this tokenizer changes text"),
-}
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory, sentencepiece: Tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("good") / "source"
-    write_model(folder, "llama")
-    sentencepiece.save(folder / "tokenizer.model")
-    return folder
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_folders_are_one_error_and_leave_nothing(
-    mesh: Mesh, tmp_path: Path, good: Path, case: str
-) -> None:
-    damage, message = BAD[case]
-    shutil.copytree(good, tmp_path / "source")
-    damage(tmp_path / "source")
-    with pytest.raises(CheckpointError, match=message) as error:
-        import_model(tmp_path / "source", tmp_path / "out")
-    assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_tokenizer_of_another_model(mesh: Mesh, tmp_path: Path, source) -> None:
-    folder, _ = source("llama", vocab_size=PIECES - 1)
-    with pytest.raises(CheckpointError, match=f"knows {PIECES} tokens.* but the model has {PIECES - 1} rows"):
-        import_model(folder, tmp_path / "out")
-
-
-def test_nothing_is_overwritten_or_half_written(
-    mesh: Mesh, tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "mine").write_text("")
-    with pytest.raises(CheckpointError, match="taken: already there"):
-        import_model(good, tmp_path / "taken")
-    checkpoint = import_model(good, tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match="checkpoint: already there"):
-        export_model(checkpoint, checkpoint)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("sip_engine.huggingface.importing.write_json", full)
-    monkeypatch.setattr("sip_engine.huggingface.exporting.write_json", full)
-    for convert, given in ((import_model, good), (export_model, checkpoint)):
-        with pytest.raises(CheckpointError, match=r"out: cannot be written .No space left"):
-            convert(given, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "taken"]
-
-
-def test_what_no_family_has_is_not_exported() -> None:
-    with pytest.raises(CheckpointError, match="both qkv_bias and qk_norm"):
-        config_json(ModelConfig(qkv_bias=True, qk_norm=True), 100, bos_id=1, eos_id=2, dtype="float32")
 
 
 def test_settings_of_one_shape_are_equal() -> None:

@@ -60,7 +60,8 @@ def open_shards(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Shards:
                 kinds.add(found.get_dtype())
             files[path] = wanted
     present = [name for names in files.values() for name in names]
-    missing = [name for name in shapes if name not in set(present)]
+    found_names = set(present)
+    missing = [name for name in shapes if name not in found_names]
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; copy all files of the model anew"

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sip_engine.errors import CheckpointError
 
 
@@ -30,9 +32,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         temporary.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{out}: cannot be written ({error.strerror or error}); free space or name another folder"
+            f"{out}: cannot be written ({reason}); free space or name another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
