@@ -114,7 +114,7 @@ def dpo_kernel(
     # log(1 + x) to full precision for x near 0, where 1 + x loses bits: they are lost in the divisor as well.
     log1p = tl.where(one_more == 1.0, small, tl.log(one_more) * (small / (one_more - 1.0)))
     loss = tl.where(z < 0.0, -z, 0.0) + log1p
-    push = beta * tl.where(z < 0.0, 1.0, small) / one_more
+    push = beta / (1.0 + tl.exp(z))
     nll_slope = 0.0
     if nll_weight != 0.0:
         loss += nll_weight * chosen_nll

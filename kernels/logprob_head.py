@@ -155,8 +155,9 @@ def stats_chunked(
         wide_hidden = hidden[rows].to(dtype)
         tiles = []
         for columns in _slices(weight.shape[0], tile_columns):
-            logits = wide_hidden @ weight[columns].to(dtype).T
-            tiles.append(_stats_of(logits, targets[rows], vocab_start + columns.start, entropy).pack())
+            logits, first = wide_hidden @ weight[columns].to(dtype).T, vocab_start + columns.start
+            tiles.append(_stats_of(logits, targets[rows], first, entropy).pack())
+            del logits  # before the next tile's
         blocks.append(combine_shards(ShardStats.unpack(torch.stack(tiles))).pack())
     return ShardStats.unpack(torch.cat(blocks))
 
@@ -178,6 +179,7 @@ def gradients_chunked(
             dlogits = _dlogits_of(logits, targets[rows], first, log_sum_exp[rows], grad[rows])
             d_hidden[rows].addmm_(dlogits, wide_weight)
             d_columns.addmm_(dlogits.T, wide_hidden)
+            del logits, dlogits  # one tensor; before the next tile's
         d_weight[columns] = d_columns
     return d_hidden.to(hidden.dtype), d_weight
 

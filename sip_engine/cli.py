@@ -129,6 +129,32 @@ def score(
     score_file(checkpoint, pairs, out)
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder: config.json, *.safetensors, tokenizer.")
+    ],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+) -> None:
+    """Make a checkpoint of a Llama or Qwen model; any parallel layout can start from it."""
+    from sip_engine.huggingface.importing import import_model
+    from sip_engine.progress import console
+
+    console.print(f"checkpoint {import_model(folder, out)}", soft_wrap=True)
+
+
+@app.command("export")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, for transformers to load.")],
+) -> None:
+    """Write a checkpoint's policy and tokenizer in Hugging Face's format."""
+    from sip_engine.huggingface.exporting import export_model
+    from sip_engine.progress import console
+
+    console.print(f"model {export_model(checkpoint, out)}", soft_wrap=True)
+
+
 @app.command(context_settings=_OVERRIDES)
 def data(
     context: typer.Context,

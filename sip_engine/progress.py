@@ -40,7 +40,9 @@ class Steps:
             self._printed = time.monotonic()
             rate = (self._printed - self._started) / (self._done - self._first)
             eta = rate * (self._total - self._done)
-            console.print(f"{self._title}: {self._done}/{self._total}  {note}  ETA {eta:.0f} s", soft_wrap=True)
+            console.print(
+                f"{self._title}: {self._done}/{self._total}  {note}  ETA {eta:.0f} s", soft_wrap=True
+            )
 
     def _due(self) -> bool:
         return time.monotonic() - self._printed > LINE_SECONDS

@@ -12,6 +12,7 @@ from sip_engine.policy.weights import weight_views
 def llama_of(model: PolicyModel, vocab_size: int) -> LlamaForCausalLM:
     """A copy in transformers' own layout: query, key and value apart, gate and up apart, no padding rows."""
     w = weight_views(model, vocab_size, 0)
+    assert w.embedding is not None and w.final_norm is not None and w.head is not None, "a pipeline stage"
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=w.embedding.shape[1],

@@ -219,7 +219,14 @@ def test_our_tokenizer_gives_transformers_the_same_ids(mesh: Mesh, tmp_path: Pat
     folder = tmp_path / "source"
     ours = Tokenizer.train([" ".join(words)], 420, folder / "tokenizer.model")
     write_model(folder, "llama", vocab_size=420)
-    out = export_model(import_model(folder, tmp_path / "checkpoint"), tmp_path / "out")
+    (folder / "generation_config.json").unlink()
+    checkpoint = import_model(folder, tmp_path / "checkpoint")
+    out = export_model(checkpoint, tmp_path / "out")
+    for made in (
+        checkpoint,
+        import_model(out, tmp_path / "again"),
+    ):  # the plain model, which all else follows from
+        assert load_policy(made).tokenizer.fingerprint == ours.fingerprint
     theirs = AutoTokenizer.from_pretrained(out)
     assert_ids_agree(ours, theirs, [*random_texts(200), *words[:500], "".join(words)])
     assert theirs("abc").input_ids == [ours.bos_id, *ours.encode("abc").tolist()]

@@ -121,6 +121,7 @@ class Allocators(RuleBasedStateMachine):
             assert self.cpp.num_free == self.twin.num_free == self.cpp.num_pages == self.num_pages
 
 
+@pytest.mark.slow
 def test_allocators_agree_over_ten_thousand_operations():
     Allocators.num_operations = Allocators.num_refused = 0
     run_state_machine_as_test(

@@ -201,6 +201,7 @@ def test_a_batch_that_teaches_nothing_changes_nothing(mesh: Mesh) -> None:
 def test_views_share_the_optimizers_storage(mesh: Mesh) -> None:
     policy = Policy(small_run(parallel={"distributed_optimizer": True}), VOCAB, mesh)
     views = weight_views(policy.model, VOCAB, 0)
+    assert views.head is not None
     before = views.head.clone()
     update(policy, None, rows_of_choices(choices(0, 3), paired=False), ObjectiveConfig(kind="rf_nll"))
     assert not torch.equal(views.head, before)

@@ -65,6 +65,7 @@ def test_offloaded_it_scores_the_same_and_keeps_its_storage(mesh: Mesh) -> None:
     assert [p.data_ptr() for p in reference.model.parameters()] == stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"refresh_every": 3}, {"ema": 0.5}])
 def test_a_resumed_run_keeps_its_reference(mesh: Mesh, tmp_path: Path, settings: dict[str, Any]) -> None:
     changes: dict[str, Any] = {"reference": settings, "eval": {"generate": False}}

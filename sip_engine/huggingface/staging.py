@@ -24,9 +24,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` that becomes it when the block ends well, and vanishes when not.
 
     Raises:
-        CheckpointError: there is already something at `out`, or it cannot be written.
+        CheckpointError: it cannot be written, or `out` was taken since `check_free`.
     """
-    check_free(out)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

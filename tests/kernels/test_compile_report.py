@@ -75,6 +75,7 @@ def test_two_kernels_compile_without_spills():
         assert 8 <= int(registers) <= 64
 
 
+@pytest.mark.slow
 def test_spills_and_missing_wgmma_fail():
     done = run_python("-c", BAD_CASES)
     assert done.returncode == 1, done.stdout + done.stderr

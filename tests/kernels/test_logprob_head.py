@@ -363,7 +363,7 @@ def test_chunked_never_holds_the_logits():
     with PeakMemory() as chunked:
         run(*inputs, impl="chunked")
     assert tile_bytes <= chunked.largest <= logits_bytes / 8
-    assert chunked.peak <= 2.5 * tile_bytes + 2 * outputs
+    assert chunked.peak <= 2.2 * tile_bytes + 2 * outputs  # a second tile for the entropy's sum
     with PeakMemory() as reference:
         run(*inputs, impl="reference")
     assert reference.largest >= logits_bytes and reference.peak >= 2 * logits_bytes
