@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sip_engine.kernels.exact import exact_linear
+from sip_engine.kernels.rms_norm import rms_norm
 from sip_engine.kernels.rotary import rotary
 from sip_engine.kernels.swiglu import swiglu
 from sip_engine.mesh import Axis
@@ -43,7 +44,7 @@ class Decoder:
         w = self.weights
         hidden = inputs if w.embedding is None else self._embed(inputs, w.embedding)
         for number, layer in enumerate(w.layers):
-            x = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.norm_eps)
+            x = self._norm(hidden, layer.attention_norm)
             q, k, v = self._qkv(self._columns(x, layer.qkv, layer.qkv_bias))
             if layer.q_norm is not None:
                 q = F.rms_norm(q, q.shape[-1:], layer.q_norm, w.norm_eps)
@@ -53,11 +54,11 @@ class Decoder:
             k = rotary(k, self._cos, self._sin, positions)
             attended = attend(number, q, k, v).flatten(1)
             hidden = hidden + self._rows(attended, layer.attention_out)
-            x = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, w.norm_eps)
+            x = self._norm(hidden, layer.mlp_norm)
             hidden = hidden + self._rows(self._gate(self._columns(x, layer.gate_up)), layer.down)
         if w.final_norm is None:
             return hidden
-        return F.rms_norm(hidden, hidden.shape[-1:], w.final_norm, w.norm_eps)
+        return self._norm(hidden, w.final_norm)
 
     def _embed(self, tokens: Tensor, table: Tensor) -> Tensor:
         local = tokens - self.weights.tp_rank * len(table)
@@ -72,6 +73,12 @@ class Decoder:
         share = w.num_heads // w.num_kv_heads
         grouped = mixed.view(len(mixed), -1, share + 2, w.head_dim)
         return grouped[:, :, :share].flatten(1, 2), grouped[:, :, share], grouped[:, :, share + 1]
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Our kernel with CUDA; on the CPU torch's own single pass is the fastest."""
+        if x.is_cuda:
+            return rms_norm(x, weight, self.weights.norm_eps)
+        return F.rms_norm(x, x.shape[-1:], weight, self.weights.norm_eps)
 
     def _columns(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times a matrix whose outputs are sharded."""
