@@ -236,10 +236,20 @@ def _verify(path: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise CheckpointError(f"{path}: not a checkpoint (no readable manifest.json)") from None
-    for name, entry in manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
+        raise CheckpointError(
+            f"{path}: not a checkpoint (no readable manifest.json); give a step_* folder"
+        ) from None
+    entries = manifest if isinstance(manifest, dict) else {}
+    if not (
+        {"state.json", "tokenizer.model"} <= entries.keys() and any(n.startswith("sharded/") for n in entries)
+    ):
+        raise CheckpointError(
+            f"{path}/manifest.json: does not list a checkpoint's files; copy the checkpoint anew"
+        )
+    for name, entry in entries.items():
+        file, stated = path / name, entry if isinstance(entry, dict) else {}
+        size, digest = stated.get("bytes"), stated.get("sha256")
+        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != digest:
             raise CheckpointError(
                 f"{file}: missing or damaged (differs from manifest.json); use an older checkpoint or copy it anew"
             )

@@ -158,7 +158,7 @@ def export(
 @app.command(context_settings=_OVERRIDES)
 def data(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="A TOML file with a [data] section.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file whose data section says what to read.")],
 ) -> None:
     """Read, tokenize and cut the documents of a config, and say what was found; trains nothing."""
     from sip_engine.config import parse_config, read_toml
@@ -204,6 +204,10 @@ def _parse_overrides(args: list[str]) -> dict[str, Any]:
         *sections, key = name.replace("-", "_").split(".")
         for section in sections:
             table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ConfigError(
+                    f"{flag}: {section!r} was given a value before and has no settings of its own"
+                )
         table[key] = _parse_value(value)
     return result
 

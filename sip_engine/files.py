@@ -6,22 +6,41 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sip_engine.errors import DataError
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Raise DataError unless a file (or a folder) can be made at `path`; makes nothing."""
+    wanted, other = ("a folder", path.is_file()) if folder else ("a file", path.is_dir())
+    if other:
+        raise DataError(
+            f"{path}: {wanted} cannot be written there, it exists as something else; choose another path"
+        )
+    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if (above != path.absolute() and not above.is_dir()) or not os.access(above, os.W_OK):
+        raise DataError(f"{path}: cannot be written, {above} is not a writable folder; choose another path")
+
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) in one step; a crash leaves the old file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace `path` by `text` (UTF-8) in one step; a crash leaves the old file or none. Raises DataError."""
+    check_writable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

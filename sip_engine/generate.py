@@ -14,7 +14,7 @@ from sip_engine.checkpoint import checkpoint_tokenizer, load_weights, read_state
 from sip_engine.config import ParallelConfig, SamplerConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import DataError, RequestError
-from sip_engine.files import write_jsonl
+from sip_engine.files import check_writable, write_jsonl
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.packing import Row, pack_rows, split_by_tokens
@@ -66,6 +66,7 @@ def generate_file(
         raise RequestError(f"n={n}: must be 1 or more")
     if kv_memory_mb < 1:
         raise RequestError(f"--kv-memory-mb {kv_memory_mb}: must be 1 or more")
+    check_writable(out)
     rows = list(_read_rows(prompts))
     policy = load_policy(checkpoint)
     encode = _encoder(policy, prompts)
@@ -107,6 +108,7 @@ def score_file(checkpoint: Path, pairs: Path, out: Path) -> None:
     Raises:
         RequestError, DataError, CheckpointError: naming the line; nothing is written then.
     """
+    check_writable(out)
     rows = list(_read_rows(pairs))
     policy = load_policy(checkpoint)
     encode = _encoder(policy, pairs)
@@ -146,17 +148,17 @@ def score_file(checkpoint: Path, pairs: Path, out: Path) -> None:
 def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of a JSONL file; blank lines are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable UTF-8 file ({error})") from None
+        raise DataError(f"{path}: not a readable UTF-8 file ({error}); give a JSONL file") from None
     found = False
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON ({error}); write one object a line") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: a {type(row).__name__}, each line must be a JSON object")
         found = True

@@ -22,7 +22,7 @@ from sip_engine.config import RunConfig
 from sip_engine.corpus import Corpus, open_corpus
 from sip_engine.errors import ConfigError, ThresholdError
 from sip_engine.evaluate import Evaluation, Measure, evaluate
-from sip_engine.files import write_json, write_jsonl
+from sip_engine.files import check_writable, write_json, write_jsonl
 from sip_engine.judges.heuristic import HeuristicJudge
 from sip_engine.judging import Verdict
 from sip_engine.mesh import Mesh
@@ -161,6 +161,7 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
         raise ConfigError(
             f"batch_size={cfg.batch_size} is below the {mesh.dp.size} data-parallel processes; raise it"
         )
+    check_writable(cfg.out, folder=True)
     opened, spent = time.monotonic(), 0.0
     init = resolve_checkpoint(cfg.init) if cfg.init else None
     resume = mesh.broadcast(latest_checkpoint(cfg.out / "checkpoints"))

@@ -134,6 +134,7 @@ def test_dry_run_prints_the_settings_and_writes_nothing(sip: Sip, config: Path) 
         (["--data.path", "texts", "--data.tokenizer", "rows.jsonl"], 3, ["rows.jsonl"]),
         (["--data.pth", "texts"], 2, ["data.pth", "did you mean 'path'"]),
         (["--data.path"], 2, ["--data.path needs a value"]),
+        (["--data", "3", "--data.path", "x"], 2, ["'data' was given a value before"]),
         (["data.path"], 2, ["expected --section.setting VALUE"]),
         (["--data.path", "texts", "--batch_size", "none"], 2, ["batch_size", "valid integer"]),
         (["--data.path", "texts", "--parallel.tensor", "2", "--model.num_kv_heads", "2"], 2, ["torchrun"]),
@@ -251,7 +252,7 @@ def test_unreadable_prompt_files_are_named(
     fails(sip("score", checkpoint, "--pairs", "p.jsonl", "--out", "g.jsonl"), 3, words)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest", "{}", "[]"])
 def test_damaged_checkpoints_are_named(sip: Sip, checkpoint: Path, tmp_path: Path, damage: str) -> None:
     import shutil
 
@@ -266,12 +267,25 @@ def test_damaged_checkpoints_are_named(sip: Sip, checkpoint: Path, tmp_path: Pat
     elif damage == "missing":
         victim.unlink()
     else:
-        (folder / "manifest.json").write_text("{")
+        (folder / "manifest.json").write_text("{" if damage == "manifest" else damage)
     write_jsonl(Path("p.jsonl"), [{"prompt": "x"}])
-    words = "manifest.json" if damage == "manifest" else victim.name
+    words = victim.name if damage in ("cut", "flip", "missing") else "manifest.json"
     fails(sip("generate", folder, "--prompts", "p.jsonl", "--out", "g.jsonl"), 4, words)
 
 
 def test_report_of_a_folder_without_records_is_refused(sip: Sip, tmp_path: Path) -> None:
     fails(sip("report", tmp_path), 3, "holds no records")
     assert not Path("report.html").exists()
+
+
+@pytest.mark.parametrize("out", ["folder", "file/below"])
+def test_an_output_that_cannot_be_written_is_refused_at_once(
+    sip: Sip, checkpoint: Path, config: Path, out: str
+) -> None:
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    write_jsonl(Path("p.jsonl"), [{"prompt": "x"}])
+    fails(sip("generate", checkpoint, "--prompts", "p.jsonl", "--out", out), 3, out)
+    fails(sip("score", checkpoint, "--pairs", "p.jsonl", "--out", out), 3, out)
+    run = "file" if out == "folder" else out
+    fails(sip("train", config, "--data.path", write_texts(Path("texts")), "--out", run), 3, run)
