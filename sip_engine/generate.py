@@ -6,53 +6,33 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sip_engine.checkpoint import checkpoint_tokenizer, load_weights, read_state, resolve_checkpoint
-from sip_engine.config import ParallelConfig, SamplerConfig
-from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.checkpoint import resolve_checkpoint
+from sip_engine.config import SamplerConfig
 from sip_engine.errors import DataError, RequestError
+from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.files import check_writable, write_jsonl
-from sip_engine.mesh import Mesh, start_mesh
-from sip_engine.policy.model import PolicyModel, build_model
-from sip_engine.policy.packing import Row, pack_rows, split_by_tokens
-from sip_engine.policy.policy import score
-from sip_engine.policy.weights import weight_views
+from sip_engine.mesh import start_mesh
+from sip_engine.policy.packing import Row, split_by_tokens
 from sip_engine.progress import console, steps
 from sip_engine.sampler.requests import Request, SamplingParams, check_params
-from sip_engine.sampler.sampler import Sampler
 
 _CHUNK = 64
-_SCORE_TOKENS = 16384
 
 
-@dataclass(frozen=True)
-class LoadedPolicy:
-    """A checkpoint's policy, ready to read or write text in one process."""
-
-    model: PolicyModel
-    tokenizer: Tokenizer
-    vocab_size: int
-    mesh: Mesh
-
-
-def load_policy(checkpoint: Path) -> LoadedPolicy:
+def load_policy(checkpoint: Path) -> FrozenPolicy:
     """Load weights and tokenizer of a checkpoint or of a run's newest one.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = resolve_checkpoint(checkpoint)
-    state, tokenizer = read_state(path), checkpoint_tokenizer(path)
-    mesh = start_mesh()
-    model = build_model(state.model.without_fp8(), ParallelConfig(), state.vocab_size, mesh, seed=0)
-    load_weights(path, model, state.model, state.vocab_size)
-    model.requires_grad_(False)
-    return LoadedPolicy(model, tokenizer, state.vocab_size, mesh)
+    policy, _ = FrozenPolicy.load(resolve_checkpoint(checkpoint), start_mesh())
+    return policy
 
 
 def generate_file(
@@ -73,9 +53,7 @@ def generate_file(
     policy = load_policy(checkpoint)
     encode = _encoder(policy, prompts)
     ids = [encode(number, row, "prompt", bos=True) for number, row in rows]
-    weights = weight_views(policy.model, policy.vocab_size, 0)
-    cfg = SamplerConfig(kv_memory_mb=kv_memory_mb, max_sequences=max(256, n))
-    sampler = Sampler(weights, policy.mesh, cfg)
+    sampler = policy.sampler(SamplerConfig(kv_memory_mb=kv_memory_mb, max_sequences=max(256, n)))
     params = replace(params, stop_ids=(policy.tokenizer.eos_id,))
     requests = _requests(ids, n)
     for (number, _), request in zip(rows, requests, strict=True):
@@ -134,19 +112,17 @@ def score_file(checkpoint: Path, pairs: Path, out: Path) -> None:
     for number, row in rows:
         prefix = encode(number, row, "prefix", bos=True)
         suffix = encode(number, row, "suffix", bos=False)
-        if len(prefix) + len(suffix) > policy.model.max_sequence_length:
+        if len(prefix) + len(suffix) > policy.max_context:
             raise RequestError(
                 f"{pairs}:{number}: {len(prefix)} + {len(suffix)} tokens exceed the model's context of "
-                f"{policy.model.max_sequence_length}; shorten the prefix"
+                f"{policy.max_context}; shorten the prefix"
             )
         packed.append(Row(prefix, (suffix,)))
     logprobs: list[np.ndarray] = []
-    groups = split_by_tokens([row.num_tokens for row in packed], _SCORE_TOKENS)
+    groups = split_by_tokens([row.num_tokens for row in packed], policy.micro_batch_tokens)
     with steps("score", len(groups)) as bar:
         for group in groups:
-            batch = pack_rows([packed[i] for i in group], policy.mesh.device)
-            (values,) = score(policy.model, [batch])
-            logprobs.extend(part.cpu().numpy() for part in values.split(list(batch.target_lens)))
+            logprobs.extend(found.logprobs for (found,) in policy.score_rows([packed[i] for i in group]))
             bar.advance({"pairs": len(logprobs)})
     write_jsonl(
         out,
@@ -187,7 +163,7 @@ def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: no rows; write one JSON object a line")
 
 
-def _encoder(policy: LoadedPolicy, path: Path) -> Callable[..., np.ndarray]:
+def _encoder(policy: FrozenPolicy, path: Path) -> Callable[..., np.ndarray]:
     def encode(number: int, row: dict[str, Any], name: str, *, bos: bool) -> np.ndarray:
         """Token ids of `name` (text, BOS put in front) or `name`_ids (taken as they are)."""
         where = f"{path}:{number}"
@@ -206,10 +182,10 @@ def _encoder(policy: LoadedPolicy, path: Path) -> Callable[..., np.ndarray]:
         else:
             if not isinstance(value, list) or not all(type(x) is int for x in value):
                 raise DataError(f'{where}: "{name}_ids" must be a list of integers')
-            bad = [x for x in value if not 0 <= x < policy.vocab_size]
+            bad = [x for x in value if not 0 <= x < policy.tokenizer.vocab_size]
             if bad:
                 raise RequestError(
-                    f"{where}: token id {bad[0]} is outside the vocabulary of {policy.vocab_size}; "
+                    f"{where}: token id {bad[0]} is outside the vocabulary of {policy.tokenizer.vocab_size}; "
                     "encode it with this model's tokenizer"
                 )
             ids = np.asarray(value, dtype=np.int32)

@@ -120,11 +120,11 @@ def transformers_logprobs(model: Any, rows: list[Row]) -> torch.Tensor:
 def assert_same_distribution(checkpoint: Path, model: Any) -> None:
     """Scores and the sampler's own log-probs of a checkpoint are those of a model of transformers."""
     policy = load_policy(checkpoint)
-    rows = random_rows(0, policy.vocab_size)
+    rows = random_rows(0, policy.tokenizer.vocab_size)
     with torch.no_grad():
         got = score(policy.model, [pack_rows(rows, policy.mesh.device)])[0]
         torch.testing.assert_close(got, transformers_logprobs(model, rows), atol=1e-4, rtol=0)
-        sampler = Sampler(weight_views(policy.model, policy.vocab_size, 0), policy.mesh, SamplerConfig())
+        sampler = Sampler(weight_views(policy.model, policy.tokenizer.vocab_size, 0), policy.mesh, SamplerConfig())
         requests = [Request(row.prefix, 2, document=n) for n, row in enumerate(rows)]
         completions = sampler.generate(requests, SamplingParams(max_new_tokens=12, seed=1))
         for row, group in zip(rows, completions, strict=True):

@@ -150,7 +150,7 @@ def test_loss_and_diversity_are_transformers(runs: Path, results: Path, mesh: Me
     losses = {}
     for name, run in (("policy", "better"), ("baseline_policy", "base")):
         policy = load_policy(runs / run / "run")
-        llama = llama_of(policy.model, policy.vocab_size)
+        llama = llama_of(policy.model, policy.tokenizer.vocab_size)
         cfg = parse_config(recorded_settings(runs / "better" / "run")[0], "test")
         samples = open_corpus(cfg, mesh, policy.tokenizer).held_out
         with torch.no_grad():
