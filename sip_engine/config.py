@@ -370,6 +370,15 @@ class JudgeConfig(Section):
     Else each pair has one order, and all candidates stand first about equally often."""
     max_failure_rate: Share = 0.5
     """The run stops when a larger share of a step's judgments fails."""
+    waves: Positive | None = None
+    """Parts of each process' share of a step: with backend = "server" one is judged while the next is generated,
+    other judges take turns with the sampler. More waves hide more of the judge, but sample fewer sequences at once.
+    Unset is 4 with a server, else 1."""
+
+    @property
+    def num_waves(self) -> int:
+        """Waves of a step, whether set or by backend."""
+        return self.waves or (4 if self.backend == "server" else 1)
 
 
 class RewriterConfig(Section):
@@ -723,6 +732,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such config file; configs/ holds examples") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+
+
+def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables of settings, those of `over` in the place of the same ones of `base`."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge_settings(merged[key], value) if both else value
+    return merged
 
 
 def _describe(fault: Any) -> str:

@@ -18,11 +18,13 @@ class ReplicaJudge:
     def __init__(self, judge: Judge, mesh: Mesh) -> None:
         self.name = judge.name
         self.deterministic = getattr(judge, "deterministic", False)
-        self._judge, self._mesh = judge, mesh
+        self.asked = judge
+        """The judge itself, which the first process of a replica may also ask by itself."""
+        self._mesh = mesh
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
         """`Judge.judge`, the same on every process of the replica, and so is a SipError of it."""
-        return _on_leader(self._mesh, lambda: self._judge.judge(questions, seed=seed))
+        return on_leader(self._mesh, lambda: self.asked.judge(questions, seed=seed))
 
 
 class ReplicaRewriter:
@@ -34,10 +36,14 @@ class ReplicaRewriter:
 
     def rewrite(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[str | Failure]:
         """`Rewriter.rewrite`, the same on every process of the replica, and so is a SipError of it."""
-        return _on_leader(self._mesh, lambda: self._rewriter.rewrite(requests, seed=seed))
+        return on_leader(self._mesh, lambda: self._rewriter.rewrite(requests, seed=seed))
 
 
-def _on_leader(mesh: Mesh, ask: Callable[[], T]) -> T:
+def on_leader(mesh: Mesh, ask: Callable[[], T]) -> T:
+    """What `ask` returns on the first process of a replica, on all of them; a SipError of it is raised on all.
+
+    A collective of the replica: to be called by the main thread of each of its processes.
+    """
     found: T | SipError | None = None
     if mesh.replica.is_first:
         try:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from sip_engine.candidates import propose
 from sip_engine.config import RunConfig
-from sip_engine.judging import Verdict, judge_pools
+from sip_engine.judging import Verdict
 from sip_engine.mesh import Mesh
 from sip_engine.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
 from sip_engine.objectives import JUDGED, PAIRED, choose
+from sip_engine.overlap import WaveJudge, split
 from sip_engine.policy.weights import assert_shared
 from sip_engine.progress import steps
 from sip_engine.run import Run, open_run
-from sip_engine.types import Sample
+from sip_engine.types import Candidate, Sample
 from sip_engine.update import TrainingRows, rows_of_choices, rows_of_generations, rows_of_samples, update
 
 
@@ -64,37 +65,50 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
 
 
 def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) -> TrainingRows:
-    """Candidates of each prefix, judged; what the objective chose of them, ready to be trained on."""
-    cfg = run.cfg
-    stage = cfg.candidates_at(run.step)
+    """Candidates of each prefix, judged; what the objective chose of them, ready to be trained on.
+
+    The prefixes come in waves (`judge.waves`): one is generated while the one before it is judged, where the judge
+    allows. `seconds/judge` is the time that generation waited for verdicts, `seconds/judge_busy` the time that the
+    judge worked, and `judge/lag` the most waves in judgement while another one was generated, 0 or 1.
+    """
+    cfg, stage = run.cfg, run.cfg.candidates_at(run.step)
+    judged = cfg.objective.kind in JUDGED and stage.num_candidates > 1
     if run.sampler is not None:
         assert_shared(run.sampler.weights, run.policy.model)
-    with clock("generate"):
-        proposed = propose(
-            samples,
-            stage,
-            run.sampler,
-            run.rewriter,
-            run.corpus.tokenizer,
-            cfg.sampler,
-            seed=cfg.seed,
-            step=run.step,
-        )
+    assert run.judge is not None
+    pools: list[list[Candidate]] = []
     verdicts: list[Verdict] = []
-    if cfg.objective.kind in JUDGED and stage.num_candidates > 1:
-        with clock("judge"):
-            pools = list(zip(samples, proposed.pools, strict=True))
-            assert run.judge is not None
-            verdicts = judge_pools(run.judge, cfg.judge, pools, seed=run.step)
+    num_failed = 0
+    with WaveJudge(run.judge, cfg.judge, run.mesh, seed=run.step) as judging:
+        for wave in split(samples, cfg.judge.num_waves if judged else 1):
+            with clock("generate"):
+                proposed = propose(
+                    wave,
+                    stage,
+                    run.sampler,
+                    run.rewriter,
+                    run.corpus.tokenizer,
+                    cfg.sampler,
+                    seed=cfg.seed,
+                    step=run.step,
+                )
+            pools += proposed.pools
+            num_failed += len(proposed.failed_rewrites)
+            if judged:
+                with clock("judge"):
+                    judging.submit(list(zip(wave, proposed.pools, strict=True)))
+        if judged:
+            with clock("judge"):
+                verdicts = judging.verdicts()
+            clock.seconds["judge_busy"] = judging.busy
+            means.add("judge/lag", judging.lag)
     choices = [
         choose(cfg.objective, sample, pool, verdict, seed=cfg.seed)
-        for sample, pool, verdict in zip(
-            samples, proposed.pools, verdicts or [None] * len(samples), strict=True
-        )
+        for sample, pool, verdict in zip(samples, pools, verdicts or [None] * len(samples), strict=True)
     ]
-    pool_means(means, proposed.pools, verdicts, choices)
-    means.add("rewriter/failure_rate", len(proposed.failed_rewrites), len(samples) * stage.rewrite)
-    run.record_pools(samples, proposed.pools, verdicts, choices)
+    pool_means(means, pools, verdicts, choices)
+    means.add("rewriter/failure_rate", num_failed, len(samples) * stage.rewrite)
+    run.record_pools(samples, pools, verdicts, choices)
     return rows_of_choices([c for c in choices if c is not None], cfg.objective.kind in PAIRED)
 
 

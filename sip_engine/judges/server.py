@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import Any
 
 from sip_engine.config import JudgeServerConfig
 from sip_engine.judges.chat import Answer, Chat, ChatClient
@@ -20,6 +22,8 @@ class ServerJudge:
     `seed` tells one vote from another: it goes into the seed of every request, mixed with the question, so that
     two questions do not draw the same noise. Votes over the same texts share all of their prompt. What the cache
     knows, and a comparison of a text with itself (0.5), costs no call and no token.
+
+    It may work on a thread beside the sampler (`overlap.RemoteJudge`).
     """
 
     name = "server"
@@ -36,7 +40,7 @@ class ServerJudge:
         self.deterministic = cfg.temperature == 0 and "temperature" not in cfg.omit
         """Whether another seed is of no use: greedy replies repeat, as far as the server keeps to that."""
         self._cfg = cfg
-        self._client = ChatClient(cfg, "judge.server", sleep=sleep)
+        self._client = _StoppableClient(cfg, "judge.server", sleep=sleep)
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
         """One Score of one vote, or Failure, a question, in order.
@@ -44,6 +48,7 @@ class ServerJudge:
         Raises:
             EndpointError: the server cannot be used with these settings (wrong key, model or URL, or nothing
                 listens there), found at the first question it is asked.
+            asyncio.CancelledError: `stop` was called; replies that had come by then are in the cache.
         """
         values = [settled(question) for question in questions]
         asked = [
@@ -55,6 +60,10 @@ class ServerJudge:
         return [
             _judgment(next(answers)) if value is None else Score(value, (value,), Cost()) for value in values
         ]
+
+    def stop(self) -> None:
+        """Cut short what is being asked, and send nothing any more; from any thread, returns at once."""
+        self._client.stop()
 
     def _chat(self, question: Question, seed: int) -> Chat[float]:
         cfg = self._cfg
@@ -71,6 +80,38 @@ class ServerJudge:
             seed=request_seed(cfg.seed, seed, prompt.mark),
             response_format=_response_format(prompt) if prompt.format == "json_schema" else None,
         )
+
+
+class _StoppableClient(ChatClient):
+    """A client whose batch another thread can cut short: waiting out `batch_s` would keep a dead run alive."""
+
+    def __init__(
+        self, cfg: JudgeServerConfig, section: str, *, sleep: Callable[[float], Awaitable[None]]
+    ) -> None:
+        super().__init__(cfg, section, sleep=sleep)
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._batch: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            if self._batch is not None:
+                loop, task = self._batch
+                loop.call_soon_threadsafe(task.cancel)
+
+    async def _ask_all(self, asked: Any, cache: Any, results: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        with self._lock:
+            if self._stopped:
+                raise asyncio.CancelledError("the judge was stopped")
+            self._batch = asyncio.get_running_loop(), task
+        try:
+            await super()._ask_all(asked, cache, results)
+        finally:
+            with self._lock:  # the loop closes after this, and takes no calls then
+                self._batch = None
 
 
 def request_seed(*parts: int | str) -> int:
