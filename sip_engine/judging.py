@@ -37,7 +37,9 @@ class Verdict:
     safety: tuple[float | None, ...]
     factuality: tuple[float | None, ...]
     rewards: tuple[float | None, ...]
-    """Weighted sum of the objectives in force; None if one of them is missing: such a candidate is dropped."""
+    """Weighted sum of the objectives in force; None if one of them is missing: such a candidate cannot be taken."""
+    skipped: tuple[bool, ...]
+    """True for a candidate that has no reward only because no comparison of it was asked for; nothing failed."""
     pairs: tuple[tuple[int, int, float | None], ...]
     """(first, second, win of the first) of every comparison, in the order they were asked."""
     failures: tuple[str, ...]
@@ -174,12 +176,19 @@ class _Pool:
         num = len(self._texts)
         quality = self._schedule.quality() if self._schedule else [None] * num
         scores = {"quality": quality, **self._scores}
+        compared = {n for i, j, _ in self._pairs for n in (i, j)}
         return Verdict(
             quality=tuple(quality),
             safety=tuple(scores["safety"]),
             factuality=tuple(scores["factuality"]),
             rewards=tuple(
                 _reward(self._cfg, {name: values[i] for name, values in scores.items()}) for i in range(num)
+            ),
+            skipped=tuple(
+                self._schedule is not None
+                and i not in compared
+                and all(self._scores[name][i] is not None for name in self._pointwise)
+                for i in range(num)
             ),
             pairs=tuple(self._pairs),
             failures=tuple(self._failures),

@@ -58,7 +58,11 @@ def pool_means(
     verdicts: Sequence[Verdict],
     choices: Sequence[Choice | None],
 ) -> None:
-    """Rewards by candidate kind, chosen and rejected rates by kind (the paper's Figure 8), diversity, failures."""
+    """Rewards by candidate kind, chosen and rejected rates by kind (the paper's Figure 8), diversity, failures.
+
+    Of the candidates without a reward, `judge/skipped_candidates` is the share that the schedule never compared,
+    `judge/dropped_candidates` the share of which a judgment failed.
+    """
     kinds = {candidate.kind for pool in pools for candidate in pool}
     for pool, verdict in zip(pools, verdicts, strict=False):
         for number, candidate in enumerate(pool):
@@ -66,7 +70,9 @@ def pool_means(
                 value = getattr(verdict, name)[number]
                 if value is not None:
                     means.add(f"{name.removesuffix('s')}/{candidate.kind}", value)
-            means.add("judge/dropped_candidates", float(verdict.rewards[number] is None))
+            skipped = verdict.skipped[number]
+            means.add("judge/skipped_candidates", float(skipped))
+            means.add("judge/dropped_candidates", float(verdict.rewards[number] is None and not skipped))
         means.add("judge/failure_rate", len(verdict.failures), verdict.num_judgments)
         means.add("judge/calls_per_prefix", verdict.num_judgments)
         means.add("judge/tokens_per_prefix", verdict.cost.tokens)

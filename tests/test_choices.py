@@ -268,6 +268,32 @@ def test_a_tournament_looks_for_the_best_and_worst_total() -> None:
     assert (texts[choice.chosen], texts[choice.rejected]) == ("fine" + "s" * 13, "bad")
 
 
+@pytest.mark.parametrize("cfg", SCHEDULES, ids=lambda c: f"{c.schedule}-{c.both_orders}")
+def test_who_was_never_compared_is_told_from_who_failed(cfg: JudgeConfig) -> None:
+    """Bases are 0, 1 or 2, in units far above a mean win: in a tournament the two with 1 are never compared."""
+
+    def answer(question: Question, seed: int) -> Judgment:
+        if isinstance(question, SafetyQuestion) and "!" in question.suffix:
+            return Failure("cut off")
+        return longest(question, seed)
+
+    texts = ["suu", "bad", "bad!", "so", "so?", "obad", "obad,", "sbad", "sbad,", "x bad"]
+    weights = RewardWeights(quality=0.4, safety=1.0, factuality=1.0)
+    cfg = cfg.model_copy(update={"weights": weights})
+    (verdict,) = judge_pools(Recording(answer), cfg, [(SAMPLE, pool(*texts))], seed=0)
+    met = {n for i, j, _ in verdict.pairs for n in (i, j)}
+    middle = {7, 8} if cfg.schedule == "tournament" else set()
+    assert {n for n, skipped in enumerate(verdict.skipped) if skipped} == middle
+    assert {n for n, reward in enumerate(verdict.rewards) if reward is None} == middle | {2, 4}
+    assert not middle & met and 4 in met and (2 in met) == (not middle)
+
+
+def test_without_comparisons_nobody_is_skipped() -> None:
+    cfg = JudgeConfig(weights=RewardWeights(quality=0, factuality=0))
+    assert judged(cfg, "a", "bad").skipped == (False, False)
+    assert judged(JudgeConfig(), "a").skipped == (True,), "there is nobody to compare it with"
+
+
 @pytest.mark.parametrize("weight", [0.5, 40.0])
 def test_the_base_counts_as_much_as_the_weights_say(weight: float) -> None:
     """At a low weight of quality the unsafe text can only be worst, and few calls go to it; at a high one it is best.

@@ -22,7 +22,7 @@ from sip_engine.judges.schedules import (
     oriented,
     tournament_budget,
 )
-from sip_engine.judges.strengths import expected_mean_wins
+from sip_engine.judges.strengths import expected_mean_wins, fit_strengths
 
 Judge = Callable[[int, int], float | None]
 KINDS = ("all_pairs", "pivot", "tournament")
@@ -197,10 +197,69 @@ def test_a_failed_candidate_is_no_opponent() -> None:
 
 
 def test_equal_records_have_equal_means_to_the_last_bit() -> None:
-    """Ties must be seen as such: one is then drawn, or the prefix dropped."""
+    """Ties must be seen as such: one is then drawn, or the prefix dropped. Among them those of the second best."""
     answers = [(0, n, 1.0) for n in range(1, 10)] + [(n, 10, 1.0) for n in range(1, 10)]
     quality = expected_mean_wins(11, answers)
     assert len(set(quality[1:10])) == 1 and quality[1] == pytest.approx(0.5)
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        *others, one, twin = rng.permutation(10).tolist()
+        answers = [
+            (i, j, float(rng.random() < 0.5)) for i, j in combinations(others, 2) if rng.random() < 0.4
+        ]
+        for other in others:
+            if rng.random() < 0.5:
+                win = float(rng.random() < 0.5)
+                pair = [(one, other, win), (twin, other, win)]
+                if rng.random() < 0.5:
+                    pair = [(j, i, win) for i, j, _ in pair]
+                answers = [pair[0], *answers, pair[1]]
+        if seed % 2:
+            answers += [(one, twin, 1.0), (twin, one, 1.0)]  # each won from the first place
+        quality = expected_mean_wins(10, answers)
+        assert quality[one] == quality[twin], seed
+
+
+def test_a_clean_record_moves_one_candidate_and_nobody_else() -> None:
+    """Against the plain expectation: the rest keep their order, and all means keep their sum.
+
+    The strongest candidate meets none but the second one, the weakest none but the last but one.
+    """
+    moved = Counter[float]()
+    for seed in range(120):
+        rng = np.random.default_rng([1, seed])
+        num = int(rng.integers(4, 11))
+        noise, names = rng.choice([0.0, 0.2]), rng.permutation(num).tolist()
+        asked = [(0, 1), *(p for p in combinations(range(1, num - 1), 2) if rng.random() < 0.6)]
+        asked.append((num - 2, num - 1))
+        answers = [(names[i], names[j], float(rng.random() >= noise)) for i, j in asked]
+        beaten = {j if win else i for i, j, win in answers}
+        winners = {i if win else j for i, j, win in answers}
+        met = beaten | winners
+        found, plain = expected_mean_wins(num, answers), plain_expectation(num, answers)
+        values = {n: q for n, q in enumerate(found) if q is not None}
+        assert values.keys() == met
+        clean: set[int] = set()
+        for ends_, sign in ((met - beaten, 1.0), (met - winners, -1.0)):
+            if len(ends_) == 1:
+                (end,) = ends_
+                clean.add(end)
+                assert all(sign * values[end] > sign * values[n] for n in met - {end})
+                moved[sign] += any(sign * plain[end] < sign * plain[n] for n in met)
+        rest = met - clean
+        assert all(values[i] <= values[j] for i in rest for j in rest if plain[i] <= plain[j])
+        assert sum(values.values()) == pytest.approx(sum(plain[n] for n in met), abs=1e-7)
+        if not clean:
+            assert all(values[n] == pytest.approx(plain[n], abs=1e-8) for n in met)
+    assert min(moved[1.0], moved[-1.0]) > 10, "the plain expectation often has another one at the end"
+
+
+def plain_expectation(num: int, answers: Sequence[tuple[int, int, float]]) -> list[float]:
+    """Answered pairs as they were answered, the others by their probability; no pair comes twice."""
+    beats = fit_strengths(num, answers).beats.copy()
+    for i, j, win in answers:
+        beats[i, j], beats[j, i] = win, 1.0 - win
+    return [(sum(beats[n]) - beats[n, n]) / (num - 1) for n in range(num)]
 
 
 # --- tournament ---------------------------------------------------------------------------------------------
@@ -231,12 +290,24 @@ def test_an_unerring_judges_best_and_worst_are_found(num: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_among_equals_any_of_the_best_will_do(seed: int) -> None:
+    """With a quarter of the calls, and with the fewest: of two equals one stands for both at either end."""
     rng = np.random.default_rng(seed)
     strength = rng.integers(0, 4, size=14)
-    schedule = tournament(14, seed)
-    play(schedule, unerring(strength), [0.0] * 14)
-    quality = np.array(schedule.quality())
-    assert strength[quality.argmax()] == strength.max() and strength[quality.argmin()] == strength.min()
+    for share in (0.0, 0.25):
+        schedule = tournament(14, seed, share)
+        play(schedule, unerring(strength), [0.0] * 14)
+        quality = np.array(schedule.quality())
+        assert strength[quality.argmax()] == strength.max() and strength[quality.argmin()] == strength.min()
+
+
+def test_equals_are_settled_with_the_fewest_calls_too() -> None:
+    """Two best and two worst, who may meet each other: that must not look as if neither could be best or worst."""
+    strength = np.array([3, 2, 0, 3, 0, 1])
+    for seed in range(40):
+        schedule = tournament(6, seed, 0.0)
+        play(schedule, unerring(strength), [0.0] * 6)
+        quality = np.array(schedule.quality())
+        assert strength[quality.argmax()] == 3 and strength[quality.argmin()] == 0, seed
 
 
 def test_where_nothing_differs_all_is_equal_and_no_number_is_favoured() -> None:

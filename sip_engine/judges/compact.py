@@ -6,6 +6,7 @@ hold a fence; a model that is trained on these prompts needs no rules in words.
     pair         \\x01 prefix \\x02 first \\x03 second \\x04        -> 1 | 2
     safety       \\x05 suffix \\x04                               -> yes | no
     factuality   \\x01 prefix \\x06 reference \\x02 suffix \\x04    -> none | possible | definite
+    flaw         \\x01 prefix \\x02 suffix \\x07                  -> sound | the word for what was done to it
     rewrite      \\x0e end of prefix \\x02 suffix \\x04            -> the rewritten suffix
 """
 
@@ -32,6 +33,11 @@ def compact_prompt(question: Question, max_prefix_chars: int | None = None) -> s
         case FactualityQuestion(prefix, reference, suffix):
             head = f"\x01{_tail(prefix, max_prefix_chars)}\x06{neutral(reference)}"
             return f"{head}\x02{neutral(suffix)}\x04"
+
+
+def flaw_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> str:
+    """An exercise for a judge's warm start: is this suffix corrupted, and how? No one asks it later."""
+    return f"\x01{_tail(prefix, max_prefix_chars)}\x02{neutral(suffix)}\x07"
 
 
 def rewrite_prompt(request: RewriteRequest) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +49,10 @@ class LocalModel:
         return ids if len(ids) + self.cfg.max_new_tokens <= self.policy.max_context else None
 
     def reply(self, prompts: Sequence[np.ndarray], seed: int) -> list[tuple[str | None, int]]:
-        """Text of each reply (None where it did not end by itself) and its number of tokens."""
+        """Text of each reply (None where it did not end by itself) and its number of tokens.
+
+        What is drawn depends on the prompt and the seed, not on the prompts beside it.
+        """
         cfg, eos = self.cfg, self.tokenizer.eos_id
         params = SamplingParams(
             cfg.max_new_tokens,
@@ -58,7 +62,7 @@ class LocalModel:
             seed=seed,
             stop_ids=(eos,),
         )
-        done = self.sampler.generate([Request(ids, 1, n) for n, ids in enumerate(prompts)], params)
+        done = self.sampler.generate([Request(ids, 1, _key(ids)) for ids in prompts], params)
         return [
             (self.tokenizer.decode(c.ids[:-1]) if c.ids[-1] == eos else None, len(c.ids)) for (c,) in done
         ]
@@ -202,6 +206,11 @@ def pack_options(rows: Sequence[Row], options: Sequence[np.ndarray], device: tor
     scored = torch.from_numpy(np.repeat(np.array(last, np.int64), lens)).to(device)
     targets = torch.from_numpy(np.concatenate(options)).to(device)
     return replace(packed, scored=scored, targets=targets, target_lens=lens)
+
+
+def _key(ids: np.ndarray) -> int:
+    """A prompt as the number that its random stream is keyed by."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=7).digest(), "big")
 
 
 def _common_length(sequences: Sequence[np.ndarray]) -> int:

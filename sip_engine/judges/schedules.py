@@ -238,12 +238,10 @@ class Tournament:
         wins, counts = tally(self._num, known)
         for i, j in np.argwhere(counts > 0):
             win = wins[i, j] / counts[i, j]
-            # One of two equals stands for both.
+            # Of two equals one stands for both at the top, the other one at the bottom.
             ahead = win > 0.5 or (win == 0.5 and self._luck[i, i] > self._luck[j, j])
-            equal = win == 0.5 and race.base[i] == race.base[j]
             if ahead and race.base[i] >= race.base[j]:
-                top[j] = False
-                bottom[j if equal else i] = False
+                top[j] = bottom[i] = False
         return top, bottom
 
 

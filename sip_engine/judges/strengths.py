@@ -123,8 +123,22 @@ def _honour_clean_records(means: np.ndarray, wins: np.ndarray, counts: np.ndarra
     for won, sign in ((wins, 1.0), (wins.T, -1.0)):
         unbeaten = [n for n in heard if (won[n] >= 0.5 * counts[n]).all()]
         if len(unbeaten) == 1 and (won[unbeaten[0]] == counts[unbeaten[0]]).all():
-            end = heard[np.argmax(sign * means[heard])]
-            means[[unbeaten[0], end]] = means[[end, unbeaten[0]]]
+            means[heard] = sign * _with_first(sign * means[heard], int(np.searchsorted(heard, unbeaten[0])))
+
+
+def _with_first(values: np.ndarray, n: int) -> np.ndarray:
+    """`values` [num] with the n-th moved to the top: each one above it takes the next lower value.
+
+    Nobody else changes place, and the sum stays. Equal values stay equal: they share the mean of what they take.
+    """
+    above = np.flatnonzero(values > values[n])
+    above = above[np.argsort(-values[above])]
+    ladder = np.append(values[above], values[n])
+    level = np.unique(values[above], return_inverse=True)[1]
+    moved = values.copy()
+    moved[n] = ladder[0]
+    moved[above] = (np.bincount(level, ladder[1:]) / np.bincount(level))[level]
+    return moved
 
 
 def tally(num: int, known: Sequence[Known]) -> tuple[np.ndarray, np.ndarray]:
