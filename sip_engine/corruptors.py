@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from sip_engine.types import Failure, RewriteRequest
@@ -13,13 +14,23 @@ from sip_engine.world import World, corrupt
 _SENTENCE = re.compile(r"[^.!?]*[.!?]+\s*|[^.!?]+$")
 
 
+@dataclass(frozen=True)
+class Corruption:
+    """A worse copy of a suffix."""
+
+    text: str
+    """Empty where none could be made."""
+    flaw: str
+    """What was done to it, in one word."""
+
+
 class Corruptor(Protocol):
     """Writes a copy of each suffix that is worse as a continuation of its prefix."""
 
     name: str
 
-    def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[str | Failure]:
-        """One text (empty where none could be made) or failure a request, in order."""
+    def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[Corruption | Failure]:
+        """One copy or failure a request, in order."""
         ...
 
 
@@ -31,8 +42,8 @@ class WorldCorruptor:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[str | Failure]:
-        return [corrupt(self.world, r.prefix, r.suffix, seed) for r in requests]
+    def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[Corruption | Failure]:
+        return [Corruption(*corrupt(self.world, r.prefix, r.suffix, seed)) for r in requests]
 
 
 class RuleCorruptor:
@@ -41,10 +52,10 @@ class RuleCorruptor:
 
     name = "rules"
 
-    def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[str | Failure]:
+    def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[Corruption | Failure]:
         return [self._one(number, requests, seed) for number in range(len(requests))]
 
-    def _one(self, number: int, requests: Sequence[RewriteRequest], seed: int) -> str | Failure:
+    def _one(self, number: int, requests: Sequence[RewriteRequest], seed: int) -> Corruption | Failure:
         request = requests[number]
         rng = random.Random(f"{seed} {request.prefix} {request.suffix}")
         sentences = _SENTENCE.findall(request.suffix)
@@ -64,7 +75,7 @@ class RuleCorruptor:
         }
         for way in rng.sample(sorted(made), len(made)):
             if made[way].split() != request.suffix.split():
-                return made[way]
+                return Corruption(made[way], way)
         return Failure("no rule changes this suffix")
 
 

@@ -31,12 +31,14 @@ def evaluate_task(
     if mine and reply is not None:
         _, replies = reply(mine)
         graded = grader.grade(mine, replies, seed=seed)
-        for sample, (text,), (reward,) in zip(mine, replies, graded, strict=True):
+        written = [text for (text,) in replies]
+        figures = grader.figures(mine, written, seed=seed)
+        for text, (reward,), found in zip(written, graded, figures, strict=True):
             texts.append(text or "")
             means.add("finished", float(text is not None))
             means.add("judge_failure_rate", float(reward is None))
             if reward is not None:
                 means.add("reward", reward)
-            for name, value in grader.figures(sample, text).items():
+            for name, value in found.items():
                 means.add(name, value)
     return Evaluation(means.over(mesh), interleave(mesh.gather_replicas(texts)))

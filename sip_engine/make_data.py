@@ -29,11 +29,14 @@ def make_judge_data(
     *,
     num_pairs: int,
     num_safety: int,
+    num_factuality: int,
+    num_flaws: int,
     num_eval: int,
     corruptor: str,
     max_prefix_chars: int | None,
 ) -> None:
-    """Write `out`/train.jsonl and `out`/eval.jsonl: suffixes against corrupted copies in both orders, and safety.
+    """Write `out`/train.jsonl and `out`/eval.jsonl: suffixes against corrupted copies in both orders,
+    safety and factuality.
 
     Raises:
         SipError: bad settings or data, before anything is written.
@@ -41,7 +44,9 @@ def make_judge_data(
     mesh, corpus = _open(cfg, out, "judge", num_eval)
     judge, worse = open_judge(cfg, corpus, mesh), _corruptor(cfg, corruptor)
 
-    def records(samples: list[Sample], pairs: int, safety: int, seed: int) -> list[Record]:
+    def records(
+        samples: list[Sample], pairs: int, safety: int, factuality: int, flaws: int, seed: int
+    ) -> list[Record]:
         return judge_records(
             samples,
             worse,
@@ -49,16 +54,20 @@ def make_judge_data(
             corpus.tokenizer,
             num_pairs=pairs,
             num_safety=safety,
+            num_factuality=factuality,
+            num_flaws=flaws,
             max_prefix_chars=max_prefix_chars,
             seed=seed,
         )
 
-    samples = _training_samples(corpus, max(num_pairs, _SPARE * num_safety))
+    samples = _training_samples(
+        corpus, max(num_pairs, _SPARE * num_safety, _SPARE * num_factuality, num_flaws)
+    )
     _write(
         out,
-        records(samples, num_pairs, num_safety, cfg.seed),
-        records(corpus.held_out, num_eval // 2, num_eval, cfg.seed + 1),
-        wanted=2 * num_pairs + num_safety,
+        records(samples, num_pairs, num_safety, num_factuality, num_flaws, cfg.seed),
+        records(corpus.held_out, num_eval // 2, num_eval, num_eval * (num_factuality > 0), 0, cfg.seed + 1),
+        wanted=2 * num_pairs + num_safety + num_factuality + num_flaws,
     )
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from sip_engine.corruptors import Corruptor
+from sip_engine.corruptors import Corruption, Corruptor
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.judges.compact import compact_prompt, rewrite_prompt
+from sip_engine.judges.compact import compact_prompt, flaw_prompt, rewrite_prompt
+from sip_engine.judging import ask_votes
 from sip_engine.types import (
+    FactualityQuestion,
     Failure,
     Judge,
+    Judgment,
     PairQuestion,
+    Question,
     Rewriter,
     RewriteRequest,
     SafetyQuestion,
@@ -22,8 +27,11 @@ from sip_engine.types import (
 
 Record = dict[str, Any]
 
+SOUND = "sound"
+"""Answer about a suffix that was not corrupted."""
+_NO_COPY = Corruption("", "")
 LABEL_VOTES = 8
-"""Votes on a safety label, which must agree (method §judge training)."""
+"""Votes on a label, which must agree (method §judge training)."""
 
 
 def judge_records(
@@ -34,16 +42,30 @@ def judge_records(
     *,
     num_pairs: int,
     num_safety: int,
+    num_factuality: int = 0,
+    num_flaws: int = 0,
     max_prefix_chars: int | None,
     seed: int,
 ) -> list[Record]:
-    """At most `num_pairs` suffixes against their corrupted copies, each in both orders, and `num_safety` labels.
+    """At most `num_pairs` suffixes against their corrupted copies, each in both orders, and so many labels.
 
-    A corrupted copy is cut at the original's number of tokens, so that length says nothing. Safety labels are
-    those on which all votes agree, as many safe ones as unsafe ones. Shuffled by `seed`.
+    A corrupted copy is cut at the original's number of tokens, so that length says nothing. Labels are those on
+    which all votes agree, each answer as often as the others: `num_safety` of suffixes alone, `num_factuality` of
+    suffixes and corrupted copies beside the original. `num_flaws` single suffixes and copies are exercises for a
+    warm start: the answer is the corruption's name. Shuffled by `seed`.
     """
-    records = list(_pairs(samples[:num_pairs], corruptor, tokenizer, max_prefix_chars, seed))
+    wanted = samples[: max(num_pairs, 2 * num_factuality, num_flaws)]
+    requests = [RewriteRequest(s.prefix, s.suffix) for s in wanted]
+    worse = [
+        _NO_COPY
+        if isinstance(copy, Failure)
+        else replace(copy, text=_cut(copy.text, tokenizer, len(s.suffix_ids)))
+        for s, copy in zip(wanted, corruptor.corrupt(requests, seed=seed), strict=True)
+    ]
+    records = list(_pairs(wanted[:num_pairs], worse[:num_pairs], max_prefix_chars))
+    records += list(_flaws(wanted, worse, max_prefix_chars))[:num_flaws]
     records += _safety(samples, labeller, num_safety)
+    records += _factuality(wanted, worse, labeller, num_factuality, max_prefix_chars)
     return _shuffled(records, seed)
 
 
@@ -62,9 +84,10 @@ def rewrite_records(
     the suffix is left out. Shuffled by `seed`.
     """
     by_label: dict[bool, list[Sample]] = {True: [], False: []}
-    for sample, safe in zip(samples, _labels(labeller, [s.suffix for s in samples]), strict=True):
-        if safe is not None:
-            by_label[safe].append(sample)
+    labels = _labels(labeller, [SafetyQuestion(s.suffix) for s in samples])
+    for sample, label in zip(samples, labels, strict=True):
+        if label in (0.0, 1.0):
+            by_label[label == 1.0].append(sample)
     each = min(num // 2, len(by_label[True]), len(by_label[False]))
     unsafe = [RewriteRequest(s.prefix, s.suffix) for s in by_label[False][:each]]
     answers = [s.suffix for s in by_label[True][:each]]
@@ -82,45 +105,81 @@ def rewrite_records(
 
 
 def _pairs(
-    samples: Sequence[Sample],
-    corruptor: Corruptor,
-    tokenizer: Tokenizer,
-    max_prefix_chars: int | None,
-    seed: int,
+    samples: Sequence[Sample], worse: Sequence[Corruption], max_prefix_chars: int | None
 ) -> Iterator[Record]:
-    requests = [RewriteRequest(s.prefix, s.suffix) for s in samples]
-    for s, worse in zip(samples, corruptor.corrupt(requests, seed=seed), strict=True):
-        cut = "" if isinstance(worse, Failure) else _cut(worse, tokenizer, len(s.suffix_ids))
-        if not cut or cut == s.suffix:
+    for s, copy in zip(samples, worse, strict=True):
+        if not copy.text or copy.text == s.suffix:
             continue
-        for answer, first, second in (("1", s.suffix, cut), ("2", cut, s.suffix)):
+        for answer, first, second in (("1", s.suffix, copy.text), ("2", copy.text, s.suffix)):
             question = PairQuestion(s.prefix, first, second)
             yield {"prompt": compact_prompt(question, max_prefix_chars), "answer": answer, "kind": "quality"}
 
 
+def _flaws(
+    samples: Sequence[Sample], worse: Sequence[Corruption], max_prefix_chars: int | None
+) -> Iterator[Record]:
+    """Original and copy of every second sample each: a model that saw both would learn which is which by heart."""
+    for number, (s, copy) in enumerate(zip(samples, worse, strict=True)):
+        text, answer = (s.suffix, SOUND) if number % 2 else (copy.text, copy.flaw)
+        if text and answer and copy.text != s.suffix:
+            yield {"prompt": flaw_prompt(s.prefix, text, max_prefix_chars), "answer": answer, "kind": "flaw"}
+
+
 def _safety(samples: Sequence[Sample], labeller: Judge, num: int) -> list[Record]:
-    texts: dict[bool, list[str]] = {True: [], False: []}
-    for sample, safe in zip(samples, _labels(labeller, [s.suffix for s in samples]), strict=True):
-        if safe is not None:
-            texts[safe].append(sample.suffix)
-    each = min(num // 2, len(texts[True]), len(texts[False]))
+    questions = [SafetyQuestion(s.suffix) for s in samples] if num else []
+    answers = {1.0: "yes", 0.0: "no"}
+    return _labelled(questions, labeller, answers, num, "safety", None)
+
+
+def _factuality(
+    samples: Sequence[Sample],
+    worse: Sequence[Corruption],
+    labeller: Judge,
+    num: int,
+    max_prefix_chars: int | None,
+) -> list[Record]:
+    questions = [
+        FactualityQuestion(s.prefix, s.suffix, text)
+        for s, copy in zip(samples, worse, strict=True)
+        for text in (s.suffix, copy.text)
+        if text and num
+    ]
+    answers = {1.0: "none", 0.5: "possible", 0.0: "definite"}
+    return _labelled(questions, labeller, answers, num, "factuality", max_prefix_chars)
+
+
+def _labelled(
+    questions: Sequence[Question],
+    labeller: Judge,
+    answers: Mapping[float, str],
+    num: int,
+    kind: str,
+    max_prefix_chars: int | None,
+) -> list[Record]:
+    """At most `num` questions with their labels as `answers`, each answer equally often."""
+    found: dict[str, list[Question]] = {answer: [] for answer in answers.values()}
+    for question, label in zip(questions, _labels(labeller, questions), strict=True):
+        if label is not None:
+            found[answers[label if label in answers else 0.5]].append(question)
+    each = min(num // len(answers), *map(len, found.values()))
     return [
-        {"prompt": compact_prompt(SafetyQuestion(text)), "answer": "yes" if safe else "no", "kind": "safety"}
-        for safe in (True, False)
-        for text in texts[safe][:each]
+        {"prompt": compact_prompt(question, max_prefix_chars), "answer": answer, "kind": kind}
+        for answer, these in found.items()
+        for question in these[:each]
     ]
 
 
-def _labels(labeller: Judge, texts: Sequence[str]) -> list[bool | None]:
-    """Safe or not, where all votes say so alike; None elsewhere."""
-    questions = [SafetyQuestion(text) for text in texts]
-    votes = 1 if getattr(labeller, "deterministic", False) else LABEL_VOTES
-    rounds = [labeller.judge(questions, seed=vote) for vote in range(votes)]
-    labels: list[bool | None] = []
-    for answers in zip(*rounds, strict=True):
-        values = {None if isinstance(a, Failure) else a.value for a in answers}
-        labels.append(True if values == {1.0} else False if values == {0.0} else None)
-    return labels
+def _labels(labeller: Judge, questions: Sequence[Question]) -> list[float | None]:
+    """The answer that all votes gave alike; None where they did not, and where a vote failed.
+
+    The votes' seeds are always the same, so that a text has one label whatever it is asked for.
+    """
+    return [_label(votes) for votes in ask_votes(labeller, questions, [LABEL_VOTES] * len(questions), (0,))]
+
+
+def _label(votes: Sequence[Judgment]) -> float | None:
+    values = {None if isinstance(vote, Failure) else vote.value for vote in votes}
+    return values.pop() if len(values) == 1 else None
 
 
 def _cut(text: str, tokenizer: Tokenizer, num_tokens: int) -> str:

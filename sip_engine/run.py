@@ -284,7 +284,7 @@ def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
 def _grader(cfg: RunConfig, judge: Judge | None) -> Grader | None:
     if cfg.task == "policy":
         return None
-    return VerdictGrader() if judge is None else RewriteGrader(judge)
+    return VerdictGrader() if judge is None else RewriteGrader(judge, cfg.judge.votes)
 
 
 def _write_evaluation(folder: Path, step: int, result: Evaluation, samples: Sequence[Sample]) -> None:

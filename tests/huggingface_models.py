@@ -124,7 +124,9 @@ def assert_same_distribution(checkpoint: Path, model: Any) -> None:
     with torch.no_grad():
         got = score(policy.model, [pack_rows(rows, policy.mesh.device)])[0]
         torch.testing.assert_close(got, transformers_logprobs(model, rows), atol=1e-4, rtol=0)
-        sampler = Sampler(weight_views(policy.model, policy.tokenizer.vocab_size, 0), policy.mesh, SamplerConfig())
+        sampler = Sampler(
+            weight_views(policy.model, policy.tokenizer.vocab_size, 0), policy.mesh, SamplerConfig()
+        )
         requests = [Request(row.prefix, 2, document=n) for n, row in enumerate(rows)]
         completions = sampler.generate(requests, SamplingParams(max_new_tokens=12, seed=1))
         for row, group in zip(rows, completions, strict=True):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llama import llama_logprobs, llama_of
 from ranks import run_ranks
 
-from sip_engine.config import ObjectiveConfig, RunConfig, parse_config
+from sip_engine.config import JudgeVotes, ObjectiveConfig, RunConfig, parse_config
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import DataError
 from sip_engine.graders import RewriteGrader, VerdictGrader, word_overlap
@@ -160,10 +160,58 @@ def test_rewriter_rewards() -> None:
     facts = {"prefix": "p", "suffix": "a b c", "safe": True}
     samples = [Sample(n, 0, empty, empty, "", "", facts | {"safe": n == 0}) for n in range(2)]
     replies = [["a b c", "a b", None, ""], ["*", "* x", "x", "?", None]]
-    rewards = RewriteGrader(ScriptedJudge(), votes=2).grade(samples, replies, seed=0)
+    rewards = RewriteGrader(ScriptedJudge(), JudgeVotes(safety=2)).grade(samples, replies, seed=0)
     assert rewards == [[1.0, 0.0, 0.0, 0.0], [1.0, 0.5, 0.0, None, 0.0]]
     assert word_overlap("a b b", "b a c d") == 2 / 4
-    assert RewriteGrader(ScriptedJudge()).figures(samples[0], "a b c") == {"overlap_safe": 1.0, "copied": 1.0}
+    three = [samples[0], samples[1], samples[1], samples[1]]
+    found = RewriteGrader(ScriptedJudge(), JudgeVotes(safety=2)).figures(
+        three, ["a b", "a c", "x", None], seed=0
+    )
+    assert found == [
+        {"overlap_safe": 2 / 3, "copied": 0.0},
+        {"overlap_unsafe": 2 / 3, "made_safe": 1.0},
+        {"overlap_unsafe": 0.0, "made_safe": 0.0},
+        {"overlap_unsafe": 0.0, "made_safe": 0.0},
+    ]
+
+
+class VotingJudge:
+    """Prefers each text in every other vote, calls it safe in one vote of four; its first vote on safety fails."""
+
+    name = "voting"
+
+    def __init__(self, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+        self.calls: list[tuple[int, int]] = []
+        self.seeds: list[int] = []
+
+    def judge(self, questions, *, seed: int = 0):
+        vote, pairs = len(self.calls), sum(isinstance(q, PairQuestion) for q in questions)
+        self.calls.append((pairs, len(questions) - pairs))
+        self.seeds.append(seed)
+        return [self._answer(q, vote) for q in questions]
+
+    def _answer(self, question, vote: int):
+        if isinstance(question, PairQuestion):
+            return Score(float(vote % 2))
+        return Failure("cut off") if vote == 0 else Score(float(vote == 3))
+
+
+def test_each_question_of_a_rewrite_has_its_own_number_of_votes() -> None:
+    """Votes have seeds of their own, failed ones are left out, and a judge that always answers alike votes once."""
+    empty = np.zeros(0, np.int32)
+    facts = {"prefix": "p", "suffix": "a b c", "safe": False}
+    samples = [Sample(0, 0, empty, empty, "", "", facts)]
+    judge, votes = VotingJudge(), JudgeVotes(quality=2, safety=5, factuality=9)
+    assert RewriteGrader(judge, votes).grade(samples, [["a", "b", None]], seed=7) == [
+        [(1 / 2 + 1 / 4) / 2] * 2 + [0.0]
+    ]
+    assert judge.calls == [(2, 2), (2, 2), (0, 2), (0, 2), (0, 2)]
+    RewriteGrader(judge, votes).grade(samples, [["a"]], seed=8)
+    assert len(set(judge.seeds)) == 10
+    once = VotingJudge(deterministic=True)
+    assert RewriteGrader(once, votes).grade(samples, [["a", None, ""]], seed=7) == [[None, 0.0, 0.0]]
+    assert once.calls == [(1, 1)]
 
 
 def test_verdicts_are_read_from_the_last_line() -> None:
@@ -173,7 +221,7 @@ def test_verdicts_are_read_from_the_last_line() -> None:
     grader = VerdictGrader()
     replies = ["so\nVERDICT 0a: 1\n", "VERDICT 0a: 1\nor not", "VERDICT 0a: 2", None, ""]
     assert grader.grade([sample], [replies]) == [[1.0, 0.0, 0.0, 0.0, 0.0]]
-    assert grader.figures(sample, "VERDICT 0a: 1") == {"accuracy": 1.0, "accuracy_pair": 1.0}
+    assert grader.figures([sample], ["VERDICT 0a: 1"]) == [{"accuracy": 1.0, "accuracy_pair": 1.0}]
 
 
 def write_task(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,31 @@ def test_greedy_replies_equal_transformers(policy: FrozenPolicy) -> None:
         new = written[len(ids) :]
         assert num_tokens == len(new)
         assert text == (policy.tokenizer.decode(new[:-1]) if new[-1] == eos else None)
+
+
+def test_drawn_replies_do_not_depend_on_their_neighbours(
+    policy: FrozenPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LocalModel(policy, LocalModelConfig(max_new_tokens=12, temperature=1.0))
+    prompts = [ids for ids in (model.encode(compact_prompt(q)) for q in QUESTIONS[:4]) if ids is not None]
+    generate, written = model.sampler.generate, []
+
+    def spy(*args):
+        done = generate(*args)
+        written.extend(one.ids.tolist() for (one,) in done)
+        return done
+
+    monkeypatch.setattr(model.sampler, "generate", spy)
+
+    def drawn(chosen: Sequence[np.ndarray], seed: int) -> list[list[int]]:
+        written.clear()
+        model.reply(chosen, seed)
+        return list(written)
+
+    together = drawn(prompts, 5)
+    assert [drawn([ids], 5)[0] for ids in prompts] == together
+    assert drawn(prompts[::-1], 5) == together[::-1]
+    assert len(set(map(tuple, together))) == 4 and drawn(prompts, 6) != together
 
 
 def test_a_prompt_that_does_not_fit_is_a_missing_judgment(policy: FrozenPolicy) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,10 @@ from sip_engine.data.prompts import read_prompts
 from sip_engine.errors import ConfigError
 from sip_engine.judges.compact import compact_prompt
 from sip_engine.make_data import make_judge_data, make_rewrite_data
-from sip_engine.makers import LABEL_VOTES, judge_records, rewrite_records
+from sip_engine.makers import LABEL_VOTES, SOUND, judge_records, rewrite_records
 from sip_engine.mesh import Mesh
 from sip_engine.types import Failure, PairQuestion, RewriteRequest, SafetyQuestion, Score
-from sip_engine.world import World, WorldJudge, WorldRewriter
+from sip_engine.world import World, WorldJudge, WorldRewriter, measure
 
 WORLD = World(seed=0, num_people=48)
 
@@ -79,6 +81,42 @@ def test_judge_records_hold_the_truth(corpus: Corpus) -> None:
         assert swapped[compact_prompt(PairQuestion(prefix, second, first))] != record["answer"]
 
 
+def test_factuality_labels_and_named_flaws(corpus: Corpus) -> None:
+    """Read back from the prompts, by the world's own measure; originals and copies of one suffix do not meet."""
+    samples = corpus.stream.samples_at(0, 150)
+    records = judge_records(
+        samples,
+        WorldCorruptor(WORLD),
+        WorldJudge(WORLD),
+        corpus.tokenizer,
+        num_pairs=0,
+        num_safety=0,
+        num_factuality=9,
+        num_flaws=60,
+        max_prefix_chars=None,
+        seed=1,
+    )
+    labelled = [r for r in records if r["kind"] == "factuality"]
+    assert Counter(r["answer"] for r in labelled) == {"none": 3, "possible": 3, "definite": 3}
+    for record in labelled:
+        prefix, rest = record["prompt"][1:-1].split("\x06")
+        found = measure(WORLD, prefix, rest.split("\x02")[1]).factuality
+        assert record["answer"] == ("none" if found == 1 else "definite" if found == 0 else "possible")
+    originals = {s.prefix: s.suffix for s in samples}
+    flaws = [r for r in records if r["kind"] == "flaw"]
+    assert 50 < len(flaws) == len({r["prompt"].split("\x02")[0] for r in flaws})
+    for record in flaws:
+        prefix, suffix = record["prompt"][1:-1].split("\x02")
+        assert (suffix == originals[prefix]) == (record["answer"] == SOUND)
+    ways = Counter(r["answer"] for r in flaws)
+    assert ways.keys() >= {"sound", "stutter", "shuffle", "digress"} and 20 < ways["sound"] < 40
+    for record in flaws:
+        words = record["prompt"][1:-1].split("\x02")[1].split()
+        doubled = sum(a.strip(".,") == b.strip(".,") for a, b in pairwise(words))
+        if record["answer"] == "stutter":
+            assert doubled > len(words) / 5
+
+
 def test_rewrite_records_copy_what_is_safe(corpus: Corpus) -> None:
     samples, judge = corpus.stream.samples_at(0, 150), WorldJudge(WORLD)
     records = rewrite_records(samples, judge, WorldRewriter(WORLD), corpus.tokenizer, num=30, seed=1)
@@ -93,16 +131,22 @@ def test_rewrite_records_copy_what_is_safe(corpus: Corpus) -> None:
 
 
 class Doubtful:
-    """Calls texts with an x unsafe, changes its mind about those with a q in the last vote, and fails on z."""
+    """Calls texts with an x unsafe; in the last vote it changes its mind about those with a q, and fails on z."""
 
     name = "doubtful"
-    deterministic = False
+
+    def __init__(self, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+        self.seeds: list[int] = []
 
     def judge(self, questions, *, seed: int = 0):
+        self.seeds.append(seed)
+        last = len(self.seeds) == LABEL_VOTES
+
         def one(text: str):
-            if "z" in text:
+            if last and "z" in text:
                 return Failure("no")
-            return Score(0.0 if "x" in text or ("q" in text and seed == LABEL_VOTES - 1) else 1.0)
+            return Score(float(("x" in text) == (last and "q" in text)))
 
         return [one(question.suffix) for question in questions]
 
@@ -111,19 +155,25 @@ def test_labels_are_unanimous(corpus: Corpus) -> None:
     from dataclasses import replace
 
     (sample,) = corpus.stream.samples_at(0, 1)
-    samples = [replace(sample, suffix=text) for text in ("ok", "q", "x", "z", "fine", "xx")]
-    records = judge_records(
-        samples,
-        RuleCorruptor(),
-        Doubtful(),
-        corpus.tokenizer,
-        num_pairs=0,
-        num_safety=9,
-        max_prefix_chars=None,
-        seed=0,
-    )
-    labels = {record["prompt"]: record["answer"] for record in records}
-    assert labels == {"\x05ok\x04": "yes", "\x05fine\x04": "yes", "\x05x\x04": "no", "\x05xx\x04": "no"}
+    samples = [replace(sample, suffix=text) for text in ("ok", "q", "x", "z", "fine", "xx", "xq", "xz")]
+
+    def labels(judge: Doubtful) -> dict[str, str]:
+        made = judge_records(
+            samples,
+            RuleCorruptor(),
+            judge,
+            corpus.tokenizer,
+            num_pairs=0,
+            num_safety=99,
+            max_prefix_chars=None,
+            seed=0,
+        )
+        return {record["prompt"][1:-1]: record["answer"] for record in made}
+
+    assert labels(judge := Doubtful()) == {"ok": "yes", "fine": "yes", "x": "no", "xx": "no"}
+    assert len(set(judge.seeds)) == len(judge.seeds) == LABEL_VOTES == 8
+    everything = {s.suffix: "no" if "x" in s.suffix else "yes" for s in samples}
+    assert labels(judge := Doubtful(deterministic=True)) == everything and len(judge.seeds) == 1
 
 
 @given(st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=5), st.integers(0, 9))
@@ -132,7 +182,7 @@ def test_rules_change_the_words_or_say_that_they_cannot(suffixes: list[str], see
     found = RuleCorruptor().corrupt(requests, seed=seed)
     assert found == RuleCorruptor().corrupt(requests, seed=seed)
     for text, worse in zip(suffixes, found, strict=True):
-        assert isinstance(worse, Failure) or worse.split() != text.split()
+        assert isinstance(worse, Failure) or worse.text.split() != text.split()
 
 
 def test_files_can_be_trained_on(mesh: Mesh, tmp_path: Path) -> None:
@@ -142,6 +192,8 @@ def test_files_can_be_trained_on(mesh: Mesh, tmp_path: Path) -> None:
         tmp_path / "judge",
         num_pairs=20,
         num_safety=10,
+        num_factuality=6,
+        num_flaws=10,
         num_eval=8,
         corruptor="world",
         max_prefix_chars=80,

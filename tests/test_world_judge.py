@@ -311,7 +311,7 @@ def test_rewrites_depend_on_the_request_and_the_seed_only() -> None:
 def test_spoilt_suffixes_are_always_worse() -> None:
     for prefix, suffix in [*cuts(150), *cuts(150, CLEAN, "judge", 60), *cuts(100, CLEAN, "judge", 12)]:
         for seed in range(3):
-            spoilt = corrupt(WORLD, prefix, suffix, seed)
+            spoilt, _ = corrupt(WORLD, prefix, suffix, seed)
             if judged(prefix, suffix).quality == 0.0:
                 assert spoilt == suffix
             else:
@@ -323,7 +323,7 @@ def test_suffixes_are_spoilt_in_every_way() -> None:
     """Faults are told apart by what they do to the text, and each of the six is drawn."""
     drawn: Counter[str] = Counter()
     for prefix, suffix in at_full_stops(150):
-        spoilt = corrupt(WORLD, prefix, suffix, seed=1)
+        spoilt, _ = corrupt(WORLD, prefix, suffix, seed=1)
         before, after = words_of(suffix), words_of(spoilt)
         told = SENTENCE.findall(spoilt)
         drawn["insult"] += bool(set(INSULTS) & set(after))
@@ -367,5 +367,5 @@ def test_any_text_can_be_rewritten_and_spoilt(prefix: str, suffix: str, seed: in
     before, after = judged(prefix, suffix), judged(prefix, rewrite(prefix, suffix, seed))
     assert (after.safety, after.factuality) == (1.0, 1.0)
     assert after.quality >= before.quality or before.safety < 1.0
-    spoilt = judged(prefix, corrupt(WORLD, prefix, suffix, seed))
+    spoilt = judged(prefix, corrupt(WORLD, prefix, suffix, seed)[0])
     assert spoilt.quality < before.quality or before.quality == 0.0

@@ -59,7 +59,14 @@ def _digress(world: World, piece: _Piece, rng: random.Random) -> str:
     return " " + rng.choice(FACTS[attribute]).say(person, Form.FULL, world.truth(person.index, attribute))
 
 
-_WAYS: tuple[_Way, ...] = (_mistell, _insult, _stutter, _shuffle, _repeat, _digress)
+_WAYS: dict[str, _Way] = {
+    "myth": _mistell,
+    "insult": _insult,
+    "stutter": _stutter,
+    "shuffle": _shuffle,
+    "repeat": _repeat,
+    "digress": _digress,
+}
 
 
 def _pieces(world: World, prefix: str, suffix: str) -> list[_Piece]:
@@ -74,23 +81,25 @@ def _pieces(world: World, prefix: str, suffix: str) -> list[_Piece]:
     return pieces
 
 
-def corrupt(world: World, prefix: str, suffix: str, seed: int = 0) -> str:
-    """A copy of `suffix` that is worse as a continuation of `prefix`, spoilt in one way throughout.
+def corrupt(world: World, prefix: str, suffix: str, seed: int = 0) -> tuple[str, str]:
+    """A copy of `suffix` that is worse as a continuation of `prefix`, spoilt in one way throughout, and that way.
 
     Half of its sentences or more get a myth for the truth, an insult, doubled or shuffled words, the sentence
     before once more, or a sentence about someone else; the way is drawn by the seed among those that
     lower the quality. If none does, nothing is left of it. So the quality is always below that of `suffix`;
-    if that is 0 already, `suffix` comes back unchanged.
+    if that is 0 already, `suffix` comes back unchanged. The way is "" in both cases.
     """
     quality = measure(world, prefix, suffix).quality
     if quality == 0.0:
-        return suffix
+        return suffix, ""
     rng = rng_of("corrupt", world.seed, seed, prefix, suffix)
     pieces = _pieces(world, prefix, suffix)
-    for way in rng.sample(_WAYS, len(_WAYS)):
+    for name in rng.sample(list(_WAYS), len(_WAYS)):
         spoilt = set(rng.sample(range(len(pieces)), rng.randint((len(pieces) + 1) // 2, len(pieces))))
-        texts = [way(world, piece, rng) if i in spoilt else piece.text for i, piece in enumerate(pieces)]
+        texts = [
+            _WAYS[name](world, piece, rng) if i in spoilt else piece.text for i, piece in enumerate(pieces)
+        ]
         worse = "".join(texts)
         if measure(world, prefix, worse).quality < quality:
-            return worse
-    return ""
+            return worse, name
+    return "", ""
