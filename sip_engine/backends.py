@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.config import LocalModelConfig, RunConfig
 from sip_engine.corpus import Corpus
-from sip_engine.errors import ConfigError
 from sip_engine.evaluate import Measure
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.judges.heuristic import HeuristicJudge
 from sip_engine.judges.local import LocalJudge, LocalModel, LocalRewriter
 from sip_engine.judges.server import ServerJudge
 from sip_engine.mesh import Mesh
-from sip_engine.replica import ReplicaJudge, ReplicaRewriter
+from sip_engine.replica import ReplicaJudge, ReplicaRewriter, StagesJudge, StagesRewriter
 from sip_engine.rewriters.server import ServerRewriter
 from sip_engine.types import Judge, Rewriter
 from sip_engine.world import World, WorldJudge, WorldRewriter, measure
@@ -30,7 +27,7 @@ def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> Judge:
     """
     world = _world(cfg)
     if cfg.judge.backend == "local":
-        return LocalJudge(_local_model(cfg.judge.local, "judge", mesh))
+        return StagesJudge(LocalJudge(_local_model(cfg.judge.local, mesh)), mesh)
     if cfg.judge.backend == "server":
         return ReplicaJudge(ServerJudge(cfg.judge.server), mesh)
     if cfg.judge.backend == "world" and world is not None:
@@ -47,7 +44,7 @@ def open_rewriter(cfg: RunConfig, mesh: Mesh) -> Rewriter | None:
     """
     world = _world(cfg)
     if cfg.rewriter.backend == "local":
-        return LocalRewriter(_local_model(cfg.rewriter.local, "rewriter", mesh))
+        return StagesRewriter(LocalRewriter(_local_model(cfg.rewriter.local, mesh)), mesh)
     if cfg.rewriter.backend == "server":
         return ReplicaRewriter(ServerRewriter(cfg.rewriter.server), mesh)
     if cfg.rewriter.backend == "world" and world is not None:
@@ -76,12 +73,8 @@ def _world(cfg: RunConfig) -> World | None:
     return World(seed=cfg.world.seed, num_people=cfg.world.num_people) if cfg.world else None
 
 
-def _local_model(cfg: LocalModelConfig, what: Literal["judge", "rewriter"], mesh: Mesh) -> LocalModel:
+def _local_model(cfg: LocalModelConfig, mesh: Mesh) -> LocalModel:
+    """A model that every pipeline stage of the policy holds whole."""
     assert cfg.checkpoint is not None, "the settings were checked"
-    if mesh.pp.size > 1:
-        raise ConfigError(
-            f'{what}.backend = "local" holds the whole model on each pipeline stage\'s processes, which is not done: '
-            f'set parallel.pipeline = 1, or serve it and use {what}.backend = "server"'
-        )
-    policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.checkpoint), mesh)
+    policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.checkpoint), mesh.without_pipeline())
     return LocalModel(policy, cfg)

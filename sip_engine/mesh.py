@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from torch._C._distributed_c10d import HashStore
 
 from sip_engine.cpu_seam import megatron_device
 from sip_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 T = TypeVar("T")
 
@@ -109,6 +112,49 @@ class Mesh:
         dist.all_gather_object(boxes, value, group=self.dp.group)
         return boxes
 
+    def gather_stages(self, value: T) -> list[T]:
+        """Every pipeline stage's object, in stage order: that of its process with this one's tensor-parallel rank."""
+        if self.pp.size == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.pp.size
+        dist.all_gather_object(boxes, value, group=self.pp.group)
+        return boxes
+
+    def without_pipeline(self) -> Mesh:
+        """The same processes for a model that every pipeline stage holds whole: the stages become data parallel.
+
+        To be called by every process of the world, for it makes a process group, which lasts until `stop_mesh`.
+        """
+        from megatron.core import parallel_state as state
+
+        if self.pp.size == 1:
+            return self
+        shards: list[Any] = [None] * self.size
+        dist.all_gather_object(shards, self.tp.rank)
+        copies = [[rank for rank, shard in enumerate(shards) if shard == tp] for tp in range(self.tp.size)]
+        # Contexts are never split: Megatron's group for that is this process alone.
+        alone = state.get_context_parallel_group()
+        return replace(
+            self,
+            pp=_axis(alone),
+            dp=_axis(dist.new_subgroups_by_enumeration(copies)[0]),
+            replica=self.tp,
+            ends=None,
+        )
+
+    def megatron_groups(self) -> ProcessGroupCollection:
+        """What a model over this mesh needs to know, so that Megatron does not ask its own global state for it."""
+        from megatron.core import parallel_state as state
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        return ProcessGroupCollection(
+            tp=self.tp.group,
+            pp=self.pp.group,
+            cp=state.get_context_parallel_group(),
+            dp_cp=self.dp.group,
+            embd=self.ends.group if self.ends else None,
+        )
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -172,9 +218,6 @@ def _init_process_group() -> None:
 def _current_mesh() -> Mesh:
     from megatron.core import parallel_state as state
 
-    def axis(group: Any) -> Axis:
-        return Axis(dist.get_rank(group), dist.get_world_size(group), group)
-
     cuda = torch.cuda.is_available()
     # Megatron ties the embeddings of the first and the last stage in a group of these two.
     ends: Any = state.get_embedding_group(check_initialized=False)
@@ -182,9 +225,13 @@ def _current_mesh() -> Mesh:
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
-        tp=axis(state.get_tensor_model_parallel_group()),
-        pp=axis(state.get_pipeline_model_parallel_group()),
-        dp=axis(state.get_data_parallel_group()),
-        replica=axis(state.get_model_parallel_group()),
-        ends=axis(ends) if ends is not None and dist.get_world_size(ends) == 2 else None,
+        tp=_axis(state.get_tensor_model_parallel_group()),
+        pp=_axis(state.get_pipeline_model_parallel_group()),
+        dp=_axis(state.get_data_parallel_group()),
+        replica=_axis(state.get_model_parallel_group()),
+        ends=_axis(ends) if ends is not None and dist.get_world_size(ends) == 2 else None,
     )
+
+
+def _axis(group: Any) -> Axis:
+    return Axis(dist.get_rank(group), dist.get_world_size(group), group)

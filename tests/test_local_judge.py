@@ -74,11 +74,13 @@ def test_log_odds_equal_transformers(policy: FrozenPolicy, micro_batch_tokens: i
 
 
 def test_questions_of_a_group_read_their_prefix_once(policy: FrozenPolicy) -> None:
-    pairs = [PairQuestion("the quick brown fox jumps", f" {n}", " dog") for n in range(6)]
+    pairs = [PairQuestion("the quick brown fox jumps", f" {n}" * (n + 1), " dog") for n in range(6)]
     alone = [judge(policy).judge([pair])[0].cost.tokens for pair in pairs]
     together = [answer.cost.tokens for answer in judge(policy).judge(pairs)]
     shared = len(policy.tokenizer.encode("\x01the quick brown fox jumps\x02"))
     assert sum(together) <= sum(alone) - 5 * shared + 3  # costs are rounded to whole tokens
+    # What a question has of its own is its own cost, whoever shares the rest of it.
+    assert len({one - other for one, other in zip(alone, together, strict=True)}) == 1
 
 
 def test_generated_verdicts(policy: FrozenPolicy, monkeypatch: pytest.MonkeyPatch) -> None:

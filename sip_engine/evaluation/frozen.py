@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sip_engine.checkpoint import CheckpointState, checkpoint_tokenizer, load_weights, read_state
 from sip_engine.config import ParallelConfig, SamplerConfig
+from sip_engine.cpu_seam import megatron_device
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import RequestError
 from sip_engine.mesh import Mesh
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.packing import PackedRows, Row, pack_rows, split_by_tokens
-from sip_engine.policy.policy import score
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.requests import SamplingParams
@@ -38,7 +38,10 @@ class ScoredSuffix:
 
 
 class FrozenPolicy:
-    """One model copy over a tensor-parallel replica (no pipeline); the other processes hold further copies."""
+    """One model copy over a tensor-parallel replica; the other processes hold further copies.
+
+    It has no pipeline stages: beside a policy that has some it is laid over `Mesh.without_pipeline`.
+    """
 
     def __init__(
         self,
@@ -79,7 +82,9 @@ class FrozenPolicy:
 
     def score(self, batches: Sequence[PackedRows]) -> list[Tensor]:
         """Log-probs [num_targets] float32 of each micro-batch."""
-        return score(self.model, batches)
+        # Not by Megatron's schedule: it follows the policy's pipeline, which this model does not share.
+        with torch.no_grad(), megatron_device():
+            return [self.model(batch) for batch in batches]
 
     def score_rows(self, rows: Sequence[Row], *, greedy: bool = False) -> list[list[ScoredSuffix]]:
         """Each row's suffixes, scored; the prefix of a row is read once for all of them.

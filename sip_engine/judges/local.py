@@ -53,6 +53,8 @@ class LocalModel:
 
         What is drawn depends on the prompt and the seed, not on the prompts beside it.
         """
+        if not prompts:
+            return []
         cfg, eos = self.cfg, self.tokenizer.eos_id
         params = SamplingParams(
             cfg.max_new_tokens,
@@ -83,7 +85,7 @@ class LocalJudge:
         self.deterministic = self._cfg.method == "log_odds" or self._cfg.temperature == 0
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
-        """One judgment a question, in order; every process of a replica asks the same and gets the same."""
+        """One judgment a question, in order; every process that holds the model asks the same and gets the same."""
         start = time.perf_counter()
         answers: dict[int, Judgment] = {}
         asked: list[_Asked] = []
@@ -110,7 +112,7 @@ class LocalJudge:
         return _TOO_LONG if ids is None else _Asked(number, ids, prompt, getattr(question, "prefix", ""))
 
     def _generate(self, asked: Sequence[_Asked], seed: int) -> Iterable[Judgment]:
-        replies = self._model.reply([one.ids for one in asked], seed) if asked else []
+        replies = self._model.reply([one.ids for one in asked], seed)
         for one, (reply, num_tokens) in zip(asked, replies, strict=True):
             cost = Cost(1, len(one.ids) + num_tokens)
             value = Failure("the reply did not end") if reply is None else read_verdict(reply, one.prompt)
@@ -147,17 +149,16 @@ class LocalJudge:
             options += [self._first_tokens(one.prompt.verdicts) for one in group]
         packed = pack_options(rows, options, self._model.policy.mesh.device)
         (logprobs,) = self._model.policy.score([packed])
-        sizes = [len(ids) for ids in options]
         found: dict[int, Judgment] = {}
-        tokens = iter(packed.layout.row_lens)
-        parts = iter(logprobs.double().cpu().split(sizes))
-        for group in bundle:
-            each = next(tokens) / len(group)
+        parts = iter(logprobs.double().cpu().split([len(ids) for ids in options]))
+        for group, row in zip(bundle, rows, strict=True):
+            shared = len(row.prefix)
             for one in group:
                 shares = torch.softmax(next(parts), dim=0)
                 values = torch.tensor(list(one.prompt.verdicts.values()), dtype=torch.float64)
                 value = float(shares @ values)
-                found[one.number] = Score(value, (value,), Cost(1, round(each)))
+                tokens = round(shared / len(group)) + len(one.ids) - shared
+                found[one.number] = Score(value, (value,), Cost(1, tokens))
         return found
 
     def _first_tokens(self, words: Mapping[str, float]) -> np.ndarray:
@@ -175,7 +176,7 @@ class LocalRewriter:
         self._model = model
 
     def rewrite(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[str | Failure]:
-        """One text or failure a request, in order; every process of a replica asks the same."""
+        """One text or failure a request, in order; every process that holds the model asks the same."""
         prompts = [self._model.encode(rewrite_prompt(request)) for request in requests]
         replies = iter(self._model.reply([ids for ids in prompts if ids is not None], seed))
         texts: list[str | Failure] = []

@@ -47,6 +47,13 @@ class PolicyModel(GPTModel):
             packed_seq_params=rows,  # type: ignore[arg-type]
         )
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's, where this model's own group says which processes hold copies of the same shard."""
+        copies = {"dp_cp_group": self.pg_collection.dp_cp}
+        return super().sharded_state_dict(prefix, sharded_offsets, copies | (metadata or {}))
+
     def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
         embedded, _, *rest = super()._preprocess(*args, position_ids=position_ids, **kwargs)
         angles = position_ids[0, :, None].float() * self.get_buffer("inv_freq")  # [T, D / 2]
@@ -146,6 +153,8 @@ def build_model(
 ) -> PolicyModel:
     """This process' part of the model, on its device, with weights that depend on the seed only.
 
+    The part is that of the mesh given, which may be a view of the processes' own (`Mesh.without_pipeline`).
+
     Raises:
         ConfigError: the padded vocabulary does not divide over the tensor-parallel processes, or FP8 cannot run.
     """
@@ -165,6 +174,7 @@ def build_model(
             share_embeddings_and_output_weights=model.tie_embeddings,
             true_vocab_size=vocab_size,
             tp=mesh.tp,
+            pg_collection=mesh.megatron_groups(),
         )
         built = built.to(device=mesh.device, dtype=config.params_dtype)
         # After the cast: in bf16, angles of late positions would be off by radians.
