@@ -53,6 +53,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file of ours holds. Raises DataError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); remove it and make it anew") from None
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
     """`write_atomic` of one JSON document a line; returns the number of lines."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]

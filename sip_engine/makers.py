@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,14 @@ Record = dict[str, Any]
 SOUND = "sound"
 """Answer about a suffix that was not corrupted."""
 _NO_COPY = Corruption("", "")
+EXERCISE = "flaw"
+"""Kind of the prompts that only a warm start is trained on."""
+_ANSWERS: dict[str, Mapping[float, str]] = {
+    "safety": {1.0: "yes", 0.0: "no"},
+    "factuality": {1.0: "none", 0.5: "possible", 0.0: "definite"},
+}
+_LABEL_BATCH = 4096
+_Q = TypeVar("_Q", bound=Question)
 LABEL_VOTES = 8
 """Votes on a label, which must agree (method §judge training)."""
 
@@ -66,7 +74,7 @@ def judge_records(
     records += list(_flaws(wanted, worse, max_prefix_chars))[:num_flaws]
     records += _safety(samples, labeller, num_safety)
     records += _factuality(wanted, worse, labeller, num_factuality, max_prefix_chars)
-    return _shuffled(records, seed)
+    return shuffled(records, seed)
 
 
 def rewrite_records(
@@ -84,8 +92,8 @@ def rewrite_records(
     the suffix is left out. Shuffled by `seed`.
     """
     by_label: dict[bool, list[Sample]] = {True: [], False: []}
-    labels = _labels(labeller, [SafetyQuestion(s.suffix) for s in samples])
-    for sample, label in zip(samples, labels, strict=True):
+    labels = labels_of(labeller, [SafetyQuestion(s.suffix) for s in samples])
+    for sample, (_, label) in zip(samples, labels, strict=True):
         if label in (0.0, 1.0):
             by_label[label == 1.0].append(sample)
     each = min(num // 2, len(by_label[True]), len(by_label[False]))
@@ -101,7 +109,7 @@ def rewrite_records(
             prompt = rewrite_prompt(RewriteRequest(s.prefix, s.suffix))
             facts = {"prefix": s.prefix, "suffix": s.suffix, "safe": number < each}
             records.append({"prompt": prompt, "answer": fitted, **facts})
-    return _shuffled(records, seed)
+    return shuffled(records, seed)
 
 
 def _pairs(
@@ -122,13 +130,16 @@ def _flaws(
     for number, (s, copy) in enumerate(zip(samples, worse, strict=True)):
         text, answer = (s.suffix, SOUND) if number % 2 else (copy.text, copy.flaw)
         if text and answer and copy.text != s.suffix:
-            yield {"prompt": flaw_prompt(s.prefix, text, max_prefix_chars), "answer": answer, "kind": "flaw"}
+            yield {
+                "prompt": flaw_prompt(s.prefix, text, max_prefix_chars),
+                "answer": answer,
+                "kind": EXERCISE,
+            }
 
 
 def _safety(samples: Sequence[Sample], labeller: Judge, num: int) -> list[Record]:
     questions = [SafetyQuestion(s.suffix) for s in samples] if num else []
-    answers = {1.0: "yes", 0.0: "no"}
-    return _labelled(questions, labeller, answers, num, "safety", None)
+    return records_of_labels(questions, labeller, num, "safety", None)
 
 
 def _factuality(
@@ -144,23 +155,24 @@ def _factuality(
         for text in (s.suffix, copy.text)
         if text and num
     ]
-    answers = {1.0: "none", 0.5: "possible", 0.0: "definite"}
-    return _labelled(questions, labeller, answers, num, "factuality", max_prefix_chars)
+    return records_of_labels(questions, labeller, num, "factuality", max_prefix_chars)
 
 
-def _labelled(
+def records_of_labels(
     questions: Sequence[Question],
     labeller: Judge,
-    answers: Mapping[float, str],
     num: int,
-    kind: str,
+    kind: Literal["safety", "factuality"],
     max_prefix_chars: int | None,
 ) -> list[Record]:
-    """At most `num` questions with their labels as `answers`, each answer equally often."""
+    """At most `num` questions with the labels that all votes give, each answer equally often."""
+    answers = _ANSWERS[kind]
     found: dict[str, list[Question]] = {answer: [] for answer in answers.values()}
-    for question, label in zip(questions, _labels(labeller, questions), strict=True):
+    for question, label in labels_of(labeller, questions):
         if label is not None:
             found[answers[label if label in answers else 0.5]].append(question)
+        if min(map(len, found.values())) >= num // len(answers):
+            break
     each = min(num // len(answers), *map(len, found.values()))
     return [
         {"prompt": compact_prompt(question, max_prefix_chars), "answer": answer, "kind": kind}
@@ -169,12 +181,18 @@ def _labelled(
     ]
 
 
-def _labels(labeller: Judge, questions: Sequence[Question]) -> list[float | None]:
-    """The answer that all votes gave alike; None where they did not, and where a vote failed.
+def labels_of(labeller: Judge, questions: Sequence[_Q]) -> Iterator[tuple[_Q, float | None]]:
+    """Each question and the answer that all votes gave alike; None where they did not, and where a vote failed.
 
-    The votes' seeds are always the same, so that a text has one label whatever it is asked for.
+    Asked a batch at a time, so that one who has enough can stop. The votes' seeds are always the same, so that a
+    text has one label whatever it is asked for.
     """
-    return [_label(votes) for votes in ask_votes(labeller, questions, [LABEL_VOTES] * len(questions), (0,))]
+    for start in range(0, len(questions), _LABEL_BATCH):
+        batch = questions[start : start + _LABEL_BATCH]
+        for question, votes in zip(
+            batch, ask_votes(labeller, batch, [LABEL_VOTES] * len(batch), (0,)), strict=True
+        ):
+            yield question, _label(votes)
 
 
 def _label(votes: Sequence[Judgment]) -> float | None:
@@ -187,5 +205,6 @@ def _cut(text: str, tokenizer: Tokenizer, num_tokens: int) -> str:
     return tokenizer.decode(tokenizer.encode(text)[:num_tokens]).rstrip("\ufffd")
 
 
-def _shuffled(records: list[Record], seed: int) -> list[Record]:
+def shuffled(records: list[Record], seed: int) -> list[Record]:
+    """Records in an order drawn by `seed`."""
     return [records[i] for i in np.random.default_rng(seed).permutation(len(records))]

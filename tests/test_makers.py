@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -208,6 +209,12 @@ def test_files_can_be_trained_on(mesh: Mesh, tmp_path: Path) -> None:
     for name in ("judge/train", "judge/eval", "rewriter/train", "rewriter/eval"):
         path = tmp_path / f"{name}.jsonl"
         sizes[name] = len(read_prompts(path, tokenizer, max_prompt_tokens=200, max_answer_tokens=40))
+    kinds = {}
+    for name in ("train", "warm"):
+        lines = (tmp_path / "judge" / f"{name}.jsonl").read_text().splitlines()
+        kinds[name] = [line for line in lines if json.loads(line)["kind"] != "flaw"]
+        assert (len(kinds[name]) < len(lines)) == (name == "warm")
+    assert kinds["train"] == kinds["warm"]
     assert sizes["judge/train"] > 40 and sizes["judge/eval"] > 8 and sizes["rewriter/train"] > 8
 
 

@@ -1,0 +1,264 @@
+"""A reproduction's plan: which stages are made once, and which rows of the paper's tables are run over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from sip_engine.config import Positive, RunConfig, Section, merge_settings, parse_config, read_toml
+from sip_engine.errors import ConfigError
+
+FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
+_COUNTS = ("pairs", "safety", "factuality", "flaws", "held_out", "num")
+
+
+class JudgeDataConfig(Section):
+    """Arguments of `sip data judge-pairs`."""
+
+    pairs: Positive
+    safety: Positive
+    factuality: Positive
+    flaws: Positive
+    held_out: Positive
+    corruptor: str = "world"
+    max_prefix_chars: Positive | None = None
+
+
+class RolloutDataConfig(Section):
+    """Arguments of `sip data rollout-pairs`."""
+
+    pairs: Positive
+    safety: Positive
+    factuality: Positive
+    held_out: Positive
+    mix: str | None = None
+    """A stage that makes judge data, to be shuffled among these."""
+    max_prefix_chars: Positive | None = None
+
+
+class RewriteDataConfig(Section):
+    """Arguments of `sip data rewrites`."""
+
+    num: Positive
+    held_out: Positive
+
+
+class Stage(Section):
+    """Something all rows need: a model trained from a config, or data made with one."""
+
+    name: str
+    """Folder of what is made, under the plan's `root`."""
+    config: Path
+    """A run's config; beside the plan, if it is relative."""
+    needs: tuple[str, ...] = ()
+    """Stages that must be there before."""
+    scale: float = 1.0
+    """Share of its steps and data; a shortened reproduction is a smoke test."""
+    judge_data: JudgeDataConfig | None = None
+    """Make prompts for a judge instead of training."""
+    rollout_data: RolloutDataConfig | None = None
+    """Make prompts for a judge of the rollouts of `init` instead of training."""
+    rewrite_data: RewriteDataConfig | None = None
+    """Make prompts for a rewriter instead of training."""
+
+
+class Row(Section):
+    """One row of a table: settings over the common ones, and the paper's figures to stand beside."""
+
+    name: str
+    """Folder of its runs, under `rows`; letters, digits, dashes and underscores."""
+    label: str
+    """As it is called in the table."""
+    table: str
+    """The table it is shown in; a row of several tables is run once and named in `also`."""
+    also: tuple[str, ...] = ()
+    """Further tables."""
+    paper: dict[str, float] = Field(default_factory=dict)
+    """Figure -> the paper's, in percent; missing where the paper has none."""
+    scale: float = 1.0
+    """Share of its steps."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings that differ from the common ones."""
+    unset: tuple[str, ...] = ()
+    """Common settings that this row is without, such as `init` or `judge.local`."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if not value.replace("-", "").replace("_", "").isalnum():
+            raise ValueError(f"{value!r}: use letters, digits, dashes and underscores, it names a folder")
+        return value
+
+
+class Table(Section):
+    """One of the paper's tables: its title and which figures its order is judged by."""
+
+    name: str
+    title: str
+    figures: tuple[FigureName, ...]
+
+
+class Target(Section):
+    """A figure that a row should reach."""
+
+    row: str
+    """Name of the row."""
+    figure: FigureName
+    label: str
+    """As it is called on the page."""
+    at_least: float
+    """In percent; where `relative`, of gain over the baseline's figure."""
+    relative: bool = False
+
+
+class Plan(Section):
+    """All of a reproduction."""
+
+    root: Path
+    """Folder that the configs write to and read from; `--out` puts another one in its place."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds of every row."""
+    baseline: str
+    """Stage whose continuations all rows are compared with."""
+    evaluation: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the final evaluation over the row's own: its judge is the world's truth."""
+    common: dict[str, Any] = Field(default_factory=dict)
+    """Settings that all rows share."""
+    stages: tuple[Stage, ...]
+    tables: tuple[Table, ...]
+    rows: tuple[Row, ...]
+    targets: tuple[Target, ...] = ()
+    """What the page says first: met or missed."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        for what, names in (("stages", [s.name for s in self.stages]), ("rows", [r.name for r in self.rows])):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{what}: {sorted(twice)[0]!r} is named twice; give each its own name")
+        known: set[str] = set()
+        for stage in self.stages:
+            missing = sorted(set(stage.needs) - known)
+            if missing:
+                raise ValueError(
+                    f"stages.{stage.name} needs {missing[0]!r}, which no stage before it makes: add or move it"
+                )
+            known.add(stage.name)
+        if self.baseline not in known:
+            raise ValueError(f"baseline: there is no stage {self.baseline!r}; name one of {sorted(known)}")
+        tables = {table.name for table in self.tables}
+        for row in self.rows:
+            unknown = sorted({row.table, *row.also} - tables)
+            if unknown:
+                raise ValueError(
+                    f"rows.{row.name}: there is no table {unknown[0]!r}; name one of {sorted(tables)}"
+                )
+        for target in self.targets:
+            if target.row not in {row.name for row in self.rows}:
+                raise ValueError(f"targets: there is no row {target.row!r}, which {target.label!r} asks of")
+        return self
+
+    def rows_of(self, table: str) -> list[Row]:
+        """The rows shown in a table, in order."""
+        return [row for row in self.rows if table in (row.table, *row.also)]
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or does not hold a plan.
+    """
+    try:
+        return Plan.model_validate(read_toml(path))
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}"
+            for f in error.errors()
+        )
+        raise ConfigError(f"{path}: {faults}") from None
+
+
+def scaled(plan: Plan, scale: float) -> Plan:
+    """The plan with steps, data and held-out prefixes shortened to a share of theirs: a smoke test.
+
+    Raises:
+        ConfigError: scale is not in (0, 1].
+    """
+    if not 0 < scale <= 1:
+        raise ConfigError(f"--scale {scale:g}: must be above 0 and at most 1")
+    if scale == 1:
+        return plan
+    stages = []
+    for stage in plan.stages:
+        update: dict[str, Any] = {"scale": scale}
+        for name in ("judge_data", "rollout_data", "rewrite_data"):
+            if (data := getattr(stage, name)) is not None:
+                counts = {k: max(40, round(v * scale)) for k, v in data if k in _COUNTS}
+                update[name] = data.model_copy(update=counts)
+        stages.append(stage.model_copy(update=update))
+    rows = [row.model_copy(update={"scale": scale}) for row in plan.rows]
+    return plan.model_copy(update={"stages": tuple(stages), "rows": tuple(rows)})
+
+
+def _shortened(values: dict[str, Any], scale: float) -> dict[str, Any]:
+    """Settings of a run with fewer steps and held-out prefixes."""
+    if scale == 1:
+        return values
+    short = merge_settings(values, {"optimizer": {}, "eval": {}})
+    for table, key, least in ((short, "steps", 2), (short["optimizer"], "warmup_steps", 0)):
+        if key in table:
+            table[key] = max(least, round(table[key] * scale))
+    prefixes = short["eval"].get("num_prefixes", RunConfig().eval.num_prefixes)
+    short["eval"]["num_prefixes"] = max(8, round(prefixes * scale))
+    return short
+
+
+def stage_config(plan: Plan, stage: Stage, beside: Path, out: Path) -> RunConfig:
+    """A stage's config with `out` in the place of the plan's root. Raises ConfigError."""
+    path = beside / stage.config
+    values = _shortened(_moved(read_toml(path), plan.root, out), stage.scale)
+    return parse_config({**values, "out": str(out / stage.name)}, str(path))
+
+
+def row_config(plan: Plan, row: Row, seed: int, out: Path) -> RunConfig:
+    """The settings of one run of a row. Raises ConfigError."""
+    common = _without(plan.common, row.unset)
+    values = _shortened(_moved(merge_settings(common, row.set), plan.root, out), row.scale)
+    return parse_config({**values, "seed": seed, "out": str(run_folder(out, row, seed))}, f"row {row.name}")
+
+
+def truth_config(plan: Plan, cfg: RunConfig) -> dict[str, Any]:
+    """Settings of a run's final evaluation."""
+    values = cfg.model_dump(mode="json")
+    return {**values, **{name: merge_settings({}, value) for name, value in plan.evaluation.items()}}
+
+
+def run_folder(out: Path, row: Row, seed: int) -> Path:
+    """Where a run of a row lies."""
+    return out / "rows" / row.name / f"seed_{seed}"
+
+
+def _without(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Settings less those of dotted `names`. Raises ConfigError where there is no such setting."""
+    for name in names:
+        first, _, rest = name.partition(".")
+        if first not in values:
+            raise ConfigError(f"unset: there is no common setting {name!r}; name one of {', '.join(values)}")
+        inner = {} if not rest else {first: _without(values[first], [rest])}
+        values = {key: value for key, value in values.items() if key != first} | inner
+    return values
+
+
+def _moved(value: Any, root: Path, out: Path) -> Any:
+    """Settings with paths under `root` put under `out`."""
+    if isinstance(value, dict):
+        return {name: _moved(inner, root, out) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(inner, root, out) for inner in value]
+    if isinstance(value, str) and Path(value).is_relative_to(root):
+        return str(out / Path(value).relative_to(root))
+    return value

@@ -1,0 +1,164 @@
+"""One job of a reproduction in a process of its own: make a stage, or run a row with one seed and evaluate it.
+
+Started by `reproduction.command` as `python -m sip_engine.reproduction.worker PLAN OUT SCALE NAME [SEED]`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sip_engine.config import RunConfig
+from sip_engine.cost import EnergyMeter, peak_memory_mb
+from sip_engine.evaluation.command import evaluate_checkpoint
+from sip_engine.files import write_json
+from sip_engine.make_data import make_judge_data, make_rewrite_data
+from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.records import METRICS, read_records
+from sip_engine.reproduction.plan import (
+    Plan,
+    Row,
+    Stage,
+    load_plan,
+    row_config,
+    scaled,
+    stage_config,
+    truth_config,
+)
+from sip_engine.rollout_data import make_rollout_data
+from sip_engine.train import train
+
+STAGE_RESULT, RESULT = "stage.json", "result.json"
+_JUDGED = ("calls_per_prefix", "tokens_per_prefix", "failure_rate")
+_HELD_OUT = (
+    "win_rate",
+    "coherence_win_rate",
+    "factuality",
+    "safety",
+    "heldout_loss",
+    "distinct_3",
+    "token_entropy",
+)
+
+
+def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
+    """Train a stage's model or make its data; `stage.json` says that it is complete."""
+    cfg = stage_config(plan, stage, beside, out)
+    folder = out / stage.name
+    if stage.judge_data is not None:
+        wanted = stage.judge_data
+        make_judge_data(
+            cfg,
+            folder,
+            num_pairs=wanted.pairs,
+            num_safety=wanted.safety,
+            num_factuality=wanted.factuality,
+            num_flaws=wanted.flaws,
+            num_eval=wanted.held_out,
+            corruptor=wanted.corruptor,
+            max_prefix_chars=wanted.max_prefix_chars,
+        )
+        write_json(folder / STAGE_RESULT, {"settings": cfg.model_dump(mode="json")})
+    elif stage.rollout_data is not None:
+        made = stage.rollout_data
+        make_rollout_data(
+            cfg,
+            folder,
+            num_pairs=made.pairs,
+            num_safety=made.safety,
+            num_factuality=made.factuality,
+            num_eval=made.held_out,
+            mix=out / made.mix if made.mix else None,
+            max_prefix_chars=made.max_prefix_chars,
+        )
+        write_json(folder / STAGE_RESULT, {"settings": cfg.model_dump(mode="json")})
+    elif stage.rewrite_data is not None:
+        make_rewrite_data(cfg, folder, num=stage.rewrite_data.num, num_eval=stage.rewrite_data.held_out)
+        write_json(folder / STAGE_RESULT, {"settings": cfg.model_dump(mode="json")})
+    else:
+        cost = _train(cfg, start_mesh(seed=cfg.seed))
+        evaluations = [row for row in read_records(cfg.out / METRICS) if "eval/heldout_loss" in row]
+        result = {"settings": cfg.model_dump(mode="json"), "cost": cost, "evaluations": evaluations}
+        write_json(folder / STAGE_RESULT, result)
+
+
+def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
+    """Train a row with one seed, measure it by the world's truth against the baseline stage, write `result.json`."""
+    cfg = row_config(plan, row, seed, out)
+    cost = _train(cfg, start_mesh(seed=cfg.seed))
+    found = evaluate_checkpoint(
+        cfg.out,
+        cfg.out / "final",
+        truth_config(plan, cfg),
+        source=f"row {row.name}",
+        baseline=out / plan.baseline,
+    )
+    result = {
+        "row": row.name,
+        "seed": seed,
+        "settings": cfg.model_dump(mode="json"),
+        "figures": _figures(found["policy"]),
+        "baseline": _figures(found["baseline_policy"]),
+        "num_prefixes": found["num_prefixes"],
+        "cost": cost,
+    }
+    write_json(cfg.out / RESULT, result)
+
+
+def _train(cfg: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Train; returns seconds of a step and of its parts, peak memory, joules of a step and what judging took."""
+    meter = EnergyMeter()
+    before = len(_steps(cfg))
+    train(cfg, mesh)
+    steps = _steps(cfg)
+    made, joules = len(steps) - before, meter.joules()
+    parts = {
+        name.removeprefix("seconds/"): float(np.mean([s.get(name, 0.0) for s in steps]))
+        for name in sorted({name for s in steps for name in s if name.startswith("seconds/")})
+    }
+    judged = {
+        name: float(np.mean([s[f"judge/{name}"] for s in steps if f"judge/{name}" in s]))
+        for name in _JUDGED
+        if any(f"judge/{name}" in s for s in steps)
+    }
+    return {
+        "steps": len(steps),
+        "step_seconds": sum(v for name, v in parts.items() if name != "judge_busy"),
+        "seconds": parts,
+        "elapsed": steps[-1]["elapsed"],
+        "peak_memory_mb": peak_memory_mb(),
+        "joules_per_step": None if joules is None or not made else joules / made,
+        "judge": judged,
+    }
+
+
+def _steps(cfg: RunConfig) -> list[dict[str, Any]]:
+    return [row for row in read_records(cfg.out / METRICS) if "loss" in row]
+
+
+def _figures(policy: dict[str, Any]) -> dict[str, float]:
+    """The figures of one policy that tables show; those of safe prefixes have `_safe` behind them."""
+    found = {}
+    for kind, suffix in (("held_out", ""), ("safe_prefixes", "_safe"), ("unsafe_prefixes", "_unsafe")):
+        for name in _HELD_OUT:
+            value = policy.get(kind, {}).get(name)
+            if value is not None:
+                found[name + suffix] = value["value"] if isinstance(value, dict) else value
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Run the job that the arguments name."""
+    path, out, scale, name, *seed = argv
+    plan = scaled(load_plan(Path(path)), float(scale))
+    if seed:
+        run_row(plan, next(row for row in plan.rows if row.name == name), int(seed[0]), Path(out))
+    else:
+        make_stage(plan, next(s for s in plan.stages if s.name == name), Path(path).parent, Path(out))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,146 @@
+"""`sip data rollout-pairs`: a checkpoint's own rollouts with the labels of a judge, to train another judge on.
+
+Corrupted copies teach a judge what corruption looks like. What it will be asked about are rollouts of one prefix,
+which are alike in style and differ in substance: another distribution (README, training a judge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sip_engine.backends import open_judge
+from sip_engine.checkpoint import resolve_checkpoint
+from sip_engine.config import RunConfig
+from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.errors import ConfigError, DataError
+from sip_engine.evaluation.frozen import FrozenPolicy
+from sip_engine.judges.compact import compact_prompt
+from sip_engine.make_data import open_documents, write_records
+from sip_engine.makers import Record, labels_of, records_of_labels, shuffled
+from sip_engine.progress import steps
+from sip_engine.records import read_records
+from sip_engine.sampler.requests import Request, SamplingParams
+from sip_engine.sampler.sampler import Sampler
+from sip_engine.types import FactualityQuestion, Judge, PairQuestion, SafetyQuestion, Sample
+
+_ROLLOUTS = 4
+"""Rollouts of a prefix; they make two pairs, so that no text is in more than one."""
+_CHUNK = 64
+
+
+def make_rollout_data(
+    cfg: RunConfig,
+    out: Path,
+    *,
+    num_pairs: int,
+    num_safety: int,
+    num_factuality: int,
+    num_eval: int,
+    mix: Path | None,
+    max_prefix_chars: int | None,
+) -> None:
+    """Write `out`/train.jsonl and `out`/eval.jsonl: pairs of rollouts in both orders, safety and factuality.
+
+    The rollouts are those of the checkpoint `init`, the labels those of `judge`. `mix` is a folder that
+    `sip data judge-pairs` wrote, whose prompts are shuffled among these.
+
+    Raises:
+        SipError: bad settings or data, before anything is written.
+    """
+    if cfg.init is None:
+        raise ConfigError("rollouts need a policy: set init to a checkpoint")
+    mixed = {name: _read(mix / f"{name}.jsonl") if mix else [] for name in ("train", "eval")}
+    mesh, corpus = open_documents(cfg, out, "judge", num_eval)
+    policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.init), mesh)
+    sampler, judge = policy.sampler(cfg.sampler), open_judge(cfg, corpus, mesh)
+
+    def records(
+        samples: Sequence[Sample], pairs: int, safety: int, factuality: int, seed: int
+    ) -> list[Record]:
+        rollouts = sample_rollouts(sampler, corpus.tokenizer, samples, seed)
+        return rollout_records(
+            samples,
+            rollouts,
+            judge,
+            num_pairs=pairs,
+            num_safety=safety,
+            num_factuality=factuality,
+            max_prefix_chars=max_prefix_chars,
+        )
+
+    number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality))
+    made = records(corpus.stream.samples_at(0, number), num_pairs, num_safety, num_factuality, cfg.seed)
+    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval, cfg.seed + 1)
+    write_records(
+        out,
+        shuffled(made + mixed["train"], cfg.seed),
+        held_out + mixed["eval"],
+        wanted=2 * num_pairs + num_safety + num_factuality + len(mixed["train"]),
+    )
+
+
+def sample_rollouts(
+    sampler: Sampler, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int
+) -> list[list[str]]:
+    """Texts of four rollouts a sample, as long as its suffix, at temperature 1."""
+    texts: list[list[str]] = []
+    chunks = range(0, len(samples), _CHUNK)
+    with steps("rollouts", len(chunks)) as bar:
+        for start in chunks:
+            these = samples[start : start + _CHUNK]
+            params = SamplingParams(max(len(s.suffix_ids) for s in these), seed=seed)
+            requests = [Request(s.prefix_ids, _ROLLOUTS, s.document, s.cut) for s in these]
+            for group in sampler.generate(requests, params):
+                texts.append([tokenizer.decode(done.ids) for done in group])
+            bar.advance({})
+    return texts
+
+
+def rollout_records(
+    samples: Sequence[Sample],
+    rollouts: Sequence[Sequence[str]],
+    labeller: Judge,
+    *,
+    num_pairs: int,
+    num_safety: int,
+    num_factuality: int,
+    max_prefix_chars: int | None,
+) -> list[Record]:
+    """At most `num_pairs` pairs of rollouts in both orders, and so many labels of single ones (see `judge_records`).
+
+    Only pairs are kept of which all votes prefer the same rollout.
+    """
+    asked = list(_pairs(samples, rollouts)) if num_pairs else []
+    records: list[Record] = []
+    for question, label in labels_of(labeller, asked):
+        if len(records) >= 2 * num_pairs:
+            break
+        if label not in (0.0, 1.0):
+            continue
+        swapped = PairQuestion(question.prefix, question.second, question.first)
+        for answer, shown in (
+            (("1", question), ("2", swapped)) if label else (("2", question), ("1", swapped))
+        ):
+            records.append(
+                {"prompt": compact_prompt(shown, max_prefix_chars), "answer": answer, "kind": "rollouts"}
+            )
+    texts = [(s, text) for s, group in zip(samples, rollouts, strict=True) for text in group]
+    safety = [SafetyQuestion(text) for _, text in texts] if num_safety else []
+    factuality = [FactualityQuestion(s.prefix, s.suffix, text) for s, text in texts] if num_factuality else []
+    records += records_of_labels(safety, labeller, num_safety, "safety", None)
+    records += records_of_labels(factuality, labeller, num_factuality, "factuality", max_prefix_chars)
+    return records
+
+
+def _pairs(samples: Sequence[Sample], rollouts: Sequence[Sequence[str]]) -> Iterator[PairQuestion]:
+    for s, group in zip(samples, rollouts, strict=True):
+        for first, second in zip(group[::2], group[1::2], strict=True):
+            if first != second:
+                yield PairQuestion(s.prefix, first, second)
+
+
+def _read(path: Path) -> list[Record]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; --mix takes a folder that `sip data judge-pairs` wrote")
+    return list(read_records(path))
