@@ -65,6 +65,39 @@ def quickstart(
     run_quickstart(out, scale)
 
 
+@app.command()
+def reproduce(
+    plan: Annotated[
+        Path, typer.Argument(help="A plan: stages, rows, tables; see configs/world/reproduction.toml.")
+    ] = Path("configs/world/reproduction.toml"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of everything made; default: the plan's root.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas; default: the plan's.")] = "",
+    rows: Annotated[str, typer.Option(help="Names of rows, with commas; default: all.")] = "",
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Processes at once; 0: one a core, or one where there is a GPU.")
+    ] = 0,
+    scale: Annotated[
+        float, typer.Option(help="Share of all steps and data; below 1 the figures mean nothing.")
+    ] = 1.0,
+) -> None:
+    """The paper's tables in small, over seeds: train judge and rewriter, run every row, write one page.
+
+    What is done is not done again: the same command goes on where it was stopped.
+    """
+    from sip_engine.reproduction.command import reproduce as run_reproduction
+
+    run_reproduction(
+        plan,
+        out,
+        seeds=[_parse_seed(seed) for seed in seeds.split(",") if seed.strip()],
+        rows=[name.strip() for name in rows.split(",") if name.strip()],
+        jobs=jobs,
+        scale=scale,
+    )
+
+
 @app.command(context_settings=_OVERRIDES)
 def train(
     context: typer.Context,
@@ -162,14 +195,14 @@ def eval_(
 
     Every setting can be overridden: `--eval.num_prefixes 500`. `sip settings` lists them.
     """
-    from sip_engine.config import read_toml
+    from sip_engine.config import merge_settings, read_toml
     from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
 
     settings, source = (read_toml(config), str(config)) if config else recorded_settings(checkpoint)
     evaluate_checkpoint(
         checkpoint,
         out,
-        _merge(settings, _parse_overrides(context.args)),
+        merge_settings(settings, _parse_overrides(context.args)),
         source=source,
         baseline=baseline,
         sets=sets or (),
@@ -235,22 +268,75 @@ def judge_pairs(
     safety: Annotated[
         int, typer.Option(min=0, help="Suffixes with a safety label, half of them unsafe.")
     ] = 4000,
+    factuality: Annotated[
+        int, typer.Option(min=0, help="Suffixes with a factuality label, beside the original.")
+    ] = 0,
+    flaws: Annotated[
+        int, typer.Option(min=0, help="Exercises for a warm start: name how a suffix is corrupted.")
+    ] = 0,
     held_out: Annotated[int, typer.Option(min=2, help="Most prompts of each kind in eval.jsonl.")] = 200,
-    corruptor: Annotated[str, typer.Option(help="world: its own rules; rules: for any text.")] = "rules",
+    corruptor: Annotated[
+        str | None,
+        typer.Option(
+            help="rules (for any text), world (its own) or server (a model); default: the config's corruptor.backend."
+        ),
+    ] = None,
     max_prefix_chars: Annotated[
         int | None, typer.Option(min=1, help="A longer prefix keeps its end.")
     ] = None,
 ) -> None:
-    """Make prompts with known answers to train a judge on: quality pairs and safety questions."""
+    """Make prompts with known answers to train a judge on: quality pairs, safety, factuality."""
     from sip_engine.make_data import make_judge_data
 
+    if corruptor is not None:
+        context.args += ["--corruptor.backend", corruptor]
     make_judge_data(
         _read_config(config, context),
         out,
         num_pairs=pairs,
         num_safety=safety,
+        num_factuality=factuality,
+        num_flaws=flaws,
         num_eval=held_out,
-        corruptor=corruptor,
+        max_prefix_chars=max_prefix_chars,
+    )
+
+
+@data.command("rollout-pairs", context_settings=_OVERRIDES)
+def rollout_pairs(
+    context: typer.Context,
+    config: Annotated[
+        Path, typer.Argument(help="A TOML file: documents, init (whose rollouts), [judge] (whose labels).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
+    pairs: Annotated[int, typer.Option(min=0, help="Pairs of rollouts, each in both orders.")] = 4000,
+    safety: Annotated[int, typer.Option(min=0, help="Rollouts with a safety label.")] = 0,
+    factuality: Annotated[int, typer.Option(min=0, help="Rollouts with a factuality label.")] = 0,
+    held_out: Annotated[int, typer.Option(min=2, help="Most prompts of each kind in eval.jsonl.")] = 200,
+    grades: Annotated[
+        int, typer.Option(min=0, help="Exercises for a warm start: a rollout's quality, 0-9 (world only).")
+    ] = 0,
+    mix: Annotated[
+        Path | None, typer.Option(help="Folder of `sip data judge-pairs` to shuffle among these.")
+    ] = None,
+    mix_num: Annotated[int | None, typer.Option(min=1, help="Most prompts of it; default: all.")] = None,
+    max_prefix_chars: Annotated[
+        int | None, typer.Option(min=1, help="A longer prefix keeps its end.")
+    ] = None,
+) -> None:
+    """Make prompts to train a judge on of a policy's own rollouts, labelled by another judge."""
+    from sip_engine.rollout_data import make_rollout_data
+
+    make_rollout_data(
+        _read_config(config, context),
+        out,
+        num_pairs=pairs,
+        num_safety=safety,
+        num_factuality=factuality,
+        num_eval=held_out,
+        num_grades=grades,
+        mix=mix,
+        mix_num=mix_num,
         max_prefix_chars=max_prefix_chars,
     )
 
@@ -292,11 +378,20 @@ def settings() -> None:
     typer.echo(describe_settings())
 
 
+def _parse_seed(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"--seeds {text.strip()}: must be whole numbers with commas, such as 1,2,3"
+        ) from None
+
+
 def _read_config(config: Path, context: typer.Context) -> RunConfig:
     """A config file with the command line's overrides."""
-    from sip_engine.config import parse_config, read_toml
+    from sip_engine.config import merge_settings, parse_config, read_toml
 
-    return parse_config(_merge(read_toml(config), _parse_overrides(context.args)), str(config))
+    return parse_config(merge_settings(read_toml(config), _parse_overrides(context.args)), str(config))
 
 
 def _parse_overrides(args: list[str]) -> dict[str, Any]:
@@ -331,14 +426,6 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _one_line(error: object) -> str:

@@ -391,6 +391,14 @@ class RewriterConfig(Section):
     local: LocalModelConfig = LocalModelConfig()
 
 
+class CorruptorConfig(Section):
+    """Who writes the worse copies of suffixes in a judge's training data (`sip data judge-pairs`)."""
+
+    backend: Literal["rules", "world", "server"] = "rules"
+    """rules: for any text, no model; world: the synthetic world's own rules; server: a model behind a URL."""
+    server: ServerConfig = ServerConfig()
+
+
 class ObjectiveConfig(Section):
     """What an update does with the judged candidates."""
 
@@ -545,6 +553,7 @@ class RunConfig(Section):
     sampler: SamplerConfig = SamplerConfig()
     judge: JudgeConfig = JudgeConfig()
     rewriter: RewriterConfig = RewriterConfig()
+    corruptor: CorruptorConfig = CorruptorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     reference: ReferenceConfig = ReferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -609,13 +618,13 @@ def _check_task(cfg: RunConfig) -> None:
 def _check_sources(cfg: RunConfig) -> None:
     if cfg.task == "policy" and cfg.world is not None and cfg.data.path is not None:
         raise ValueError("both data.path and [world] are set: remove one")
-    for name, backend in (("judge", cfg.judge.backend), ("rewriter", cfg.rewriter.backend)):
-        if backend == "world" and cfg.world is None:
+    for name, section in (("judge", cfg.judge), ("rewriter", cfg.rewriter), ("corruptor", cfg.corruptor)):
+        if section.backend == "world" and cfg.world is None:
             raise ValueError(
                 f'{name}.backend = "world" knows the synthetic world only: add a [world] section'
             )
-    for name, section in (("judge", cfg.judge), ("rewriter", cfg.rewriter)):
         _check_server(name, section.backend, section.server)
+    for name, section in (("judge", cfg.judge), ("rewriter", cfg.rewriter)):
         if section.backend == "local" and section.local.checkpoint is None:
             raise ValueError(f'{name}.backend = "local" needs {name}.local.checkpoint: set it')
         if section.backend != "local" and section.local != LocalModelConfig():

@@ -8,12 +8,13 @@ from rich.table import Table
 
 from sip_engine.backends import open_judge, open_rewriter
 from sip_engine.checkpoint import checkpoint_tokenizer, resolve_checkpoint
-from sip_engine.config import RunConfig
+from sip_engine.config import RunConfig, merge_settings, parse_config
 from sip_engine.corpus import Corpus, open_corpus
-from sip_engine.corruptors import Corruptor, RuleCorruptor, WorldCorruptor
+from sip_engine.corruptors import Corruptor, CountingCorruptor, RuleCorruptor, WorldCorruptor
+from sip_engine.corruptors_server import ServerCorruptor
 from sip_engine.errors import ConfigError
 from sip_engine.files import check_writable, write_jsonl
-from sip_engine.makers import Record, judge_records, rewrite_records
+from sip_engine.makers import EXERCISE, Record, judge_records, rewrite_records
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.progress import console
 from sip_engine.types import Sample
@@ -32,17 +33,22 @@ def make_judge_data(
     num_factuality: int,
     num_flaws: int,
     num_eval: int,
-    corruptor: str,
+    corruptor: str | None = None,
     max_prefix_chars: int | None,
 ) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: suffixes against corrupted copies in both orders,
-    safety and factuality.
+    safety and factuality; with `num_flaws` also `out`/warm.jsonl, all of train.jsonl among exercises.
+
+    `corruptor` takes the place of `corruptor.backend`. Copies that fail are counted and said, by their reasons.
 
     Raises:
-        SipError: bad settings or data, before anything is written.
+        SipError: bad settings or data, or a server that cannot be used, before anything is written.
     """
-    mesh, corpus = _open(cfg, out, "judge", num_eval)
-    judge, worse = open_judge(cfg, corpus, mesh), _corruptor(cfg, corruptor)
+    if corruptor is not None:
+        over = {"corruptor": {"backend": corruptor}}
+        cfg = parse_config(merge_settings(cfg.model_dump(mode="json"), over), "corruptor")
+    mesh, corpus = open_documents(cfg, out, "judge", num_eval)
+    judge, worse = open_judge(cfg, corpus, mesh), CountingCorruptor(_corruptor(cfg))
 
     def records(
         samples: list[Sample], pairs: int, safety: int, factuality: int, flaws: int, seed: int
@@ -63,12 +69,13 @@ def make_judge_data(
     samples = _training_samples(
         corpus, max(num_pairs, _SPARE * num_safety, _SPARE * num_factuality, num_flaws)
     )
-    _write(
-        out,
-        records(samples, num_pairs, num_safety, num_factuality, num_flaws, cfg.seed),
-        records(corpus.held_out, num_eval // 2, num_eval, num_eval * (num_factuality > 0), 0, cfg.seed + 1),
-        wanted=2 * num_pairs + num_safety + num_factuality + num_flaws,
+    train = records(samples, num_pairs, num_safety, num_factuality, num_flaws, cfg.seed)
+    held_out = records(
+        corpus.held_out, num_eval // 2, num_eval, num_eval * (num_factuality > 0), 0, cfg.seed + 1
     )
+    if summary := worse.summary():
+        console.print(summary, soft_wrap=True, markup=False)
+    write_records(out, train, held_out, wanted=2 * num_pairs + num_safety + num_factuality + num_flaws)
 
 
 def make_rewrite_data(cfg: RunConfig, out: Path, *, num: int, num_eval: int) -> None:
@@ -81,7 +88,7 @@ def make_rewrite_data(cfg: RunConfig, out: Path, *, num: int, num_eval: int) -> 
         raise ConfigError(
             "rewrites of unsafe suffixes need a teacher: set rewriter.backend (world, server or local)"
         )
-    mesh, corpus = _open(cfg, out, "rewriter", num_eval)
+    mesh, corpus = open_documents(cfg, out, "rewriter", num_eval)
     judge, teacher = open_judge(cfg, corpus, mesh), open_rewriter(cfg, mesh)
     assert teacher is not None
 
@@ -89,10 +96,11 @@ def make_rewrite_data(cfg: RunConfig, out: Path, *, num: int, num_eval: int) -> 
         return rewrite_records(samples, judge, teacher, corpus.tokenizer, num=wanted, seed=seed)
 
     train = records(_training_samples(corpus, _SPARE * num), num, cfg.seed)
-    _write(out, train, records(corpus.held_out, num_eval, cfg.seed + 1), wanted=num)
+    write_records(out, train, records(corpus.held_out, num_eval, cfg.seed + 1), wanted=num)
 
 
-def _open(cfg: RunConfig, out: Path, split: str, num_eval: int) -> tuple[Mesh, Corpus]:
+def open_documents(cfg: RunConfig, out: Path, split: str, num_eval: int) -> tuple[Mesh, Corpus]:
+    """The documents of a split, with enough held out; in one process."""
     check_writable(out, folder=True)
     mesh = start_mesh()
     if mesh.size > 1:
@@ -108,28 +116,29 @@ def _training_samples(corpus: Corpus, wanted: int) -> list[Sample]:
     return corpus.stream.samples_at(0, min(max(wanted, _FEWEST), corpus.num_samples))
 
 
-def _corruptor(cfg: RunConfig, name: str) -> Corruptor:
-    if name == "rules":
-        return RuleCorruptor()
-    if name == "world" and cfg.world is not None:
+def _corruptor(cfg: RunConfig) -> Corruptor:
+    if cfg.corruptor.backend == "server":
+        return ServerCorruptor(cfg.corruptor.server)
+    if cfg.corruptor.backend == "world" and cfg.world is not None:
         return WorldCorruptor(World(seed=cfg.world.seed, num_people=cfg.world.num_people))
-    if name == "world":
-        raise ConfigError(
-            '--corruptor world knows the synthetic world only: use "rules", or add a [world] section'
-        )
-    raise ConfigError(f'--corruptor {name!r}: choose "world" or "rules"')
+    return RuleCorruptor()
 
 
-def _write(out: Path, train: list[Record], held_out: list[Record], *, wanted: int) -> None:
+def write_records(out: Path, made: list[Record], held_out: list[Record], *, wanted: int) -> None:
+    """train.jsonl, eval.jsonl, and warm.jsonl, which has the exercises for a warm start too, if there are any."""
+    train = [record for record in made if record.get("kind") != EXERCISE]
     if not train or not held_out:
         raise ConfigError(
             f"nothing to write: {len(train)} training and {len(held_out)} held-out records could be made; ask for "
             "more, or give more documents (safe and unsafe ones)"
         )
-    if len(train) < wanted:
-        console.print(f"the documents give {len(train):,} of the {wanted:,} prompts asked for")
+    if len(made) < wanted:
+        console.print(f"the documents give {len(made):,} of the {wanted:,} prompts asked for")
+    files = {"train": train, "eval": held_out}
+    if len(made) > len(train):
+        files["warm"] = made
     table = Table("", "prompts", "longest prompt, characters")
-    for name, records in (("train", train), ("eval", held_out)):
+    for name, records in files.items():
         write_jsonl(out / f"{name}.jsonl", records)
         table.add_row(
             str(out / f"{name}.jsonl"), f"{len(records):,}", str(max(len(r["prompt"]) for r in records))
