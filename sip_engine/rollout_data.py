@@ -7,17 +7,19 @@ which are alike in style and differ in substance: another distribution (README, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
-from sip_engine.backends import open_judge
+from sip_engine.backends import open_judge, open_measure
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.config import RunConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import ConfigError, DataError
+from sip_engine.evaluate import Measure
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import compact_prompt
+from sip_engine.judges.compact import compact_prompt, flaw_prompt
 from sip_engine.make_data import open_documents, write_records
-from sip_engine.makers import Record, labels_of, records_of_labels, shuffled
+from sip_engine.makers import EXERCISE, Record, labels_of, records_of_labels, shuffled
 from sip_engine.progress import steps
 from sip_engine.records import read_records
 from sip_engine.sampler.requests import Request, SamplingParams
@@ -36,30 +38,41 @@ def make_rollout_data(
     num_pairs: int,
     num_safety: int,
     num_factuality: int,
+    num_grades: int,
     num_eval: int,
     mix: Path | None,
+    mix_num: int | None,
     max_prefix_chars: int | None,
 ) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: pairs of rollouts in both orders, safety and factuality.
 
-    The rollouts are those of the checkpoint `init`, the labels those of `judge`. `mix` is a folder that
-    `sip data judge-pairs` wrote, whose prompts are shuffled among these.
+    The rollouts are those of the checkpoint `init`, the labels those of `judge`. With `num_grades` also
+    `out`/warm.jsonl, all of train.jsonl among exercises: the quality of single rollouts, as a digit, which the
+    synthetic world alone knows. `mix` is a folder that `sip data judge-pairs` wrote, of whose prompts (and exercises)
+    `mix_num` are shuffled among these, or all.
 
     Raises:
         SipError: bad settings or data, before anything is written.
     """
+    measure = open_measure(cfg)
     if cfg.init is None:
         raise ConfigError("rollouts need a policy: set init to a checkpoint")
-    mixed = {name: _read(mix / f"{name}.jsonl") if mix else [] for name in ("train", "eval")}
+    if num_grades and measure is None:
+        raise ConfigError("--grades: only the synthetic world knows how good a single text is; add [world]")
+    names = ("warm" if num_grades else "train", "eval")
+    mixed = {name: _read(mix / f"{name}.jsonl") if mix else [] for name in names}
+    if mix_num is not None:
+        mixed[names[0]] = shuffled(mixed[names[0]], cfg.seed)[:mix_num]
     mesh, corpus = open_documents(cfg, out, "judge", num_eval)
     policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.init), mesh)
     sampler, judge = policy.sampler(cfg.sampler), open_judge(cfg, corpus, mesh)
 
     def records(
-        samples: Sequence[Sample], pairs: int, safety: int, factuality: int, seed: int
+        samples: Sequence[Sample], pairs: int, safety: int, factuality: int, grades: int
     ) -> list[Record]:
+        seed = cfg.seed + (samples is corpus.held_out)
         rollouts = sample_rollouts(sampler, corpus.tokenizer, samples, seed)
-        return rollout_records(
+        made = rollout_records(
             samples,
             rollouts,
             judge,
@@ -68,16 +81,16 @@ def make_rollout_data(
             num_factuality=factuality,
             max_prefix_chars=max_prefix_chars,
         )
+        if measure is not None:
+            made += list(islice(_grades(samples, rollouts, measure, max_prefix_chars), grades))
+        return made
 
-    number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality))
-    made = records(corpus.stream.samples_at(0, number), num_pairs, num_safety, num_factuality, cfg.seed)
-    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval, cfg.seed + 1)
-    write_records(
-        out,
-        shuffled(made + mixed["train"], cfg.seed),
-        held_out + mixed["eval"],
-        wanted=2 * num_pairs + num_safety + num_factuality + len(mixed["train"]),
-    )
+    number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality, num_grades // _ROLLOUTS))
+    samples = corpus.stream.samples_at(0, number)
+    made = records(samples, num_pairs, num_safety, num_factuality, num_grades) + mixed[names[0]]
+    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval, 0) + mixed["eval"]
+    wanted = 2 * num_pairs + num_safety + num_factuality + num_grades + len(mixed[names[0]])
+    write_records(out, shuffled(made, cfg.seed), held_out, wanted=wanted)
 
 
 def sample_rollouts(
@@ -138,6 +151,20 @@ def _pairs(samples: Sequence[Sample], rollouts: Sequence[Sequence[str]]) -> Iter
         for first, second in zip(group[::2], group[1::2], strict=True):
             if first != second:
                 yield PairQuestion(s.prefix, first, second)
+
+
+def _grades(
+    samples: Sequence[Sample],
+    rollouts: Sequence[Sequence[str]],
+    measure: Measure,
+    max_prefix_chars: int | None,
+) -> Iterator[Record]:
+    """Quality of each rollout, tenths rounded down: 0 to 9."""
+    for s, group in zip(samples, rollouts, strict=True):
+        for text in group:
+            grade = min(9, int(10 * measure(s.prefix, text)["measured_quality"]))
+            prompt = flaw_prompt(s.prefix, text, max_prefix_chars)
+            yield {"prompt": prompt, "answer": str(grade), "kind": EXERCISE}
 
 
 def _read(path: Path) -> list[Record]:

@@ -83,6 +83,25 @@ def test_questions_of_a_group_read_their_prefix_once(policy: FrozenPolicy) -> No
     assert len({one - other for one, other in zip(alone, together, strict=True)}) == 1
 
 
+def test_what_stands_first_is_read_once_where_that_is_cheaper(policy: FrozenPolicy) -> None:
+    """All pairs of a pool: each candidate is first in several. The values do not depend on how they are read."""
+    texts = [" fox jumps" + " dog" * n for n in range(1, 6)]
+    pairs = [PairQuestion("a b", texts[i], texts[j]) for i in range(5) for j in range(i + 1, 5)]
+    together = judge(policy).judge(pairs)
+    alone = [judge(policy).judge([pair])[0] for pair in pairs]
+    for one, other in zip(together, alone, strict=True):
+        assert isinstance(one, Score) and isinstance(other, Score)
+        assert one.value == pytest.approx(other.value, abs=1e-5)
+    encode = policy.tokenizer.encode
+    prefix = len(encode("\x01a b\x02"))
+    seconds = sum(len(encode(f"{pair.second}\x04")) for pair in pairs)
+    firsts = sum(len(encode(f"{text}\x03")) + prefix + 1 for text in texts[:4])
+    assert sum(answer.cost.tokens for answer in together) <= firsts + seconds + len(pairs)
+    assert sum(answer.cost.tokens for answer in together) < 0.9 * (
+        prefix + seconds + sum(len(encode(f"{pair.first}\x03")) for pair in pairs)
+    )
+
+
 def test_generated_verdicts(policy: FrozenPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A verdict is a reply that is one of the words and nothing else."""
     subject = judge(policy, method="generate")

@@ -32,6 +32,8 @@ class _Asked:
     prompt: Prompt
     group: str
     """Questions with the same one begin with the same text."""
+    first: str
+    """Of a comparison: what stands first."""
 
 
 class LocalModel:
@@ -109,7 +111,11 @@ class LocalJudge:
         if self._cfg.method == "log_odds" and prompt.format == "verdict_line":
             text += prompt.verdict_start
         ids = self._model.encode(text)
-        return _TOO_LONG if ids is None else _Asked(number, ids, prompt, getattr(question, "prefix", ""))
+        return (
+            _TOO_LONG
+            if ids is None
+            else _Asked(number, ids, prompt, getattr(question, "prefix", ""), getattr(question, "first", ""))
+        )
 
     def _generate(self, asked: Sequence[_Asked], seed: int) -> Iterable[Judgment]:
         replies = self._model.reply([one.ids for one in asked], seed)
@@ -131,7 +137,7 @@ class LocalJudge:
             groups.setdefault((one.group, tuple(one.prompt.verdicts)), []).append(one)
         bundle: list[list[_Asked]] = []
         room = self._model.policy.micro_batch_tokens
-        for group in groups.values():
+        for group in (part for whole in groups.values() for part in _cheaper(whole)):
             size = sum(len(one.ids) for one in group)
             if bundle and size > room:
                 yield bundle
@@ -212,6 +218,23 @@ def pack_options(rows: Sequence[Row], options: Sequence[np.ndarray], device: tor
 def _key(ids: np.ndarray) -> int:
     """A prompt as the number that its random stream is keyed by."""
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=7).digest(), "big")
+
+
+def _cheaper(group: list[_Asked]) -> list[list[_Asked]]:
+    """A group as it is, or cut by what stands first in its comparisons, whichever leaves fewer tokens to read.
+
+    Where one candidate is compared with many, prefix and first continuation are read once for all of them.
+    """
+    by_first: dict[str, list[_Asked]] = {}
+    for one in group:
+        by_first.setdefault(one.first, []).append(one)
+    parts = list(by_first.values())
+    return parts if sum(map(_num_tokens, parts)) < _num_tokens(group) else [group]
+
+
+def _num_tokens(group: Sequence[_Asked]) -> int:
+    shared = _common_length([one.ids for one in group])
+    return shared + sum(len(one.ids) - shared for one in group)
 
 
 def _common_length(sequences: Sequence[np.ndarray]) -> int:

@@ -12,7 +12,7 @@ from sip_engine.config import Positive, RunConfig, Section, merge_settings, pars
 from sip_engine.errors import ConfigError
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
-_COUNTS = ("pairs", "safety", "factuality", "flaws", "held_out", "num")
+_COUNTS = ("pairs", "safety", "factuality", "flaws", "grades", "held_out", "num", "mix_num")
 
 
 class JudgeDataConfig(Section):
@@ -33,9 +33,11 @@ class RolloutDataConfig(Section):
     pairs: Positive
     safety: Positive
     factuality: Positive
+    grades: Positive
     held_out: Positive
     mix: str | None = None
     """A stage that makes judge data, to be shuffled among these."""
+    mix_num: Positive | None = None
     max_prefix_chars: Positive | None = None
 
 
@@ -197,7 +199,7 @@ def scaled(plan: Plan, scale: float) -> Plan:
         update: dict[str, Any] = {"scale": scale}
         for name in ("judge_data", "rollout_data", "rewrite_data"):
             if (data := getattr(stage, name)) is not None:
-                counts = {k: max(40, round(v * scale)) for k, v in data if k in _COUNTS}
+                counts = {k: max(40, round(v * scale)) for k, v in data if k in _COUNTS and v}
                 update[name] = data.model_copy(update=counts)
         stages.append(stage.model_copy(update=update))
     rows = [row.model_copy(update={"scale": scale}) for row in plan.rows]

@@ -71,7 +71,9 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
             num_safety=made.safety,
             num_factuality=made.factuality,
             num_eval=made.held_out,
+            num_grades=made.grades,
             mix=out / made.mix if made.mix else None,
+            mix_num=made.mix_num,
             max_prefix_chars=made.max_prefix_chars,
         )
         write_json(folder / STAGE_RESULT, {"settings": cfg.model_dump(mode="json")})

@@ -1,0 +1,104 @@
+"""The plan of a reproduction: every stage and row is a valid run, names are checked, paths move with --out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sip_engine.errors import ConfigError
+from sip_engine.reproduction.plan import load_plan, row_config, scaled, stage_config, truth_config
+
+PLAN = Path(__file__).parents[1] / "configs" / "world" / "reproduction.toml"
+
+
+def test_every_stage_and_row_of_the_shipped_plan_is_a_run(tmp_path: Path) -> None:
+    plan = load_plan(PLAN)
+    for stage in plan.stages:
+        assert stage_config(plan, stage, PLAN.parent, tmp_path).out == tmp_path / stage.name
+    for row in plan.rows:
+        cfg = row_config(plan, row, 2, tmp_path)
+        assert (cfg.seed, cfg.out) == (2, tmp_path / "rows" / row.name / "seed_2")
+        assert (cfg.init is None) == row.name.startswith("scratch")
+        for path in (cfg.init, cfg.judge.local.checkpoint, cfg.rewriter.local.checkpoint, cfg.data.tokenizer):
+            assert path is None or path.is_relative_to(tmp_path)
+        assert truth_config(plan, cfg)["judge"] == {"backend": "world"}
+    names = {row.name for row in plan.rows}
+    assert {f"quality_{n}" for n in (1, 2, 4, 8, 16)} | {"pivot_8", "tournament_8", "truth_8"} <= names
+
+
+def test_a_short_plan_is_short(tmp_path: Path) -> None:
+    plan, short = load_plan(PLAN), scaled(load_plan(PLAN), 0.1)
+    row = row_config(plan, plan.rows[1], 1, tmp_path)
+    less = row_config(short, short.rows[1], 1, tmp_path)
+    assert (less.steps, less.optimizer.warmup_steps) == (row.steps // 10, row.optimizer.warmup_steps // 10)
+    base = stage_config(short, short.stages[0], PLAN.parent, tmp_path)
+    assert base.steps == stage_config(plan, plan.stages[0], PLAN.parent, tmp_path).steps // 10
+    data = [stage.judge_data for stage in short.stages if stage.judge_data]
+    assert data[0] is not None and data[0].pairs == 1000
+    for scale in (0.0, -1.0, 1.5):
+        with pytest.raises(ConfigError, match="--scale"):
+            scaled(plan, scale)
+
+
+SMALL = """
+root = "runs/x"
+baseline = "base"
+[[stages]]
+name = "base"
+config = "base.toml"
+[common]
+init = "runs/x/base"
+[common.judge]
+backend = "local"
+local = { checkpoint = "runs/x/judge" }
+[[tables]]
+name = "main"
+title = "Main"
+figures = ["win_rate"]
+[[rows]]
+name = "one"
+label = "One"
+table = "main"
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "plan.toml"
+    path.write_text(text)
+    return path
+
+
+def test_settings_that_a_row_is_without(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, SMALL + 'unset = ["init", "judge.local"]\nset = { judge = { backend = "heuristic" } }\n'
+    )
+    plan = load_plan(path)
+    cfg = row_config(plan, plan.rows[0], 1, tmp_path)
+    assert cfg.init is None and cfg.judge.local.checkpoint is None
+    plan = load_plan(written(tmp_path, SMALL + 'unset = ["judge.lokal"]\n'))
+    with pytest.raises(ConfigError, match="no common setting 'lokal'"):
+        row_config(plan, plan.rows[0], 1, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('baseline = "base"', 'baseline = "bass"', "there is no stage 'bass'"),
+        ('config = "base.toml"', 'config = "base.toml"\nneeds = ["judge"]', "needs 'judge'"),
+        ('table = "main"', 'table = "mane"', "there is no table 'mane'"),
+        ('name = "one"', 'name = "a/b"', "names a folder"),
+        ('figures = ["win_rate"]', 'figures = ["winrate"]', "figures"),
+        ('label = "One"', 'label = "One"\ncolour = 1', "colour"),
+        (
+            'label = "One"\ntable = "main"',
+            'label = "One"\ntable = "main"\n[[rows]]\nname = "one"\nlabel = "x"\ntable = "main"',
+            "'one' is named twice",
+        ),
+    ],
+)
+def test_a_bad_plan_is_refused_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert SMALL.count(old) == 1
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_plan(written(tmp_path, SMALL.replace(old, new)))
+    assert "\n" not in str(raised.value) and "plan.toml" in str(raised.value)
