@@ -577,6 +577,18 @@ class RunConfig(Section):
         return rollouts or self.objective.kind == "grpo" or self.eval.generate
 
     @property
+    def needs_judge(self) -> bool:
+        """Whether anything is judged: candidates, rewrites in training, or what is written to be evaluated."""
+        if self.task != "policy":
+            return self.task == "rewriter"
+        return self.eval.generate or self.objective.kind in ("dpo", "rf_nll")
+
+    @property
+    def needs_rewriter(self) -> bool:
+        """Whether suffixes are rewritten in this run."""
+        return self.objective.kind not in ("next_token", "grpo") and any(s.rewrite for s in self.candidates)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the loss compares the policy with a reference policy."""
         objective = self.objective

@@ -94,7 +94,7 @@ def evaluate(
     sampler: Sampler | None,
     samples: Sequence[Sample],
     tokenizer: Tokenizer,
-    judge: Judge,
+    judge: Judge | None,
     cfg: JudgeConfig,
     baseline: Sequence[str] | None = None,
     measure: Measure | None = None,
@@ -116,6 +116,7 @@ def evaluate(
     if sampler is not None and mine:
         texts, ids = _continue(sampler, mine, tokenizer)
         rivals = texts if baseline is None else baseline[mesh.dp.rank :: mesh.dp.size]
+        assert judge is not None, "continuations are judged"
         _judge(mesh, judge, mine, texts, rivals, sums)
         if measure is not None:
             _measure(measure, mine, texts, rivals, sums)

@@ -46,7 +46,7 @@ class WaveJudge:
     busy = 0.0
     """Seconds the judge has worked on what was collected, whether or not anybody waited for it."""
 
-    def __init__(self, judge: Judge, cfg: JudgeConfig, mesh: Mesh, *, seed: int) -> None:
+    def __init__(self, judge: Judge | None, cfg: JudgeConfig, mesh: Mesh, *, seed: int) -> None:
         self._judge, self._cfg, self._mesh, self._seed = judge, cfg, mesh, seed
         self._remote: RemoteJudge | None = None
         if isinstance(judge, ReplicaJudge) and isinstance(judge.asked, RemoteJudge):
@@ -73,6 +73,7 @@ class WaveJudge:
         self.lag = max(self.lag, self._in_judgement)
         self._collect()
         if self._remote is None:
+            assert self._judge is not None, "nothing is submitted without a judge"
             self._keep(self._work(self._judge, pools))
             return
         if self._mesh.replica.is_first:

@@ -56,7 +56,7 @@ class Run:
     reference: Reference | None
     sampler: Sampler | None
     judge: Judge | None
-    """None where nothing is judged: a judge in training is graded by known answers."""
+    """None where nothing is judged, as in a judge's own training: known answers grade it."""
     rewriter: Rewriter | None
     measure: Measure | None
     records: Records
@@ -132,7 +132,6 @@ class Run:
             greedy = partial(self.reply, n=1, greedy=True) if sampler is not None else None
             result = evaluate_task(self.policy, self.corpus.held_out, greedy, self.grader, seed=self.cfg.seed)
         else:
-            assert self.judge is not None
             result = evaluate(
                 self.policy,
                 sampler,
@@ -228,8 +227,8 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
             policy.optimizer.reload_model_params()
         if reference is not None:
             reference.copy_from(policy)
-    judge = open_judge(cfg, corpus, mesh) if cfg.task != "judge" else None
-    rewriter, world_measure = open_rewriter(cfg, mesh), open_measure(cfg)
+    judge = open_judge(cfg, corpus, mesh) if cfg.needs_judge else None
+    rewriter = open_rewriter(cfg, mesh) if cfg.needs_rewriter else None
     sampler = None
     if cfg.needs_sampler:
         sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh, cfg.sampler)
@@ -243,7 +242,7 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
         sampler,
         judge,
         rewriter,
-        world_measure,
+        open_measure(cfg),
         records,
         Monitors(cfg.out, cfg.monitors, mesh),
         _grader(cfg, judge),
@@ -284,7 +283,10 @@ def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
 def _grader(cfg: RunConfig, judge: Judge | None) -> Grader | None:
     if cfg.task == "policy":
         return None
-    return VerdictGrader() if judge is None else RewriteGrader(judge, cfg.judge.votes)
+    if cfg.task == "judge":
+        return VerdictGrader()
+    assert judge is not None, "a rewriter in training needs a judge"
+    return RewriteGrader(judge, cfg.judge.votes)
 
 
 def _write_evaluation(folder: Path, step: int, result: Evaluation, samples: Sequence[Sample]) -> None:

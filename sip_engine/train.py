@@ -75,7 +75,6 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
     judged = cfg.objective.kind in JUDGED and stage.num_candidates > 1
     if run.sampler is not None:
         assert_shared(run.sampler.weights, run.policy.model)
-    assert run.judge is not None
     pools: list[list[Candidate]] = []
     verdicts: list[Verdict] = []
     num_failed = 0

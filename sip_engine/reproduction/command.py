@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,11 +87,16 @@ def reproduce(
     plan = scaled(load_plan(path), scale)
     out = plan.root if out is None else out
     check_writable(out, folder=True)
-    plan = _chosen(plan, seeds, rows)
-    every = [*_stage_jobs(plan, path, out, scale), *_row_jobs(plan, path, out, scale)]
+    with _alone(out):
+        return _reproduce(path, _chosen(plan, seeds, rows), out, jobs, scale)
+
+
+def _reproduce(path: Path, plan: Plan, out: Path, jobs: int, scale: float) -> Path:
+    runs = list(_row_jobs(plan, path, out, scale))
+    every = [*_needed(list(_stage_jobs(plan, path, out, scale)), runs), *runs]
     done = {job.folder for job in every if job.is_done()}
     left = [job for job in every if job.folder not in done]
-    jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    jobs = jobs or (1 if torch.cuda.is_available() else _num_cores())
     console.print(f"{out}: {len(left)} of {len(every)} jobs to do, {jobs} at once", soft_wrap=True)
     page = out / PAGE
     failed: dict[str, str] = {}
@@ -106,6 +114,24 @@ def reproduce(
         title, reason = next(iter(failed.items()))
         raise RowsFailedError(f"{len(failed)} of {len(every)} jobs failed, first {title}: {reason}")
     return page
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two at once would write to the same runs; and an end from outside (SIGTERM) ends the jobs too."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"{out}: another `sip reproduce` is at work there; wait for it, or stop it"
+            ) from None
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _chosen(plan: Plan, seeds: Sequence[int], rows: Sequence[str]) -> Plan:
@@ -134,6 +160,19 @@ def _stage_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job
         )
 
 
+def _needed(stages: list[Job], runs: list[Job]) -> list[Job]:
+    """The stages that some run needs, and those that they need."""
+    wanted = {folder for run in runs for folder in run.needs}
+    for stage in reversed(stages):
+        wanted |= stage.needs if stage.folder in wanted else frozenset()
+    return [stage for stage in stages if stage.folder in wanted]
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _row_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job]:
     """Seed by seed, so that all rows can be compared early."""
     for seed in plan.seeds:
@@ -152,7 +191,9 @@ def _row_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job]:
 
 def _stages_in(plan: Plan, cfg: RunConfig, out: Path) -> Iterator[Path]:
     """The stages that a run's settings read from, and the baseline's."""
-    used = [cfg.init, cfg.data.tokenizer, cfg.judge.local.checkpoint, cfg.rewriter.local.checkpoint]
+    used = [cfg.init, cfg.data.tokenizer]
+    used += [cfg.judge.local.checkpoint] if cfg.needs_judge else []
+    used += [cfg.rewriter.local.checkpoint] if cfg.needs_rewriter else []
     for stage in plan.stages:
         folder = out / stage.name
         if stage.name == plan.baseline or any(p is not None and p.is_relative_to(folder) for p in used):
@@ -164,7 +205,7 @@ def _run(left: list[Job], done: set[Path], jobs: int) -> Iterator[tuple[Job, str
     running: dict[Future[str | None], Job] = {}
     failed: set[Path] = set()
     waiting = list(left)
-    processes = _Processes(max(1, (os.cpu_count() or 1) // jobs))
+    processes = _Processes(max(1, _num_cores() // jobs))
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
