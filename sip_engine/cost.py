@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -15,8 +14,11 @@ def peak_memory_mb() -> float:
     """Most memory this process has held so far, MiB: the GPU's allocator on CUDA, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    try:  # getrusage begins with the parent's peak
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 class EnergyMeter:
@@ -27,7 +29,9 @@ class EnergyMeter:
 
     def __init__(self, rapl: Path = _RAPL) -> None:
         self._packages = [
-            (zone / "energy_uj", zone / "max_energy_range_uj") for zone in sorted(rapl.glob("intel-rapl:?"))
+            (zone / "energy_uj", zone / "max_energy_range_uj")
+            for zone in sorted(rapl.glob("intel-rapl:?"))
+            if _name(zone).startswith("package")  # others are parts of these, or hold them
         ]
         self._started = self._read()
 
@@ -53,6 +57,13 @@ class EnergyMeter:
         except (OSError, ValueError):  # readable by root only on many machines
             return None
         return found or None
+
+
+def _name(zone: Path) -> str:
+    try:
+        return (zone / "name").read_text()
+    except OSError:
+        return ""
 
 
 def _nvml_millijoules() -> float | None:

@@ -100,7 +100,14 @@ def make_rewrite_data(cfg: RunConfig, out: Path, *, num: int, num_eval: int) -> 
 
 
 def open_documents(cfg: RunConfig, out: Path, split: str, num_eval: int) -> tuple[Mesh, Corpus]:
-    """The documents of a split, with enough held out; in one process."""
+    """The documents of a split, with enough held out; in one process.
+
+    Raises:
+        ConfigError: the config of a task, which has prompts for documents, or more than one process.
+        DataError: `out` cannot be written, or the documents cannot be read.
+    """
+    if cfg.task != "policy":
+        raise ConfigError(f'task = "{cfg.task}" reads prompts; give the config of documents')
     check_writable(out, folder=True)
     mesh = start_mesh()
     if mesh.size > 1:
@@ -125,7 +132,13 @@ def _corruptor(cfg: RunConfig) -> Corruptor:
 
 
 def write_records(out: Path, made: list[Record], held_out: list[Record], *, wanted: int) -> None:
-    """train.jsonl, eval.jsonl, and warm.jsonl, which has the exercises for a warm start too, if there are any."""
+    """train.jsonl, eval.jsonl, and warm.jsonl, which has the exercises for a warm start too, if there are any.
+
+    If there are none, the warm.jsonl of an earlier call goes: a warm start would train on what that call made.
+
+    Raises:
+        ConfigError: nothing could be made; DataError: a file cannot be written. Nothing is removed before.
+    """
     train = [record for record in made if record.get("kind") != EXERCISE]
     if not train or not held_out:
         raise ConfigError(
@@ -137,6 +150,11 @@ def write_records(out: Path, made: list[Record], held_out: list[Record], *, want
     files = {"train": train, "eval": held_out}
     if len(made) > len(train):
         files["warm"] = made
+    for name in ("train", "eval", "warm"):
+        check_writable(out / f"{name}.jsonl")
+    if "warm" not in files and (stale := out / "warm.jsonl").exists():
+        stale.unlink()
+        console.print(f"{stale}: removed, it belonged to an earlier call", soft_wrap=True, markup=False)
     table = Table("", "prompts", "longest prompt, characters")
     for name, records in files.items():
         write_jsonl(out / f"{name}.jsonl", records)

@@ -170,7 +170,7 @@ def records_of_labels(
     found: dict[str, list[Question]] = {answer: [] for answer in answers.values()}
     for question, label in labels_of(labeller, questions):
         if label is not None:
-            found[answers[label if label in answers else 0.5]].append(question)
+            found[answers[label]].append(question)
         if min(map(len, found.values())) >= num // len(answers):
             break
     each = min(num // len(answers), *map(len, found.values()))
@@ -182,7 +182,7 @@ def records_of_labels(
 
 
 def labels_of(labeller: Judge, questions: Sequence[_Q]) -> Iterator[tuple[_Q, float | None]]:
-    """Each question and the answer that all votes gave alike; None where they did not, and where a vote failed.
+    """Each question and the answer that all votes gave alike; None where not, and where one failed or was a tie.
 
     Asked a batch at a time, so that one who has enough can stop. The votes' seeds are always the same, so that a
     text has one label whatever it is asked for.
@@ -192,12 +192,23 @@ def labels_of(labeller: Judge, questions: Sequence[_Q]) -> Iterator[tuple[_Q, fl
         for question, votes in zip(
             batch, ask_votes(labeller, batch, [LABEL_VOTES] * len(batch), (0,)), strict=True
         ):
-            yield question, _label(votes)
+            yield question, _label(question, votes)
 
 
-def _label(votes: Sequence[Judgment]) -> float | None:
-    values = {None if isinstance(vote, Failure) else vote.value for vote in votes}
-    return values.pop() if len(values) == 1 else None
+def _label(question: Question, votes: Sequence[Judgment]) -> float | None:
+    decisions = {None if isinstance(vote, Failure) else _decision(question, vote.value) for vote in votes}
+    return decisions.pop() if len(decisions) == 1 else None
+
+
+def _decision(question: Question, value: float) -> float | None:
+    """The answer that a vote comes down to: a judge that reads probabilities gives fractions.
+
+    Of a pair and of safety the likelier one, None for a tie. Factuality between none and all is "possible", however
+    near to either: the synthetic world gives the share of the claims that are true.
+    """
+    if isinstance(question, FactualityQuestion):
+        return value if value in (0.0, 1.0) else 0.5
+    return None if value == 0.5 else float(value > 0.5)
 
 
 def _cut(text: str, tokenizer: Tokenizer, num_tokens: int) -> str:

@@ -122,16 +122,17 @@ def rollout_records(
 ) -> list[Record]:
     """At most `num_pairs` pairs of rollouts in both orders, and so many labels of single ones (see `judge_records`).
 
-    Only pairs are kept of which all votes prefer the same rollout.
+    Only pairs are kept of which all votes, in both orders, prefer the same rollout: one that the labeller likes for
+    its place alone says nothing about the texts.
     """
     asked = list(_pairs(samples, rollouts)) if num_pairs else []
     records: list[Record] = []
-    for question, label in labels_of(labeller, asked):
+    labels = labels_of(labeller, asked)
+    for (question, label), (swapped, other_way) in zip(labels, labels, strict=True):  # two at a time
         if len(records) >= 2 * num_pairs:
             break
-        if label not in (0.0, 1.0):
+        if label is None or other_way is None or label == other_way:
             continue
-        swapped = PairQuestion(question.prefix, question.second, question.first)
         for answer, shown in (
             (("1", question), ("2", swapped)) if label else (("2", question), ("1", swapped))
         ):
@@ -147,10 +148,12 @@ def rollout_records(
 
 
 def _pairs(samples: Sequence[Sample], rollouts: Sequence[Sequence[str]]) -> Iterator[PairQuestion]:
+    """Each pair and, next to it, the same the other way round."""
     for s, group in zip(samples, rollouts, strict=True):
         for first, second in zip(group[::2], group[1::2], strict=True):
             if first != second:
                 yield PairQuestion(s.prefix, first, second)
+                yield PairQuestion(s.prefix, second, first)
 
 
 def _grades(
@@ -168,6 +171,11 @@ def _grades(
 
 
 def _read(path: Path) -> list[Record]:
+    if path.name == "warm.jsonl" and not path.is_file() and path.with_name("train.jsonl").is_file():
+        raise DataError(
+            f"{path}: no such file, the folder has no exercises to mix in; make it anew by `sip data judge-pairs` "
+            "with --flaws, or leave out --grades"
+        )
     if not path.is_file():
         raise DataError(f"{path}: no such file; --mix takes a folder that `sip data judge-pairs` wrote")
     return list(read_records(path))

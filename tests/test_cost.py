@@ -16,15 +16,15 @@ def counters(folder: Path, values: list[int], largest: int = 10_000_000) -> None
         zone.mkdir(exist_ok=True)
         (zone / "energy_uj").write_text(f"{value}\n")
         (zone / "max_energy_range_uj").write_text(f"{largest}\n")
-    (folder / "intel-rapl:0:0").mkdir(exist_ok=True)  # a part of package 0, already counted in it
+        (zone / "name").write_text("psys\n" if number == 2 else f"package-{number}\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own counter is read there")
 def test_joules_of_all_packages_over_a_wrap(tmp_path: Path) -> None:
-    counters(tmp_path, [1_000_000, 9_500_000])
+    counters(tmp_path, [1_000_000, 9_500_000, 7])  # the third holds the others
     meter = EnergyMeter(tmp_path)
     assert meter.joules() == 0.0
-    counters(tmp_path, [3_500_000, 500_000])
+    counters(tmp_path, [3_500_000, 500_000, 5_000_000])
     assert meter.joules() == pytest.approx(2.5 + 1.0)
 
 
@@ -43,4 +43,4 @@ def test_peak_memory_outlives_what_took_it() -> None:
     block = torch.ones(int(before + 64) * 2**18)  # as much again as was ever held, in float32
     held = peak_memory_mb()
     del block
-    assert held > before + 32 and peak_memory_mb() >= held
+    assert held > before + 32 and peak_memory_mb() > held - 1

@@ -15,12 +15,20 @@ from sip_engine.config import parse_config
 from sip_engine.corpus import Corpus, open_corpus
 from sip_engine.corruptors import RuleCorruptor, WorldCorruptor
 from sip_engine.data.prompts import read_prompts
-from sip_engine.errors import ConfigError
+from sip_engine.errors import ConfigError, DataError
 from sip_engine.judges.compact import compact_prompt
-from sip_engine.make_data import make_judge_data, make_rewrite_data
-from sip_engine.makers import LABEL_VOTES, SOUND, judge_records, rewrite_records
+from sip_engine.make_data import make_judge_data, make_rewrite_data, write_records
+from sip_engine.makers import EXERCISE, LABEL_VOTES, SOUND, judge_records, records_of_labels, rewrite_records
 from sip_engine.mesh import Mesh
-from sip_engine.types import Failure, PairQuestion, RewriteRequest, SafetyQuestion, Score
+from sip_engine.types import (
+    FactualityQuestion,
+    Failure,
+    Judgment,
+    PairQuestion,
+    RewriteRequest,
+    SafetyQuestion,
+    Score,
+)
 from sip_engine.world import World, WorldJudge, WorldRewriter, measure
 
 WORLD = World(seed=0, num_people=48)
@@ -177,6 +185,58 @@ def test_labels_are_unanimous(corpus: Corpus) -> None:
     assert labels(judge := Doubtful(deterministic=True)) == everything and len(judge.seeds) == 1
 
 
+class Fractions:
+    """Answers with the numbers that a text holds: in vote n the nth of them, over and over."""
+
+    name = "fractions"
+
+    def __init__(self, deterministic: bool) -> None:
+        self.deterministic = deterministic
+        self.votes = 0
+
+    def judge(self, questions, *, seed: int = 0) -> list[Judgment]:
+        del seed
+        self.votes += 1
+        texts = [question.suffix.split() for question in questions]
+        return [Score(float(numbers[(self.votes - 1) % len(numbers)])) for numbers in texts]
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "unsafe"), [(True, ["0.07", "0.4999", "0"]), (False, ["0.07 0.3", "0.4999", "0"])]
+)
+def test_probabilities_are_labels_of_safety(corpus: Corpus, deterministic: bool, unsafe: list[str]) -> None:
+    """Votes agree where they decide alike; a tie decides nothing."""
+    from dataclasses import replace
+
+    safe = ["0.93", "0.5001 0.8" if not deterministic else "0.5001", "1"]
+    unclear = ["0.5"] if deterministic else ["0.5", "0.9 0.5", "0.6 0.4"]
+    texts = [*unclear, *safe, *unsafe]
+    made = records_of_labels(
+        [SafetyQuestion(text) for text in texts], Fractions(deterministic), 99, "safety", None
+    )
+    found = {record["prompt"][1:-1]: record["answer"] for record in made}
+    assert found == dict.fromkeys(safe, "yes") | dict.fromkeys(unsafe, "no")
+    (sample,) = corpus.stream.samples_at(0, 1)
+    samples = [replace(sample, suffix=text) for text in texts]
+    rewrites = rewrite_records(
+        samples, Fractions(deterministic), WorldRewriter(WORLD), corpus.tokenizer, num=6, seed=0
+    )
+    assert {r["suffix"]: r["safe"] for r in rewrites} == {text: found[text] == "yes" for text in found}
+
+
+def test_any_fraction_of_factuality_is_possible() -> None:
+    texts = ["1", "0", "0.98", "0.02 0.5", "0 0.02", "1 0.98"]
+    questions = [FactualityQuestion("p", "r", text) for text in texts]
+    found = {}
+    for text, question in zip(texts, questions, strict=True):
+        others = [FactualityQuestion("p", "r", other) for other in ("1", "0.5", "0")]
+        made = records_of_labels([question, *others], Fractions(False), 6, "factuality", None)
+        answers = {r["prompt"]: r["answer"] for r in made}
+        found[text] = answers.get(compact_prompt(question))
+    clear = {"1": "none", "0": "definite", "0.98": "possible", "0.02 0.5": "possible"}
+    assert found == dict.fromkeys(texts) | clear
+
+
 @given(st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=5), st.integers(0, 9))
 def test_rules_change_the_words_or_say_that_they_cannot(suffixes: list[str], seed: int) -> None:
     requests = [RewriteRequest("p", text) for text in suffixes]
@@ -229,3 +289,54 @@ def test_what_is_missing_is_named(mesh: Mesh, tmp_path: Path, changes: dict, mes
     with pytest.raises(ConfigError, match=message):
         make_rewrite_data(cfg, tmp_path / "out", num=4, num_eval=2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", ["judge", "rewriter"])
+def test_prompts_are_no_documents(mesh: Mesh, tmp_path: Path, task: str) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "p", "answer": "1"}\n')
+    cfg = config(
+        tmp_path,
+        task=task,
+        data={"path": prompts, "eval_path": prompts, "max_prefix_tokens": 60, "suffix_tokens": 30},
+        objective={"kind": "next_token", "loss_on": "suffix"},
+    )
+    with pytest.raises(ConfigError, match=f'^task = "{task}" reads prompts; give the config of documents$'):
+        if task == "judge":
+            make_judge_data(
+                cfg,
+                tmp_path / "out",
+                num_pairs=2,
+                num_safety=0,
+                num_factuality=0,
+                num_flaws=0,
+                num_eval=2,
+                max_prefix_chars=None,
+            )
+        else:
+            make_rewrite_data(cfg, tmp_path / "out", num=2, num_eval=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_exercises_of_an_earlier_call_remain(tmp_path: Path) -> None:
+    def record(text: str, kind: str = "quality") -> dict[str, str]:
+        return {"prompt": text, "answer": "1", "kind": kind}
+
+    def held() -> dict[str, list[str]]:
+        return {
+            p.name: [json.loads(line)["prompt"] for line in p.read_text().splitlines()]
+            for p in tmp_path.glob("*.jsonl")
+        }
+
+    write_records(tmp_path, [record("a"), record("x", EXERCISE)], [record("e")], wanted=2)
+    first = {"train.jsonl": ["a"], "warm.jsonl": ["a", "x"], "eval.jsonl": ["e"]}
+    assert held() == first
+    with pytest.raises(ConfigError, match="nothing to write"):
+        write_records(tmp_path, [], [record("e")], wanted=1)
+    assert held() == first
+    write_records(tmp_path, [record("b")], [record("f")], wanted=1)
+    assert held() == {"train.jsonl": ["b"], "eval.jsonl": ["f"]}
+    (tmp_path / "warm.jsonl").mkdir()
+    with pytest.raises(DataError, match="something else"):
+        write_records(tmp_path, [record("c")], [record("g")], wanted=1)
+    assert (tmp_path / "train.jsonl").read_text().count('"b"') == 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from sip_engine.errors import ConfigError
+from sip_engine.errors import ConfigError, DataError
 from sip_engine.reproduction.command import RowsFailedError, reproduce
 
 RUN = """
@@ -113,18 +114,42 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(folder: P
     assert [path.stat().st_mtime_ns for path in made] == before
     other = folder / "other.toml"
     other.write_text((folder / "plan.toml").read_text().replace("rollouts = 2", "rollouts = 3"))
-    with pytest.raises(ConfigError, match=r"made with other settings .*rollouts 2 -> 3"):
+    with pytest.raises(ConfigError, match=r"made with other settings .*'rollouts': 3"):
         reproduce(other, folder / "out")
+    moved = folder / "moved"
+    (folder / "out").rename(moved)  # what is done stays done wherever it lies
+    reproduce(folder / "plan.toml", moved)
+    moved.rename(folder / "out")
     with pytest.raises(ConfigError, match="no such row"):
         reproduce(folder / "plan.toml", folder / "out", rows=["dppo"])
 
 
 @pytest.mark.slow
+def test_what_was_begun_otherwise_or_made_from_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    run = out / "rows" / "dpo" / "seed_1"
+    (run / "result.json").rename(run / "kept.json")
+    other = folder / "other.toml"
+    other.write_text((folder / "plan.toml").read_text().replace("rollouts = 2", "rollouts = 3"))
+    with pytest.raises(ConfigError, match=r"dpo/seed_1 was begun with other settings .*'rollouts': 3"):
+        reproduce(other, out, rows=["dpo"], seeds=[1])
+    (run / "kept.json").rename(run / "result.json")
+    stage = out / "base" / "stage.json"
+    stage.write_text(stage.read_text().replace('"elapsed": ', '"elapsed": 1'))
+    with pytest.raises(ConfigError, match=r"seed_1 was made from another \(base\): remove it"):
+        reproduce(folder / "plan.toml", out)
+    (run / "result.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not a result of `sip reproduce`"):
+        reproduce(folder / "plan.toml", out, rows=["dpo"], seeds=[1])
+
+
+@pytest.mark.slow
 def test_a_row_that_fails_is_told_and_the_others_are_done(folder: Path) -> None:
     bad = folder / "bad.toml"
-    text = (folder / "plan.toml").read_text().replace('name = "dpo"', 'name = "drifts"')
-    bad.write_text(text.replace("rollouts = 2 }] }", "rollouts = 2 }], max_drift = 1e-30 }"))
-    with pytest.raises(RowsFailedError, match=r"1 of 3 jobs failed, first drifts, seed 1: .*max_drift"):
+    text = (folder / "plan.toml").read_text().replace('name = "dpo"', 'name = "lost"')
+    bad.write_text(text.replace("rollouts = 2 }] }", 'rollouts = 2 }], init = "made/nowhere" }'))
+    with pytest.raises(RowsFailedError, match=r"1 of 3 jobs failed, first lost, seed 1: .*nowhere"):
         reproduce(bad, folder / "out", seeds=[1], jobs=1)
-    assert not (folder / "out" / "rows" / "drifts" / "seed_1" / "result.json").exists()
-    assert "max_drift" in (folder / "out" / "reproduction.html").read_text()
+    assert not (folder / "out" / "rows" / "lost" / "seed_1" / "result.json").exists()
+    assert "nowhere" in (folder / "out" / "reproduction.html").read_text()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sip_engine.config import RunConfig
@@ -23,6 +24,7 @@ from sip_engine.reproduction.order import (
     kendall_tau,
     spread,
     standard_row,
+    t_quantile,
     table_bases,
     table_orders,
 )
@@ -32,6 +34,7 @@ NO_COST = Cost(
     steps=1, step_seconds=0, seconds={}, elapsed=0, peak_memory_mb=0, joules_per_step=None, judge={}
 )
 SETTINGS: dict[str, Any] = {"world": {}}
+samples = st.lists(st.integers(-50, 50).map(float), min_size=2, max_size=9)
 
 
 def a_row(
@@ -82,33 +85,97 @@ def test_kendall_tau_against_the_correlation_of_signs(pairs):
 
 
 def test_pairs_are_alike_the_other_way_or_undecided():
-    """Standard errors of 1 each: a difference must be above 2 * sqrt(2) = 2.83 to be clear."""
-    one = {name: Spread(mean, 2.0, 4) for name, mean in {"a": 10, "b": 7, "c": 9, "d": 20}.items()}
+    """Standard errors of 1 each, 6 degrees of freedom: a difference must be above 2.447 * sqrt(2) = 3.46."""
+    one = {name: Spread(mean, 2.0, 4) for name, mean in {"a": 10, "b": 6.5, "c": 9, "d": 20}.items()}
     order = compare_order(one, {"a": 50.0, "b": 40.0, "c": 30.0, "d": 20.0, "not run": 99.0})
     clear = {(p.better, p.worse): p.ours for p in order.alike}
-    assert clear == {("a", "b"): 3.0}
+    assert clear == {("a", "b"): 3.5}
     assert {(p.better, p.worse): p.ours for p in order.reversed} == {
         ("a", "d"): -10.0,
-        ("b", "d"): -13.0,
+        ("b", "d"): -13.5,
         ("c", "d"): -11.0,
     }
-    assert {(p.better, p.worse): p.ours for p in order.undecided} == {("a", "c"): 1.0, ("b", "c"): -2.0}
+    assert {(p.better, p.worse): p.ours for p in order.undecided} == {("a", "c"): 1.0, ("b", "c"): -2.5}
     assert [(p.better, p.worse) for p in order.other_way] == [("b", "d"), ("c", "d"), ("a", "d"), ("b", "c")]
     assert {(p.better, p.worse) for p in order.agreeing} == {("a", "b"), ("a", "c")}
     assert {p.published for p in order.pairs} == {10.0, 20.0, 30.0}
     assert all(p.error == pytest.approx(2**0.5) for p in order.pairs)
+    assert all(p.bar == pytest.approx(2.447 * 2**0.5) for p in order.pairs)
     assert order.tau == pytest.approx((2 - 4) / 6)
+    assert (order.num_tested, order.by_chance) == (6, pytest.approx(0.3))
 
 
-def test_two_standard_errors_exactly_are_not_clear_and_one_seed_never_is():
-    two = {"a": Spread(2.0, 2.0, 4), "b": Spread(0.0, 0.0, 4), "c": Spread(-50.0, None, 1)}
-    order = compare_order(two, {"a": 3.0, "b": 2.0, "c": 1.0})
+def beyond(t: float, freedom: float) -> float:
+    """Two-sided p-value of Student's t by Simpson's rule over its density."""
+    x = np.linspace(0.0, t, 4001)
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    density = np.exp(scale - (freedom + 1) / 2 * np.log1p(x * x / freedom))
+    weights = np.tile([2.0, 4.0], 2001)[:4001]
+    weights[[0, -1]] = 1.0
+    return 1 - 2 * float(weights @ density) * t / 4000 / 3
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 31), 35, 41, 77.7, 119.9, 120, 500, 999, 1000, 10**6])
+def test_quantiles_of_t_leave_5_percent_outside_or_a_little_less(freedom):
+    least = 0.0499 if freedom <= 20 else 0.0475
+    assert least < beyond(t_quantile(freedom), freedom) < 0.0501
+    assert t_quantile(freedom + 0.5) <= t_quantile(freedom)
+    assert t_quantile(freedom - 1e-12) == t_quantile(freedom)
+
+
+@given(samples, samples)
+@example([-10.0, 10.0], [60.0] * 9)  # one degree of freedom, not nine
+def test_beyond_noise_is_welchs_test_of_the_seeds(a, b):
+    """By its p-value at exact degrees of freedom, where those of the table's row agree."""
+    rows = {
+        name: Spread(statistics.fmean(x), statistics.stdev(x), len(x)) for name, x in (("a", a), ("b", b))
+    }
+    (pair,) = compare_order(rows, {"a": 2.0, "b": 1.0}).pairs
+    first, second = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
+    if first + second == 0:
+        assert pair.is_beyond_noise == (pair.ours != 0)
+        return
+    freedom = (first + second) ** 2 / (first**2 / (len(a) - 1) + second**2 / (len(b) - 1))
+    t = abs(statistics.fmean(a) - statistics.fmean(b)) / (first + second) ** 0.5
+    assert pair.error == pytest.approx((first + second) ** 0.5)
+    if beyond(t, freedom) > 0.0501:
+        assert not pair.is_beyond_noise
+    if beyond(t, max(1, math.floor(freedom + 1e-6))) < 0.0499:
+        assert pair.is_beyond_noise
+
+
+def test_margin_is_half_of_the_interval_of_the_mean():
+    """At 2 degrees of freedom the quantile has a closed form: 0.95 * sqrt(2 / (1 - 0.95**2))."""
+    one = spread([3.0, 4.5, 8.0])
+    wanted = 0.95 * (2 / (1 - 0.95**2)) ** 0.5 * statistics.stdev([3.0, 4.5, 8.0]) / 3**0.5
+    assert one is not None and one.margin == pytest.approx(wanted, rel=1e-3)
+    assert Spread(1.0, None, 1).margin is None
+
+
+def test_one_seed_is_undecided_and_one_prefix_says_nothing():
+    rows = {"a": Spread(2.0, 2.0, 4), "b": Spread(0.0, 0.0, 4), "c": Spread(-50.0, None, 1)}
+    order = compare_order(rows, {"a": 3.0, "b": 2.0, "c": 1.0})
     assert len(order.undecided) == 3
     assert [p.error for p in order.pairs] == [1.0, None, None]
-    nearer = compare_order({**two, "a": Spread(2.001, 2.0, 4)}, {"a": 3.0, "b": 2.0})
-    assert len(nearer.alike) == 1
-    same = Spread(1.0, 0.0, 3)
-    assert len(compare_order({"a": same, "b": same}, {"a": 2.0, "b": 1.0}).undecided) == 1
+    assert [p.bar for p in order.pairs] == [3.182, None, None]
+    assert (order.num_tested, order.by_chance) == (1, 0.05)
+    assert len(compare_order({**rows, "a": Spread(3.19, 2.0, 4)}, {"a": 3.0, "b": 2.0}).alike) == 1
+    # Without any deviation there is the floor alone; 100 * 152 / 300 is one prefix of 300 above 151.
+    share = 100 / 300
+    for more, beyond in ((0, 0), (1, 0), (1.5, 1)):
+        means = {"a": Spread(100 * (151 + more) / 300, 0.0, 3), "b": Spread(100 * 151 / 300, 0.0, 3)}
+        assert len(compare_order(means, {"a": 2.0, "b": 1.0}, floor=share).alike) == beyond
+
+
+def test_floor_of_a_table_is_a_share_of_its_fewest_prefixes():
+    table = Table(name="main", title="", figures=("win_rate",))
+    rows = [
+        a_row(name, [{"win_rate": mean}] * 2, paper={"win_rate": paper})
+        for name, mean, paper in (("a", 0.75, 3.0), ("b", 0.65, 2.0), ("c", 0.5, 1.0))
+    ]
+    found = table_orders(table, rows)["win_rate"]
+    assert [p.bar for p in found.pairs] == [pytest.approx(100 / 9)] * 3
+    assert {(p.better, p.worse) for p in found.alike} == {("a", "c"), ("b", "c")}
 
 
 def test_pairs_that_the_paper_ties_are_only_counted():

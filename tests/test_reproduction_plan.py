@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from sip_engine.errors import ConfigError
-from sip_engine.reproduction.plan import load_plan, row_config, scaled, stage_config, truth_config
+from sip_engine.reproduction.plan import (
+    load_plan,
+    row_config,
+    row_recipe,
+    scaled,
+    stage_config,
+    truth_config,
+)
 
 PLAN = Path(__file__).parents[1] / "configs" / "world" / "reproduction.toml"
 
@@ -24,7 +31,17 @@ def test_every_stage_and_row_of_the_shipped_plan_is_a_run(tmp_path: Path) -> Non
             assert path is None or path.is_relative_to(tmp_path)
         assert truth_config(plan, cfg)["judge"] == {"backend": "world"}
     names = {row.name for row in plan.rows}
-    assert {f"quality_{n}" for n in (1, 2, 4, 8, 16)} | {"pivot_8", "tournament_8", "truth_8"} <= names
+    assert {f"quality_{n}" for n in (1, 2, 4, 8, 16)} | {"pivot_8", "tournament_8", "trained_8"} <= names
+
+
+def test_the_evaluation_is_checked_with_the_rows_and_moves_with_out(tmp_path: Path) -> None:
+    text = SMALL.replace("[common]", "[evaluation.eval]\nnum_prefixs = 3\n[common]")
+    plan = load_plan(written(tmp_path, text))
+    with pytest.raises(ConfigError, match=r"evaluation of row one.*num_prefixs"):
+        row_recipe(plan, plan.rows[0], 1)
+    plan = load_plan(PLAN)
+    assert row_recipe(plan, plan.rows[0], 1) != row_recipe(plan, plan.rows[0], 2)
+    assert row_recipe(plan, plan.rows[0], 1)["evaluation"]["judge"]["backend"] == "world"
 
 
 def test_a_short_plan_is_short(tmp_path: Path) -> None:
@@ -34,6 +51,7 @@ def test_a_short_plan_is_short(tmp_path: Path) -> None:
     assert (less.steps, less.optimizer.warmup_steps) == (row.steps // 10, row.optimizer.warmup_steps // 10)
     base = stage_config(short, short.stages[0], PLAN.parent, tmp_path)
     assert base.steps == stage_config(plan, plan.stages[0], PLAN.parent, tmp_path).steps // 10
+    assert short.evaluation["eval"]["num_prefixes"] == plan.evaluation["eval"]["num_prefixes"] // 10
     data = [stage.judge_data for stage in short.stages if stage.judge_data]
     assert data[0] is not None and data[0].pairs == 1000
     for scale in (0.0, -1.0, 1.5):
@@ -76,6 +94,9 @@ def test_settings_that_a_row_is_without(tmp_path: Path) -> None:
     plan = load_plan(path)
     cfg = row_config(plan, plan.rows[0], 1, tmp_path)
     assert cfg.init is None and cfg.judge.local.checkpoint is None
+    plan = load_plan(written(tmp_path, SMALL + 'unset = ["init.made"]\n'))
+    with pytest.raises(ConfigError, match="'init' is a setting without settings"):
+        row_config(plan, plan.rows[0], 1, tmp_path)
     plan = load_plan(written(tmp_path, SMALL + 'unset = ["judge.lokal"]\n'))
     with pytest.raises(ConfigError, match="no common setting 'lokal'"):
         row_config(plan, plan.rows[0], 1, tmp_path)
@@ -89,6 +110,11 @@ def test_settings_that_a_row_is_without(tmp_path: Path) -> None:
         ('table = "main"', 'table = "mane"', "there is no table 'mane'"),
         ('name = "one"', 'name = "a/b"', "names a folder"),
         ('figures = ["win_rate"]', 'figures = ["winrate"]', "figures"),
+        ('baseline = "base"', 'baseline = "base"\nseeds = []', "seeds: there are none"),
+        ('baseline = "base"', 'baseline = "base"\nseeds = [1, 1]', "seeds: '1' is named twice"),
+        ('baseline = "base"', 'baseline = "base"\nseeds = [-1]', "seeds"),
+        ('name = "base"', 'name = "../base"', "names a folder"),
+        ('label = "One"', 'label = "One"\npaper = { winrate = 1.0 }', "paper.winrate"),
         ('label = "One"', 'label = "One"\ncolour = 1', "colour"),
         (
             'label = "One"\ntable = "main"',

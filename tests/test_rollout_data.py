@@ -19,7 +19,7 @@ from sip_engine.mesh import Mesh
 from sip_engine.rollout_data import make_rollout_data, rollout_records
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.train import train
-from sip_engine.types import Failure, PairQuestion, SafetyQuestion, Sample, Score
+from sip_engine.types import Failure, Judgment, PairQuestion, SafetyQuestion, Sample, Score
 from sip_engine.world import World, measure
 
 
@@ -62,6 +62,51 @@ def test_only_clear_pairs_are_kept_in_both_orders() -> None:
     }
     assert len(pairs) == 8 and set(pairs) == expected
     assert Counter(r["answer"] for r in records if r["kind"] == "safety") == {"yes": 1, "no": 1}
+
+
+class Placed:
+    """Gives the first text the share of the pair's length that it has, and what its place is worth."""
+
+    name = "placed"
+    deterministic = True
+
+    def __init__(self, bonus: float) -> None:
+        self.bonus = bonus
+
+    def judge(self, questions, *, seed: int = 0) -> list[Judgment]:
+        del seed
+        lengths = [(len(q.first), len(q.second)) for q in questions]
+        return [Score(a / (a + b) + self.bonus) for a, b in lengths]
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.125, -0.125])
+def test_a_place_in_the_pair_is_no_label(bonus: float) -> None:
+    """Shares of 3/4 outweigh the place, of 4/7 they do not, and the one of 5/8 is a tie where it is second."""
+    groups = [["aaa", "b", "cccc", "ddd"], ["e", "fff", "ggg", "hhhh"], ["iiiii", "jjj", "kk", "ll"]]
+    samples = [Sample(n, 0, None, None, f"p{n}", "s") for n in range(3)]  # type: ignore[arg-type]
+    records = rollout_records(
+        samples, groups, Placed(bonus), num_pairs=9, num_safety=0, num_factuality=0, max_prefix_chars=None
+    )
+    clear = [("p0", "aaa", "b"), ("p1", "fff", "e")]
+    if not bonus:
+        clear += [("p0", "cccc", "ddd"), ("p1", "hhhh", "ggg"), ("p2", "iiiii", "jjj")]
+    expected = {
+        (f"\x01{p}\x02{x}\x03{y}\x04", answer)
+        for p, better, worse in clear
+        for answer, x, y in (("1", better, worse), ("2", worse, better))
+    }
+    assert len(records) == len(expected) and {(r["prompt"], r["answer"]) for r in records} == expected
+
+
+def test_a_mix_without_exercises_is_told_from_another_folder(tmp_path: Path) -> None:
+    world = {"out": tmp_path / "run", "init": tmp_path / "base", "world": {}, "judge": {"backend": "world"}}
+    cfg, settings = parse_config(world, "test"), KEPT | {"num_grades": 4}
+    (tmp_path / "mix").mkdir()
+    with pytest.raises(DataError, match="takes a folder that"):
+        make_rollout_data(cfg, tmp_path / "x", **settings, mix=tmp_path / "mix")
+    write_jsonl(tmp_path / "mix" / "train.jsonl", [{"prompt": "p", "answer": "1", "kind": "quality"}])
+    with pytest.raises(DataError, match=r"warm\.jsonl: .* no exercises .* --flaws"):
+        make_rollout_data(cfg, tmp_path / "x", **settings, mix=tmp_path / "mix")
 
 
 @pytest.mark.slow

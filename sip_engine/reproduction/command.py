@@ -11,22 +11,34 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from sip_engine.config import RunConfig
-from sip_engine.errors import ConfigError, SipError
+from sip_engine.errors import ConfigError, DataError, SipError
 from sip_engine.files import check_writable, read_json
 from sip_engine.progress import console, steps
+from sip_engine.report.load import CONFIG
 from sip_engine.reproduction.page import write_page
-from sip_engine.reproduction.plan import Plan, load_plan, row_config, run_folder, scaled, stage_config
-from sip_engine.reproduction.worker import RESULT, STAGE_RESULT
+from sip_engine.reproduction.plan import (
+    Plan,
+    load_plan,
+    row_config,
+    row_recipe,
+    run_folder,
+    scaled,
+    stage_config,
+    stage_recipe,
+    stages_of,
+)
+from sip_engine.reproduction.worker import RESULT, STAGE_RESULT, fingerprints
 from sip_engine.run import changed_settings
 
 LOG, PAGE = "log.txt", "reproduction.html"
+_PATHS = ("out", "init", "path", "eval_path", "cache", "tokenizer", "checkpoint")
+"""Settings that say where things lie, which does not matter to what comes of them."""
 
 
 class RowsFailedError(SipError):
@@ -43,25 +55,44 @@ class Job:
     arguments: tuple[str, ...]
     folder: Path
     result: Path
+    recipe: dict[str, Any]
+    """All that decides what comes of it, except what its needs are made of."""
     settings: dict[str, Any]
-    needs: frozenset[Path] = field(default_factory=frozenset)
+    """Of its run, as `config.json` in its folder says once it has begun."""
+    needs: tuple[Path, ...] = ()
     """Folders of the jobs that must be done before."""
 
     def is_done(self) -> bool:
         """Whether the result is there.
 
         Raises:
-            ConfigError: it was made with other settings.
+            ConfigError: it was made, or begun, with other settings or from another making of what it needs.
         """
         if not self.result.is_file():
+            self._refuse("begun with other settings", self._changed_since_begun())
             return False
-        found = changed_settings(read_json(self.result)["settings"], self.settings)
-        if found:
-            raise ConfigError(
-                f"{self.folder} was made with other settings ({found[0]}): remove it to make it anew, or choose "
-                "another --out"
-            )
+        found = read_json(self.result)
+        if not isinstance(found, dict) or not {"recipe", "made_from"} <= found.keys():
+            raise DataError(f"{self.result}: not a result of `sip reproduce`; remove it to make it anew")
+        self._refuse("made with other settings", changed_settings(found["recipe"], self.recipe))
+        there = [folder for folder in self.needs if (folder / STAGE_RESULT).is_file()]
+        now = fingerprints(there)
+        self._refuse(
+            "made from another", [n for n, digest in now.items() if found["made_from"].get(n) != digest]
+        )
         return True
+
+    def _changed_since_begun(self) -> list[str]:
+        if not (self.folder / CONFIG).is_file():
+            return []
+        changes = changed_settings(read_json(self.folder / CONFIG), self.settings)
+        return [change for change in changes if change.split()[0].split(".")[-1] not in _PATHS]
+
+    def _refuse(self, what: str, changes: Sequence[str]) -> None:
+        if changes:
+            raise ConfigError(
+                f"{self.folder} was {what} ({changes[0]}): remove it to make it anew, or choose another --out"
+            )
 
 
 def reproduce(
@@ -87,13 +118,15 @@ def reproduce(
     plan = scaled(load_plan(path), scale)
     out = plan.root if out is None else out
     check_writable(out, folder=True)
-    with _alone(out):
-        return _reproduce(path, _chosen(plan, seeds, rows), out, jobs, scale)
-
-
-def _reproduce(path: Path, plan: Plan, out: Path, jobs: int, scale: float) -> Path:
-    runs = list(_row_jobs(plan, path, out, scale))
+    chosen = _chosen(plan, seeds, rows)
+    runs = list(_row_jobs(chosen, path, out, scale))
     every = [*_needed(list(_stage_jobs(plan, path, out, scale)), runs), *runs]
+    shown = plan.model_copy(update={"seeds": tuple(dict.fromkeys((*plan.seeds, *chosen.seeds)))})
+    with _alone(out):
+        return _reproduce(shown, every, out, jobs)
+
+
+def _reproduce(plan: Plan, every: list[Job], out: Path, jobs: int) -> Path:
     done = {job.folder for job in every if job.is_done()}
     left = [job for job in every if job.folder not in done]
     jobs = jobs or (1 if torch.cuda.is_available() else _num_cores())
@@ -106,7 +139,10 @@ def _reproduce(path: Path, plan: Plan, out: Path, jobs: int, scale: float) -> Pa
                 failed[job.title] = reason
                 console.print(f"{job.title} failed: {reason}", soft_wrap=True, markup=False)
             elif job.result.name == RESULT:
-                write_page(plan, out, page, failed=failed)
+                try:
+                    write_page(plan, out, page, failed=failed)
+                except SipError as error:  # the last one says it again, and the jobs go on until then
+                    console.print(f"no page yet: {error}", soft_wrap=True, markup=False)
             bar.advance({"failed": len(failed)})
     write_page(plan, out, page, failed=failed)
     console.print(f"page {page}", soft_wrap=True)
@@ -155,8 +191,9 @@ def _stage_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job
             (str(path), str(out), str(scale), stage.name),
             folder,
             folder / STAGE_RESULT,
+            stage_recipe(plan, stage, path.parent),
             cfg.model_dump(mode="json"),
-            frozenset(out / name for name in stage.needs),
+            tuple(out / name for name in stage.needs),
         )
 
 
@@ -164,7 +201,7 @@ def _needed(stages: list[Job], runs: list[Job]) -> list[Job]:
     """The stages that some run needs, and those that they need."""
     wanted = {folder for run in runs for folder in run.needs}
     for stage in reversed(stages):
-        wanted |= stage.needs if stage.folder in wanted else frozenset()
+        wanted |= set(stage.needs) if stage.folder in wanted else set()
     return [stage for stage in stages if stage.folder in wanted]
 
 
@@ -184,20 +221,10 @@ def _row_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job]:
                 (str(path), str(out), str(scale), row.name, str(seed)),
                 folder,
                 folder / RESULT,
+                row_recipe(plan, row, seed),
                 cfg.model_dump(mode="json"),
-                frozenset(_stages_in(plan, cfg, out)),
+                tuple(stages_of(plan, cfg, out)),
             )
-
-
-def _stages_in(plan: Plan, cfg: RunConfig, out: Path) -> Iterator[Path]:
-    """The stages that a run's settings read from, and the baseline's."""
-    used = [cfg.init, cfg.data.tokenizer]
-    used += [cfg.judge.local.checkpoint] if cfg.needs_judge else []
-    used += [cfg.rewriter.local.checkpoint] if cfg.needs_rewriter else []
-    for stage in plan.stages:
-        folder = out / stage.name
-        if stage.name == plan.baseline or any(p is not None and p.is_relative_to(folder) for p in used):
-            yield folder
 
 
 def _run(left: list[Job], done: set[Path], jobs: int) -> Iterator[tuple[Job, str | None]]:
@@ -209,11 +236,11 @@ def _run(left: list[Job], done: set[Path], jobs: int) -> Iterator[tuple[Job, str
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
-                for job in [j for j in waiting if j.needs & failed]:
+                for job in [j for j in waiting if failed & set(j.needs)]:
                     waiting.remove(job)
                     failed.add(job.folder)
-                    yield job, f"{sorted(job.needs & failed)[0].name} failed"
-                for job in [j for j in waiting if j.needs <= done][: jobs - len(running)]:
+                    yield job, f"{sorted(failed & set(job.needs))[0].name} failed"
+                for job in [j for j in waiting if done >= set(j.needs)][: jobs - len(running)]:
                     waiting.remove(job)
                     running[pool.submit(processes.run, job)] = job
                 if not running:
@@ -230,35 +257,43 @@ class _Processes:
     """The processes that are running, to be stopped with this one."""
 
     def __init__(self, threads: int) -> None:
-        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
 
     def run(self, job: Job) -> str | None:
         """Run a job to its end, its output to `log.txt`; why it failed, or None."""
-        job.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "sip_engine.reproduction.worker", *job.arguments]
         log = job.folder / LOG
-        with log.open("ab") as file:
-            with self._lock:
-                process = subprocess.Popen(
-                    command,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=self._environment,
-                )
-                self._running.add(process)
-            code = process.wait()
-        with self._lock:
-            self._running.discard(process)
-        if code == 0 and job.result.is_file():
-            return None
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                code = self._run(job, file)
+            if code == 0 and job.result.is_file():
+                return None
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError as error:
+            return str(error)
         return f"{lines[-1].strip() if lines else 'no output'} (exit code {code}; see {log})"
 
-    def stop(self) -> None:
-        """End what still runs; a run resumes from its newest checkpoint next time."""
+    def _run(self, job: Job, file: IO[bytes]) -> int:
+        # -P: a checkout in the working directory is not what runs.
+        command = [sys.executable, "-P", "-m", "sip_engine.reproduction.worker", *job.arguments]
         with self._lock:
+            if self._stopped:
+                return -signal.SIGTERM
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=self._environment
+            )
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return code
+
+    def stop(self) -> None:
+        """End what still runs and start nothing more; a run resumes from its newest checkpoint next time."""
+        with self._lock:
+            self._stopped = True
             for process in self._running:
                 process.terminate()

@@ -14,9 +14,17 @@ from pydantic import BaseModel, ConfigDict
 from sip_engine.config import RunConfig
 from sip_engine.objectives import JUDGED
 from sip_engine.reproduction.plan import Row, Table
+from sip_engine.types import Kind
 
-CLEAR_ERRORS = 2.0
-"""Standard errors that a difference must exceed to say anything."""
+CHANCE = 0.05
+"""Share of pairs of equal rows that pass for parted: the quantiles below are two-sided at 95 %."""
+_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+"""Of Student's t, at 1, 2, ... degrees of freedom."""
+_FURTHER = ((1000, 1.962), (120, 1.980), (60, 2.000), (40, 2.021), (30, 2.042), (25, 2.060))
+"""Degrees of freedom from which on a quantile holds; towards 1.96 for ever more."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,11 @@ class Spread:
         """Standard error of the mean; None for a single value."""
         return None if self.deviation is None else self.deviation / math.sqrt(self.count)
 
+    @property
+    def margin(self) -> float | None:
+        """Half of the mean's 95 % interval, by Student's t; None for a single value."""
+        return None if self.error is None else t_quantile(self.count - 1) * self.error
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -47,11 +60,14 @@ class Pair:
     """The same difference of our means: below 0 where we have it the other way."""
     error: float | None
     """Its standard error, seeds of both rows taken as independent; None if a row has one seed only."""
+    bar: float | None
+    """What our difference must exceed to be beyond seed noise; None if a row has one seed only."""
 
     @property
-    def is_clear(self) -> bool:
-        """Whether our difference is more than `CLEAR_ERRORS` standard errors."""
-        return self.error is not None and abs(self.ours) > CLEAR_ERRORS * self.error
+    def is_beyond_noise(self) -> bool:
+        """Whether our difference is more than other seeds would be expected to make of equal rows."""
+        # One prefix more or less is exactly the floor but for rounding.
+        return self.bar is not None and abs(self.ours) > self.bar * (1 + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -66,27 +82,37 @@ class Order:
 
     @property
     def alike(self) -> tuple[Pair, ...]:
-        """Pairs clearly in the paper's order."""
-        return tuple(pair for pair in self.pairs if pair.is_clear and pair.ours > 0)
+        """Pairs in the paper's order, beyond seed noise."""
+        return tuple(pair for pair in self.pairs if pair.is_beyond_noise and pair.ours > 0)
 
     @property
     def reversed(self) -> tuple[Pair, ...]:
-        """Pairs clearly the other way."""
-        return tuple(pair for pair in self.pairs if pair.is_clear and pair.ours < 0)
+        """Pairs the other way, beyond seed noise."""
+        return tuple(pair for pair in self.pairs if pair.is_beyond_noise and pair.ours < 0)
 
     @property
     def undecided(self) -> tuple[Pair, ...]:
         """Pairs whose difference says nothing yet, whichever way it points."""
-        return tuple(pair for pair in self.pairs if not pair.is_clear)
+        return tuple(pair for pair in self.pairs if not pair.is_beyond_noise)
+
+    @property
+    def num_tested(self) -> int:
+        """Pairs with seeds enough to be told from noise."""
+        return sum(pair.bar is not None for pair in self.pairs)
+
+    @property
+    def by_chance(self) -> float:
+        """How many pairs would be beyond seed noise, either way, if no two rows differed."""
+        return CHANCE * self.num_tested
 
     @property
     def agreeing(self) -> tuple[Pair, ...]:
-        """Pairs whose means are in the paper's order, clearly or not."""
+        """Pairs whose means are in the paper's order, beyond noise or not."""
         return tuple(pair for pair in self.pairs if pair.ours > 0)
 
     @property
     def other_way(self) -> tuple[Pair, ...]:
-        """Pairs whose means are the other way, clearly or not, the largest difference first."""
+        """Pairs whose means are the other way, beyond noise or not, the largest difference first."""
         return tuple(sorted((pair for pair in self.pairs if pair.ours < 0), key=lambda pair: pair.ours))
 
 
@@ -99,7 +125,7 @@ class Cost(BaseModel):
     step_seconds: float
     seconds: dict[str, float]
     elapsed: float
-    peak_memory_mb: float
+    peak_memory_mb: float | None
     joules_per_step: float | None
     judge: dict[str, float]
 
@@ -162,6 +188,12 @@ class RowRuns:
         return self.cfg.objective.kind in JUDGED
 
     @property
+    def kinds(self) -> set[str]:
+        """Kinds of candidates that any stage of its curriculum has."""
+        has = [(stage.original, stage.rewrite, stage.rollouts) for stage in self.cfg.candidates]
+        return {kind for one in has for kind, number in zip(Kind, one, strict=True) if number}
+
+    @property
     def from_scratch(self) -> bool:
         return self.cfg.init is None
 
@@ -180,8 +212,22 @@ def spread(values: Iterable[float]) -> Spread | None:
     return Spread(float(known.mean()), deviation, len(known))
 
 
-def compare_order(ours: Mapping[str, Spread], published: Mapping[str, float]) -> Order:
-    """Compare our means with published figures of the same unit, over the rows that have both."""
+def t_quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t; between the table's degrees of freedom the larger one holds."""
+    # Rounding must not take whole degrees to the next lower row.
+    whole = math.floor(freedom + 1e-9)
+    assert whole >= 1
+    if whole <= len(_QUANTILES):
+        return _QUANTILES[whole - 1]
+    return next((value for least, value in _FURTHER if whole >= least), _QUANTILES[-1])
+
+
+def compare_order(ours: Mapping[str, Spread], published: Mapping[str, float], *, floor: float = 0.0) -> Order:
+    """Compare our means with published figures of the same unit, over the rows that have both.
+
+    A difference is beyond seed noise if Welch's test of unequal variances says so at 95 % (B. L. Welch, The
+    generalization of Student's problem, 1947) and it exceeds `floor`: deviations of few seeds can be 0 by chance.
+    """
     rows = [name for name in published if name in ours]
     pairs, num_tied = [], 0
     for first, second in combinations(rows, 2):
@@ -190,19 +236,32 @@ def compare_order(ours: Mapping[str, Spread], published: Mapping[str, float]) ->
             continue
         if published[first] < published[second]:
             first, second = second, first
-        errors = [ours[name].error for name in (first, second)]
-        known = [error for error in errors if error is not None]
+        error, bar = _noise(ours[first], ours[second], floor)
         pairs.append(
             Pair(
                 better=first,
                 worse=second,
                 published=published[first] - published[second],
                 ours=ours[first].mean - ours[second].mean,
-                error=math.hypot(*known) if len(known) == len(errors) else None,
+                error=error,
+                bar=bar,
             )
         )
     tau = kendall_tau([ours[name].mean for name in rows], [published[name] for name in rows])
     return Order(tuple(pairs), num_tied, tau)
+
+
+def _noise(a: Spread, b: Spread, floor: float) -> tuple[float | None, float | None]:
+    """Standard error of the difference of two means, and what a difference must exceed."""
+    if a.error is None or b.error is None:
+        return None, None
+    error = math.hypot(a.error, b.error)
+    if not error:
+        return 0.0, floor
+    # Shares of the variance first: squares of tiny errors would vanish.
+    shares = [(side / error) ** 2 for side in (a.error, b.error)]
+    freedom = 1 / sum(share**2 / (one.count - 1) for share, one in zip(shares, (a, b), strict=True))
+    return error, max(t_quantile(freedom) * error, floor)
 
 
 def table_bases(table: Table, rows: Sequence[RowRuns]) -> dict[str, Spread | None]:
@@ -220,13 +279,15 @@ def table_orders(table: Table, rows: Sequence[RowRuns]) -> dict[str, Order]:
     """For each figure of a table that two rows or more have, our order of them against the paper's."""
     orders = {}
     for figure in table.figures:
-        ours, paper = {}, {}
+        ours, paper, nums = {}, {}, []
         for one in rows:
             found = one.spread(figure)
             if one.is_in(table) and found is not None and figure in one.row.paper:
                 ours[one.row.name], paper[one.row.name] = found, one.row.paper[figure]
+                nums += [result.num_prefixes for result in one.results.values()]
         if len(ours) > 1:
-            orders[figure] = compare_order(ours, paper)
+            # No difference below one prefix's share means anything.
+            orders[figure] = compare_order(ours, paper, floor=100 / max(1, min(nums)))
     return orders
 
 

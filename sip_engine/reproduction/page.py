@@ -23,7 +23,7 @@ from markupsafe import Markup
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from pydantic import ValidationError
 
-from sip_engine.config import CandidateStage, JudgeConfig, RewriterConfig, RunConfig
+from sip_engine.config import JudgeConfig, RewriterConfig
 from sip_engine.errors import DataError
 from sip_engine.files import read_json, write_atomic
 from sip_engine.report import svg as drawing
@@ -77,10 +77,9 @@ def write_page(plan: Plan, out: Path, page: Path, *, failed: Mapping[str, str]) 
         DataError: a result or a run's records are damaged, or `page` cannot be written.
     """
     rows = [_load_row(plan, row, out, failed) for row in plan.rows]
+    named = {one.row.name: one for one in rows}
     stages = {s.name: found for s in plan.stages if (found := _load_stage(out / s.name)) is not None}
-    seen = {
-        one.row.name: {seed: _look(run_folder(out, one.row, seed)) for seed in plan.seeds} for one in rows
-    }
+    seen = {n: {s: _look(run_folder(out, one.row, s)) for s in plan.seeds} for n, one in named.items()}
     monitored: list[tuple[str, Mapping[int | None, _Seen | None]]] = [
         *((one.title, {**seen[one.row.name]}) for one in rows),
         *(
@@ -91,6 +90,7 @@ def write_page(plan: Plan, out: Path, page: Path, *, failed: Mapping[str, str]) 
     ]
     script = resources.files("sip_engine.report").joinpath("report.js").read_text(encoding="utf-8")
     parts = {part for one in rows for result in one.results.values() for part in result.cost.seconds}
+    parts -= {*PARTS, "judge_busy"}  # the judge's own time runs beside generation and is no part of the sum
     orders = [(table, table_orders(table, rows)) for table in plan.tables]
     text = _template().render(
         plan=plan,
@@ -98,38 +98,23 @@ def write_page(plan: Plan, out: Path, page: Path, *, failed: Mapping[str, str]) 
         names=NAMES,
         paper_base=PAPER_BASE,
         bases={table.name: table_bases(table, rows) for table in plan.tables},
-        targets=[
-            (target, next((one for one in rows if one.row.name == target.row), None))
-            for target in plan.targets
-        ],
+        targets=[(target, named.get(target.row)) for target in plan.targets],
         orders=orders,
         total=all_pairs(found for _, found in orders),
-        labels={one.row.name: one.row.label for one in rows},
+        labels={name: one.row.label for name, one in named.items()},
         plots=[
             plot for plot in (*_chosen(rows, seen), _rollouts(rows), _schedules(rows)) if plot and plot.panels
         ],
-        parts=[*PARTS, *sorted(parts - {*PARTS})],
+        parts=[*PARTS, *sorted(parts)],
         standards={one.row.name: standard_row(one, rows) for one in rows},
         stages={n: s for n, s in stages.items() if s.settings.get("task") in ("judge", "rewriter")},
         stage_figures=_stage_figures,
         signatures=all_signatures([]),
         monitored=[(label, runs) for label, runs in monitored if any(runs.values())],
         over_runs=_over_runs,
-        monitors=list(dict.fromkeys(one.cfg.monitors for one in rows)),
         failed=failed,
-        judges=_counted(_who(one.cfg.judge) for one in rows if one.is_judged),
-        rewriters=_counted(_who(one.cfg.rewriter) for one in rows if one.cfg.rewriter.backend != "none"),
-        trained_on_truth=any(one.is_judged and one.cfg.judge.backend == "world" for one in rows),
-        truth=plan.evaluation.get("judge", {}).get("backend"),
         prefixes=sorted({result.num_prefixes for one in rows for result in one.results.values()}),
-        lengths=_counted(f"{one.cfg.steps:,} steps of {one.cfg.batch_size} prefixes" for one in rows),
-        worlds=_counted(
-            f"{world.num_people} people, {world.train_documents:,} documents"
-            for one in rows
-            if (world := one.cfg.world)
-        ),
-        model=rows[0].cfg.model,
-        suffix_tokens=rows[0].cfg.data.suffix_tokens,
+        **_settings(plan, rows),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         torch=torch.__version__,
         machine=_machine(),
@@ -139,6 +124,32 @@ def write_page(plan: Plan, out: Path, page: Path, *, failed: Mapping[str, str]) 
     # Reasons of failures may hold bytes that are not UTF-8.
     write_atomic(page, text.encode("utf-8", "replace").decode("utf-8"))
     return page
+
+
+def _settings(plan: Plan, rows: Sequence[RowRuns]) -> dict[str, Any]:
+    """What the page tells of the rows' settings."""
+    judged = [one for one in rows if one.is_judged]
+    truth = plan.evaluation.get("judge", {}).get("backend")
+    losses = {
+        one.row.name: one.cfg.objective.loss_on for one in rows if one.cfg.objective.kind == "next_token"
+    }
+    return {
+        "monitors": list(dict.fromkeys(one.cfg.monitors for one in rows)),
+        "judges": _counted(_who(one.cfg.judge) for one in judged),
+        "rewriters": _counted(_who(one.cfg.rewriter) for one in rows if one.cfg.rewriter.backend != "none"),
+        "truth": truth,
+        "by_truth": [one for one in judged if one.cfg.judge.backend == "world"],
+        "by_others": [(one, _who(one.cfg.judge)) for one in judged if one.cfg.judge.backend != "world"],
+        "losses": losses if len({*losses.values()}) > 1 else {},
+        "reserved": sorted({one.cfg.sampler.kv_memory_mb for one in rows}),
+        "lengths": _counted(f"{one.cfg.steps:,} steps of {one.cfg.batch_size} prefixes" for one in rows),
+        "worlds": _counted(
+            f"{world.num_people} people, {world.train_documents:,} documents"
+            for one in rows
+            if (world := one.cfg.world)
+        ),
+        "first": rows[0].cfg if rows else None,
+    }
 
 
 def _template() -> Any:
@@ -188,7 +199,8 @@ def _load_row(plan: Plan, row: Row, out: Path, failed: Mapping[str, str]) -> Row
             results[seed] = _read(Result, path)
         elif (title := f"{row.name}, seed {seed}") in failed:
             reasons[seed] = failed[title]
-    return RowRuns(row, row_config(plan, row, plan.seeds[0], out), results, reasons, len(plan.seeds))
+    seed = next(iter(plan.seeds), 0)
+    return RowRuns(row, row_config(plan, row, seed, out), results, reasons, len(plan.seeds))
 
 
 def _load_stage(folder: Path) -> StageResult | None:
@@ -237,12 +249,8 @@ def _over_runs(runs: Mapping[int | None, _Seen | None], signature: str) -> tuple
     known = [run for run in runs.values() if run is not None]
     found = [run.found[signature][0] for run in known if signature in run.found]
     worst = next((verdict for verdict in (SEEN, WATCH, CLEAR, UNKNOWN) if verdict in found), "")
-    return (
-        worst,
-        found.count(worst),
-        len(found),
-        [r.warned[signature] for r in known if signature in r.warned],
-    )
+    warned = [run.warned[signature] for run in known if signature in run.warned]
+    return worst, found.count(worst), len(found), warned
 
 
 def _stage_figures(stage: StageResult) -> list[str]:
@@ -278,7 +286,7 @@ def _chosen(rows: Sequence[RowRuns], seen: Mapping[str, Mapping[int, _Seen | Non
         runs = []
         for one in rows:
             done = [s.chosen for seed, s in seen[one.row.name].items() if s and seed in one.results]
-            if one.is_judged and one.from_scratch == from_scratch and len(_kinds(one.cfg)) > 1 and any(done):
+            if one.is_judged and one.from_scratch == from_scratch and len(one.kinds) > 1 and any(done):
                 config = one.cfg.model_dump(mode="json")
                 runs.append(RunRecords(one.row.label, config, _mean_curves(done), [], 0, 0.0))
         plot = choices(runs)
@@ -289,16 +297,6 @@ def _chosen(rows: Sequence[RowRuns], seen: Mapping[str, Mapping[int, _Seen | Non
         )
         plots.append(replace(plot, title=f"Chosen rate by kind, {title}", caption=caption, panels=panels))
     return plots
-
-
-def _kinds(cfg: RunConfig) -> set[str]:
-    return {kind for stage in cfg.candidates for kind in _kinds_of(stage)}
-
-
-def _kinds_of(stage: CandidateStage) -> list[str]:
-    return [
-        kind for kind, has in zip(Kind, (stage.original, stage.rewrite, stage.rollouts), strict=True) if has
-    ]
 
 
 def _mean_curves(runs: Sequence[dict[str, Curve]]) -> dict[str, Curve]:

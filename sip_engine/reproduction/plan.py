@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from sip_engine.config import Positive, RunConfig, Section, merge_settings, parse_config, read_toml
+from sip_engine.config import Positive, RunConfig, Section, Seed, merge_settings, parse_config, read_toml
 from sip_engine.errors import ConfigError
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
 _COUNTS = ("pairs", "safety", "factuality", "flaws", "grades", "held_out", "num", "mix_num")
+
+
+def _is_a_folder(value: str) -> str:
+    if not value.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"{value!r}: use letters, digits, dashes and underscores, it names a folder")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_is_a_folder)]
 
 
 class JudgeDataConfig(Section):
@@ -51,8 +60,8 @@ class RewriteDataConfig(Section):
 class Stage(Section):
     """Something all rows need: a model trained from a config, or data made with one."""
 
-    name: str
-    """Folder of what is made, under the plan's `root`."""
+    name: FolderName
+    """Folder of what is made, under the plan's `root`; letters, digits, dashes and underscores."""
     config: Path
     """A run's config; beside the plan, if it is relative."""
     needs: tuple[str, ...] = ()
@@ -70,7 +79,7 @@ class Stage(Section):
 class Row(Section):
     """One row of a table: settings over the common ones, and the paper's figures to stand beside."""
 
-    name: str
+    name: FolderName
     """Folder of its runs, under `rows`; letters, digits, dashes and underscores."""
     label: str
     """As it is called in the table."""
@@ -78,7 +87,7 @@ class Row(Section):
     """The table it is shown in; a row of several tables is run once and named in `also`."""
     also: tuple[str, ...] = ()
     """Further tables."""
-    paper: dict[str, float] = Field(default_factory=dict)
+    paper: dict[FigureName, float] = Field(default_factory=dict)
     """Figure -> the paper's, in percent; missing where the paper has none."""
     scale: float = 1.0
     """Share of its steps."""
@@ -86,13 +95,6 @@ class Row(Section):
     """Settings that differ from the common ones."""
     unset: tuple[str, ...] = ()
     """Common settings that this row is without, such as `init` or `judge.local`."""
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_folder(cls, value: str) -> str:
-        if not value.replace("-", "").replace("_", "").isalnum():
-            raise ValueError(f"{value!r}: use letters, digits, dashes and underscores, it names a folder")
-        return value
 
 
 class Table(Section):
@@ -121,7 +123,7 @@ class Plan(Section):
 
     root: Path
     """Folder that the configs write to and read from; `--out` puts another one in its place."""
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[Seed, ...] = (1, 2, 3)
     """Seeds of every row."""
     baseline: str
     """Stage whose continuations all rows are compared with."""
@@ -137,7 +139,10 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
-        for what, names in (("stages", [s.name for s in self.stages]), ("rows", [r.name for r in self.rows])):
+        names_of = {"stages": [s.name for s in self.stages], "rows": [r.name for r in self.rows]}
+        for what, names in (names_of | {"seeds": list(map(str, self.seeds))}).items():
+            if not names:
+                raise ValueError(f"{what}: there are none; name one or more")
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"{what}: {sorted(twice)[0]!r} is named twice; give each its own name")
@@ -199,24 +204,45 @@ def scaled(plan: Plan, scale: float) -> Plan:
         update: dict[str, Any] = {"scale": scale}
         for name in ("judge_data", "rollout_data", "rewrite_data"):
             if (data := getattr(stage, name)) is not None:
-                counts = {k: max(40, round(v * scale)) for k, v in data if k in _COUNTS and v}
+                counts = {k: min(v, max(40, round(v * scale))) for k, v in data if k in _COUNTS and v}
                 update[name] = data.model_copy(update=counts)
         stages.append(stage.model_copy(update=update))
     rows = [row.model_copy(update={"scale": scale}) for row in plan.rows]
-    return plan.model_copy(update={"stages": tuple(stages), "rows": tuple(rows)})
+    evaluation = _shortened(plan.evaluation, scale)
+    return plan.model_copy(update={"stages": tuple(stages), "rows": tuple(rows), "evaluation": evaluation})
 
 
 def _shortened(values: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Settings of a run with fewer steps and held-out prefixes."""
-    if scale == 1:
-        return values
-    short = merge_settings(values, {"optimizer": {}, "eval": {}})
-    for table, key, least in ((short, "steps", 2), (short["optimizer"], "warmup_steps", 0)):
-        if key in table:
-            table[key] = max(least, round(table[key] * scale))
-    prefixes = short["eval"].get("num_prefixes", RunConfig().eval.num_prefixes)
-    short["eval"]["num_prefixes"] = max(8, round(prefixes * scale))
+    """Settings with fewer steps and held-out prefixes, as far as they are set."""
+    short = merge_settings(values, {})
+    optimizer, evaluation = short.get("optimizer", {}), short.get("eval", {})
+    for section, table, key, least in (
+        (None, short, "steps", 2),
+        ("optimizer", optimizer, "warmup_steps", 0),
+        ("eval", evaluation, "num_prefixes", 8),
+    ):
+        if scale < 1 and key in table:
+            changed = {key: max(least, round(table[key] * scale))}
+            short = merge_settings(short, {section: changed} if section else changed)
     return short
+
+
+def stage_recipe(plan: Plan, stage: Stage, beside: Path) -> dict[str, Any]:
+    """All that decides what a stage makes, wherever it is made; JSON values."""
+    data = stage.judge_data or stage.rollout_data or stage.rewrite_data
+    settings = stage_config(plan, stage, beside, plan.root).model_dump(mode="json")
+    return {"settings": settings, "data": None if data is None else data.model_dump(mode="json")}
+
+
+def row_recipe(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
+    """All that decides what comes of a run of a row, wherever it is made; JSON values. Raises ConfigError."""
+    cfg = row_config(plan, row, seed, plan.root)
+    evaluation = parse_config(truth_config(plan, cfg), f"evaluation of row {row.name}")
+    return {
+        "settings": cfg.model_dump(mode="json"),
+        "evaluation": evaluation.model_dump(mode="json"),
+        "baseline": plan.baseline,
+    }
 
 
 def stage_config(plan: Plan, stage: Stage, beside: Path, out: Path) -> RunConfig:
@@ -239,6 +265,19 @@ def truth_config(plan: Plan, cfg: RunConfig) -> dict[str, Any]:
     return {**values, **{name: merge_settings({}, value) for name, value in plan.evaluation.items()}}
 
 
+def stages_of(plan: Plan, cfg: RunConfig, out: Path) -> list[Path]:
+    """Folders of the stages that a run of a row reads from, and of the baseline's."""
+    used = [cfg.init, cfg.data.tokenizer]
+    used += [cfg.judge.local.checkpoint] if cfg.needs_judge else []
+    used += [cfg.rewriter.local.checkpoint] if cfg.needs_rewriter else []
+    return [
+        out / stage.name
+        for stage in plan.stages
+        if stage.name == plan.baseline
+        or any(path is not None and path.is_relative_to(out / stage.name) for path in used)
+    ]
+
+
 def run_folder(out: Path, row: Row, seed: int) -> Path:
     """Where a run of a row lies."""
     return out / "rows" / row.name / f"seed_{seed}"
@@ -250,6 +289,8 @@ def _without(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         first, _, rest = name.partition(".")
         if first not in values:
             raise ConfigError(f"unset: there is no common setting {name!r}; name one of {', '.join(values)}")
+        if rest and not isinstance(values[first], dict):
+            raise ConfigError(f"unset: {first!r} is a setting without settings of its own, {name!r} is none")
         inner = {} if not rest else {first: _without(values[first], [rest])}
         values = {key: value for key, value in values.items() if key != first} | inner
     return values

@@ -6,15 +6,17 @@ Started by `reproduction.command` as `python -m sip_engine.reproduction.worker P
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sip_engine.checkpoint import latest_checkpoint, read_state
 from sip_engine.config import RunConfig
 from sip_engine.cost import EnergyMeter, peak_memory_mb
 from sip_engine.evaluation.command import evaluate_checkpoint
-from sip_engine.files import write_json
+from sip_engine.files import sha256_of, write_json
 from sip_engine.make_data import make_judge_data, make_rewrite_data
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.records import METRICS, read_records
@@ -24,8 +26,11 @@ from sip_engine.reproduction.plan import (
     Stage,
     load_plan,
     row_config,
+    row_recipe,
     scaled,
     stage_config,
+    stage_recipe,
+    stages_of,
     truth_config,
 )
 from sip_engine.rollout_data import make_rollout_data
@@ -44,10 +49,20 @@ _HELD_OUT = (
 )
 
 
+def fingerprints(stages: Iterable[Path]) -> dict[str, str]:
+    """Name of each stage -> digest of what says that it is complete: another making of it has another one."""
+    return {folder.name: sha256_of(folder / STAGE_RESULT) for folder in stages}
+
+
 def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
     """Train a stage's model or make its data; `stage.json` says that it is complete."""
     cfg = stage_config(plan, stage, beside, out)
     folder = out / stage.name
+    result: dict[str, Any] = {
+        "recipe": stage_recipe(plan, stage, beside),
+        "made_from": fingerprints([out / name for name in stage.needs]),
+        "settings": cfg.model_dump(mode="json"),
+    }
     if stage.judge_data is not None:
         wanted = stage.judge_data
         make_judge_data(
@@ -61,7 +76,6 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
             corruptor=wanted.corruptor,
             max_prefix_chars=wanted.max_prefix_chars,
         )
-        write_json(folder / STAGE_RESULT, {"settings": cfg.model_dump(mode="json")})
     elif stage.rollout_data is not None:
         made = stage.rollout_data
         make_rollout_data(
@@ -76,20 +90,18 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
             mix_num=made.mix_num,
             max_prefix_chars=made.max_prefix_chars,
         )
-        write_json(folder / STAGE_RESULT, {"settings": cfg.model_dump(mode="json")})
     elif stage.rewrite_data is not None:
         make_rewrite_data(cfg, folder, num=stage.rewrite_data.num, num_eval=stage.rewrite_data.held_out)
-        write_json(folder / STAGE_RESULT, {"settings": cfg.model_dump(mode="json")})
     else:
-        cost = _train(cfg, start_mesh(seed=cfg.seed))
-        evaluations = [row for row in read_records(cfg.out / METRICS) if "eval/heldout_loss" in row]
-        result = {"settings": cfg.model_dump(mode="json"), "cost": cost, "evaluations": evaluations}
-        write_json(folder / STAGE_RESULT, result)
+        result["cost"] = _train(cfg, start_mesh(seed=cfg.seed))
+        result["evaluations"] = [r for r in read_records(cfg.out / METRICS) if "eval/heldout_loss" in r]
+    write_json(folder / STAGE_RESULT, result)
 
 
 def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
     """Train a row with one seed, measure it by the world's truth against the baseline stage, write `result.json`."""
     cfg = row_config(plan, row, seed, out)
+    made_from = fingerprints(stages_of(plan, cfg, out))
     cost = _train(cfg, start_mesh(seed=cfg.seed))
     found = evaluate_checkpoint(
         cfg.out,
@@ -99,6 +111,8 @@ def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
         baseline=out / plan.baseline,
     )
     result = {
+        "recipe": row_recipe(plan, row, seed),
+        "made_from": made_from,
         "row": row.name,
         "seed": seed,
         "settings": cfg.model_dump(mode="json"),
@@ -112,14 +126,14 @@ def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
 
 def _train(cfg: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """Train; returns seconds of a step and of its parts, peak memory, joules of a step and what judging took."""
-    meter = EnergyMeter()
-    before = len(_steps(cfg))
+    meter, newest = EnergyMeter(), latest_checkpoint(cfg.out / "checkpoints")
+    made = cfg.steps - (read_state(newest).step if newest else 0)
     train(cfg, mesh)
-    steps = _steps(cfg)
-    made, joules = len(steps) - before, meter.joules()
+    steps, joules = _steps(cfg), meter.joules()
     parts = {
         name.removeprefix("seconds/"): float(np.mean([s.get(name, 0.0) for s in steps]))
         for name in sorted({name for s in steps for name in s if name.startswith("seconds/")})
+        if name != "seconds/judge_busy"  # beside generation, or within seconds/judge
     }
     judged = {
         name: float(np.mean([s[f"judge/{name}"] for s in steps if f"judge/{name}" in s]))
@@ -128,11 +142,11 @@ def _train(cfg: RunConfig, mesh: Mesh) -> dict[str, Any]:
     }
     return {
         "steps": len(steps),
-        "step_seconds": sum(v for name, v in parts.items() if name != "judge_busy"),
+        "step_seconds": sum(parts.values()),
         "seconds": parts,
         "elapsed": steps[-1]["elapsed"],
-        "peak_memory_mb": peak_memory_mb(),
-        "joules_per_step": None if joules is None or not made else joules / made,
+        "peak_memory_mb": peak_memory_mb() if made else None,
+        "joules_per_step": joules / made if joules is not None and made else None,
         "judge": judged,
     }
 
