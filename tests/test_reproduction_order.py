@@ -28,7 +28,7 @@ from sip_engine.reproduction.order import (
     table_bases,
     table_orders,
 )
-from sip_engine.reproduction.plan import Row, Table
+from sip_engine.reproduction.plan import FigureName, Row, Table
 
 NO_COST = Cost(
     steps=1, step_seconds=0, seconds={}, elapsed=0, peak_memory_mb=0, joules_per_step=None, judge={}
@@ -41,7 +41,7 @@ def a_row(
     name: str,
     figures: list[dict[str, float]],
     *,
-    paper: dict[str, float] | None = None,
+    paper: dict[FigureName, float] | None = None,
     baseline: dict[str, float] | None = None,
     table: str = "main",
     also: tuple[str, ...] = (),
