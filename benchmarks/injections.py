@@ -51,13 +51,13 @@ from benchmarks.record import RESULTS, header, write_csv
 from sip_engine.backends import open_judge
 from sip_engine.checkpoint import checkpoint_tokenizer, resolve_checkpoint
 from sip_engine.config import JudgeConfig, RunConfig, merge_settings, parse_config, read_toml
-from sip_engine.corpus import Corpus, open_corpus
+from sip_engine.corpus import Corpus, open_corpus, open_world
 from sip_engine.corruptors import RuleCorruptor, WorldCorruptor
 from sip_engine.errors import ConfigError, SipError
 from sip_engine.judges.injections import INJECTIONS
+from sip_engine.makers import cut_text
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.types import Failure, Judge, RewriteRequest
-from sip_engine.world import World
 
 RULES = ("world", "heuristic")
 
@@ -73,14 +73,13 @@ _FEWEST, _SPARE = 1000, 6
 
 def pair_cases(cfg: RunConfig, corpus: Corpus, truth: Judge, wanted: int, seed: int) -> list[PairCase]:
     """Suffixes against corrupted copies cut at their length; in the world, copies that its truth calls worse."""
-    world = World(seed=cfg.world.seed, num_people=cfg.world.num_people) if cfg.world else None
+    world = open_world(cfg)
     corruptor = WorldCorruptor(world) if world else RuleCorruptor()
     requests = [RewriteRequest(s.prefix, s.suffix) for s in corpus.held_out]
     cases = []
     for sample, copy in zip(corpus.held_out, corruptor.corrupt(requests, seed=seed), strict=True):
         if not isinstance(copy, Failure):
-            ids = corpus.tokenizer.encode(copy.text)[: len(sample.suffix_ids)]
-            text = corpus.tokenizer.decode(ids).rstrip("\ufffd")
+            text = cut_text(copy.text, corpus.tokenizer, len(sample.suffix_ids))
             cases.append(PairCase(sample.prefix, sample.suffix, text, False))
     certain = (
         _certain(truth, cases) if world else [-1.0 if case.text != case.original else 0.0 for case in cases]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.config import LocalModelConfig, RunConfig
-from sip_engine.corpus import Corpus
+from sip_engine.corpus import Corpus, open_world
 from sip_engine.evaluate import Measure
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.judges.heuristic import HeuristicJudge
@@ -14,7 +14,7 @@ from sip_engine.mesh import Mesh
 from sip_engine.replica import ReplicaJudge, ReplicaRewriter, StagesJudge, StagesRewriter
 from sip_engine.rewriters.server import ServerRewriter
 from sip_engine.types import Judge, Rewriter
-from sip_engine.world import World, WorldJudge, WorldRewriter, measure
+from sip_engine.world import WorldJudge, WorldRewriter, measure
 
 _JUDGE_DOCUMENTS = 2000
 
@@ -25,7 +25,7 @@ def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> Judge:
     Raises:
         ConfigError, CheckpointError, DataError: it cannot be had.
     """
-    world = _world(cfg)
+    world = open_world(cfg)
     if cfg.judge.backend == "local":
         return StagesJudge(LocalJudge(_local_model(cfg.judge.local, mesh)), mesh)
     if cfg.judge.backend == "server":
@@ -42,7 +42,7 @@ def open_rewriter(cfg: RunConfig, mesh: Mesh) -> Rewriter | None:
     Raises:
         ConfigError, CheckpointError, DataError: it cannot be had.
     """
-    world = _world(cfg)
+    world = open_world(cfg)
     if cfg.rewriter.backend == "local":
         return StagesRewriter(LocalRewriter(_local_model(cfg.rewriter.local, mesh)), mesh)
     if cfg.rewriter.backend == "server":
@@ -54,7 +54,7 @@ def open_rewriter(cfg: RunConfig, mesh: Mesh) -> Rewriter | None:
 
 def open_measure(cfg: RunConfig) -> Measure | None:
     """What the synthetic world knows of a suffix, whoever judges; None outside of it."""
-    world = _world(cfg)
+    world = open_world(cfg)
     if world is None:
         return None
 
@@ -67,10 +67,6 @@ def open_measure(cfg: RunConfig) -> Measure | None:
         }
 
     return world_measure
-
-
-def _world(cfg: RunConfig) -> World | None:
-    return World(seed=cfg.world.seed, num_people=cfg.world.num_people) if cfg.world else None
 
 
 def _local_model(cfg: LocalModelConfig, mesh: Mesh) -> LocalModel:

@@ -23,6 +23,10 @@ from sip_engine.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+JUDGED = ("dpo", "rf_nll")
+"""Objectives that choose by the judge's rewards."""
+PAIRED = ("dpo", "dpo_rewrite_over_rollout")
+"""Objectives that prefer one candidate to another one."""
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -581,7 +585,7 @@ class RunConfig(Section):
         """Whether anything is judged: candidates, rewrites in training, or what is written to be evaluated."""
         if self.task != "policy":
             return self.task == "rewriter"
-        return self.eval.generate or self.objective.kind in ("dpo", "rf_nll")
+        return self.eval.generate or self.objective.kind in JUDGED
 
     @property
     def needs_rewriter(self) -> bool:
@@ -592,9 +596,7 @@ class RunConfig(Section):
     def needs_reference(self) -> bool:
         """Whether the loss compares the policy with a reference policy."""
         objective = self.objective
-        return objective.kind in ("dpo", "dpo_rewrite_over_rollout") or (
-            objective.kind == "grpo" and objective.kl_weight > 0
-        )
+        return objective.kind in PAIRED or (objective.kind == "grpo" and objective.kl_weight > 0)
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -668,7 +670,7 @@ def _check_objective(cfg: RunConfig) -> None:
         if stage.rewrite and cfg.rewriter.backend == "none":
             raise ValueError("candidates.rewrite needs a rewriter: set rewriter.backend, or rewrite=false")
         least = 1 if kind == "rf_nll" else 2
-        if kind in ("dpo", "rf_nll") and stage.num_candidates < least:
+        if kind in JUDGED and stage.num_candidates < least:
             raise ValueError(
                 f"{kind} needs {least} or more candidates a prefix, stage from_step={stage.from_step} has "
                 f"{stage.num_candidates}: add original, rewrite or rollouts"

@@ -49,6 +49,11 @@ class Corpus:
         return list(islice(read_documents(self.train_path, text_column), limit))
 
 
+def open_world(cfg: RunConfig) -> World | None:
+    """The synthetic world that a run's documents are of, if they are."""
+    return World(seed=cfg.world.seed, num_people=cfg.world.num_people) if cfg.world else None
+
+
 def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Corpus:
     """Build or open everything; the first process writes, the others wait and read.
 
@@ -116,7 +121,8 @@ def _document_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path | None]:
         if cfg.data.path is None:
             raise ConfigError("no documents: set data.path (--data.path PATH), or add a [world] section")
         return cfg.data.path, cfg.data.eval_path
-    world, spec = World(seed=cfg.world.seed, num_people=cfg.world.num_people), cfg.world
+    world, spec = open_world(cfg), cfg.world
+    assert world is not None
     name = f"world-{spec.seed}-{spec.num_people}-{spec.train_documents}-{spec.test_documents}"
     folder = cfg.data.cache / (name if spec.split == "train" else f"{name}-{spec.split}")
     # The rewriter's documents are more of the judge's kind, drawn with another seed.

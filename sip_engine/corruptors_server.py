@@ -8,12 +8,11 @@ from functools import partial
 
 from sip_engine.config import ServerConfig
 from sip_engine.corruptors import Corruption, rng_of
-from sip_engine.judges.chat import Answer, Chat, ChatClient
-from sip_engine.judges.compact import last_words
-from sip_engine.judges.fences import fence, make_mark, neutral
-from sip_engine.judges.prompts import DATA_RULE, Format
+from sip_engine.judges.chat import Answer, Chat, ChatClient, json_schema
+from sip_engine.judges.fences import neutral
+from sip_engine.judges.prompts import Format
 from sip_engine.judges.server import request_seed
-from sip_engine.rewriters.prompt import RewritePrompt, read_rewrite
+from sip_engine.rewriters.prompt import RewritePrompt, passage_prompt, read_rewrite
 from sip_engine.types import Cost, Failure, RewriteRequest
 
 FLAWS: Mapping[str, str] = {
@@ -84,14 +83,11 @@ class ServerCorruptor:
         prompt = corrupt_prompt(
             request, flaw, key=str(cfg.seed), format=cfg.format, max_prefix_chars=cfg.max_prefix_chars
         )
-        schema = {"name": "copy", "strict": True, "schema": prompt.schema}
         return Chat(
             messages=prompt.messages(cfg.system_role),
             read=partial(read_copy, prompt=prompt, suffix=request.suffix),
             seed=request_seed(cfg.seed, seed, prompt.mark),
-            response_format=(
-                {"type": "json_schema", "json_schema": schema} if cfg.format == "json_schema" else None
-            ),
+            response_format=json_schema("copy", prompt.schema) if cfg.format == "json_schema" else None,
         )
 
 
@@ -108,25 +104,15 @@ def corrupt_prompt(
     format: Format = "verdict_line",
     max_prefix_chars: int | None = None,
 ) -> RewritePrompt:
-    """The prompt of a request; the same for the same arguments. It is a rewrite, but for the worse.
-
-    `key` is mixed into the mark of the fences. A prefix longer than `max_prefix_chars` keeps its end.
-    """
-    rules = CORRUPT_RULES.format(way=FLAWS[flaw])
-    lead = last_words(request.prefix)
-    before = neutral(request.prefix[-max_prefix_chars:] if max_prefix_chars else request.prefix)
-    passage = neutral(lead + request.suffix)
-    mark = make_mark(key, [rules, before, passage], [before, passage])
-    how = (
-        f'Reply with one JSON object and nothing else: {{"id": "{mark}", "passage": "..."}}.'
-        if format == "json_schema"
-        else f"End your reply with the worse copy between these two lines:\n"
-        f"<<<BEGIN rewrite {mark}>>>\n<<<END rewrite {mark}>>>"
+    """The prompt of a request; the same for the same arguments. See `passage_prompt`."""
+    return passage_prompt(
+        request,
+        CORRUPT_RULES.format(way=FLAWS[flaw]),
+        "worse copy",
+        key=key,
+        format=format,
+        max_prefix_chars=max_prefix_chars,
     )
-    # Not the words themselves: they are text of the document, and this line is not fenced.
-    start = f"Begin it with the passage's first {len(lead.split())} words, unchanged. " if lead else ""
-    blocks = [fence("prefix", before, mark), fence("passage", passage, mark), start + how]
-    return RewritePrompt(f"{rules}\n\n{DATA_RULE}", "\n\n".join(blocks), mark, lead, format)
 
 
 def read_copy(reply: str, prompt: RewritePrompt, suffix: str) -> str | Failure:

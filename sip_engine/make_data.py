@@ -9,7 +9,7 @@ from rich.table import Table
 from sip_engine.backends import open_judge, open_rewriter
 from sip_engine.checkpoint import checkpoint_tokenizer, resolve_checkpoint
 from sip_engine.config import RunConfig, merge_settings, parse_config
-from sip_engine.corpus import Corpus, open_corpus
+from sip_engine.corpus import Corpus, open_corpus, open_world
 from sip_engine.corruptors import Corruptor, CountingCorruptor, RuleCorruptor, WorldCorruptor
 from sip_engine.corruptors_server import ServerCorruptor
 from sip_engine.errors import ConfigError
@@ -18,7 +18,6 @@ from sip_engine.makers import EXERCISE, Record, judge_records, rewrite_records
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.progress import console
 from sip_engine.types import Sample
-from sip_engine.world import World
 
 _SPARE, _FEWEST = 4, 1000
 """Samples looked at for each record wanted, and at least: not all can be corrupted, and labels are balanced."""
@@ -126,9 +125,8 @@ def _training_samples(corpus: Corpus, wanted: int) -> list[Sample]:
 def _corruptor(cfg: RunConfig) -> Corruptor:
     if cfg.corruptor.backend == "server":
         return ServerCorruptor(cfg.corruptor.server)
-    if cfg.corruptor.backend == "world" and cfg.world is not None:
-        return WorldCorruptor(World(seed=cfg.world.seed, num_people=cfg.world.num_people))
-    return RuleCorruptor()
+    world = open_world(cfg)
+    return WorldCorruptor(world) if cfg.corruptor.backend == "world" and world else RuleCorruptor()
 
 
 def write_records(out: Path, made: list[Record], held_out: list[Record], *, wanted: int) -> None:

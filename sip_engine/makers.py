@@ -67,7 +67,7 @@ def judge_records(
     worse = [
         _NO_COPY
         if isinstance(copy, Failure)
-        else replace(copy, text=_cut(copy.text, tokenizer, len(s.suffix_ids)))
+        else replace(copy, text=cut_text(copy.text, tokenizer, len(s.suffix_ids)))
         for s, copy in zip(wanted, corruptor.corrupt(requests, seed=seed), strict=True)
     ]
     records = list(_pairs(wanted[:num_pairs], worse[:num_pairs], max_prefix_chars))
@@ -104,7 +104,7 @@ def rewrite_records(
     for number, (s, answer) in enumerate(
         zip(by_label[True][:each] + by_label[False][:each], answers, strict=True)
     ):
-        fitted = _cut(answer, tokenizer, len(s.suffix_ids))
+        fitted = cut_text(answer, tokenizer, len(s.suffix_ids))
         if fitted:
             prompt = rewrite_prompt(RewriteRequest(s.prefix, s.suffix))
             facts = {"prefix": s.prefix, "suffix": s.suffix, "safe": number < each}
@@ -211,7 +211,7 @@ def _decision(question: Question, value: float) -> float | None:
     return None if value == 0.5 else float(value > 0.5)
 
 
-def _cut(text: str, tokenizer: Tokenizer, num_tokens: int) -> str:
+def cut_text(text: str, tokenizer: Tokenizer, num_tokens: int) -> str:
     """The first tokens of a text, without a character cut in two at the end."""
     return tokenizer.decode(tokenizer.encode(text)[:num_tokens]).rstrip("\ufffd")
 

@@ -9,12 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sip_engine.config import ObjectiveConfig
+from sip_engine.config import JUDGED, ObjectiveConfig
 from sip_engine.judging import Verdict
 from sip_engine.types import Candidate, Kind, Sample
-
-JUDGED = ("dpo", "rf_nll")
-PAIRED = ("dpo", "dpo_rewrite_over_rollout")
 
 
 @dataclass(frozen=True)

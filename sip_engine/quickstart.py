@@ -15,6 +15,7 @@ from sip_engine.mesh import start_mesh
 from sip_engine.progress import console
 from sip_engine.records import METRICS, read_records
 from sip_engine.report import write_report
+from sip_engine.shorten import check_scale, shortened
 from sip_engine.train import train
 
 STAGES = ("base", "standard", "self_improving")
@@ -32,6 +33,7 @@ NAMES = {
 PAPER = {"win_rate": "86.3 %", "factuality": "+36.2 %", "safety": "+18.5 %"}
 """arXiv 2601.21343: quality, factuality and safety run, each against its own base."""
 
+_LEAST = {"steps": 2, "optimizer": {"warmup_steps": 2}, "eval": {"num_prefixes": 8}}
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
 
 
@@ -43,8 +45,7 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
     Raises:
         ConfigError: scale is not in (0, 1], or the example configs are not beside the package.
     """
-    if not 0 < scale <= 1:
-        raise ConfigError(f"--scale {scale}: must be above 0 and at most 1")
+    check_scale(scale)
     if not _CONFIGS.is_dir():
         raise ConfigError(f"{_CONFIGS}: not found; quickstart runs from a checkout of the repository")
     mesh = start_mesh()
@@ -67,15 +68,11 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
 def stage_config(stage: str, out: Path, scale: float) -> RunConfig:
     """A stage's config from configs/quickstart, moved to `out` and shortened."""
     path = _CONFIGS / f"{stage}.toml"
-    values = read_toml(path)
+    values = shortened(read_toml(path), scale, _LEAST)
     values["out"] = out / stage
     values["data"]["cache"] = out / "cache"
     if "init" in values:
         values["init"] = out / "base"
-    if scale < 1:
-        for table, key in ((values, "steps"), (values["optimizer"], "warmup_steps")):
-            table[key] = max(2, round(table[key] * scale))
-        values["eval"]["num_prefixes"] = max(8, round(values["eval"]["num_prefixes"] * scale))
     return parse_config(values, str(path))
 
 

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from sip_engine.candidates import propose
-from sip_engine.config import RunConfig
+from sip_engine.config import JUDGED, PAIRED, RunConfig
 from sip_engine.judging import Verdict
 from sip_engine.mesh import Mesh
 from sip_engine.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
-from sip_engine.objectives import JUDGED, PAIRED, choose
+from sip_engine.objectives import choose
 from sip_engine.overlap import WaveJudge, split
 from sip_engine.policy.weights import assert_shared
 from sip_engine.progress import steps

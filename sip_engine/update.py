@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sip_engine.config import ObjectiveConfig
+from sip_engine.config import PAIRED, ObjectiveConfig
 from sip_engine.grpo import advantages, grpo_losses, kl_to_reference
 from sip_engine.kernels.dpo import dpo
-from sip_engine.objectives import PAIRED, Choice, dpo_diagnostics
+from sip_engine.objectives import Choice, dpo_diagnostics
 from sip_engine.policy.packing import PackedRows, Row
 from sip_engine.policy.policy import Policy, UpdateStats
 from sip_engine.policy.reference import Reference

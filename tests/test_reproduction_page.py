@@ -18,7 +18,7 @@ from sip_engine.errors import DataError
 from sip_engine.files import write_json
 from sip_engine.reproduction import page as page_module
 from sip_engine.reproduction.page import write_page
-from sip_engine.reproduction.plan import Plan, row_config, run_folder
+from sip_engine.reproduction.plan import Plan, row_config, run_folder, scaled
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>\"'`{{ 7 * 7 }} & \u2028"
 VOID = {"meta", "line", "path", "use", "br", "img"}
@@ -292,7 +292,7 @@ def test_target_of_no_row_is_refused():
 
 
 def test_short_runs_are_said_to_mean_nothing(tmp_path):
-    plan = a_plan([{"name": "a", "scale": 0.05}])
+    plan = scaled(a_plan([{"name": "a"}]), 0.05)
     assert "Shortened to 0.05 of its steps" in written(plan, tmp_path).text
     assert "Shortened" not in written(a_plan([{"name": "a"}]), tmp_path).text
 

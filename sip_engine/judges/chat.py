@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,12 +83,16 @@ class ChatClient:
         self._cache = cfg.cache
         if self._cache is not None:
             ReplyCache(self._cache).close()
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._batch: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
 
     def ask(self, chats: Sequence[Chat[T]]) -> list[Answer[T] | Failure]:
         """One answer or failure a request, in order; equal requests are sent once.
 
         Raises:
             EndpointError: the server cannot be used; see the class.
+            asyncio.CancelledError: `stop` was called.
         """
         queue: dict[str, _Pending[T]] = {}
         keys = []
@@ -101,7 +106,7 @@ class ChatClient:
             asked = [one for key, one in queue.items() if key not in known]
             results: dict[str, Answer[T] | Failure] = {**known}
             if asked:
-                _run(self._ask_all(asked, cache, results))
+                _run(self._stoppable(self._ask_all(asked, cache, results)))
         if cache is not None and cache.failed:
             self._cache = None
         answers, seen = [], set()
@@ -109,6 +114,31 @@ class ChatClient:
             answers.append(replace(results[key], cost=Cost()) if key in seen else results[key])
             seen.add(key)
         return answers
+
+    def stop(self) -> None:
+        """From any thread, returns at once: cut the batch short; waiting out `batch_s` would keep a dead run alive.
+
+        Nothing more is sent, now or later; replies that have come are in the cache.
+        """
+        with self._lock:
+            self._stopped = True
+            if self._batch is not None:
+                loop, task = self._batch
+                loop.call_soon_threadsafe(task.cancel)
+
+    async def _stoppable(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        with self._lock:
+            if self._stopped:
+                work.close()
+                raise asyncio.CancelledError("the client was stopped")
+            self._batch = asyncio.get_running_loop(), task
+        try:
+            await work
+        finally:
+            with self._lock:  # the loop closes after this, and takes no calls then
+                self._batch = None
 
     def _open_cache(self) -> ReplyCache | nullcontext[None]:
         if self._cache is None:
@@ -226,6 +256,11 @@ class ChatClient:
         if isinstance(error, Transient) and error.retry_after is not None:
             return error.retry_after + tenacity.wait_random(0, first)(state)
         return tenacity.wait_exponential_jitter(first, self._cfg.max_backoff_s, jitter=first)(state)
+
+
+def json_schema(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The response format that holds a server to a schema."""
+    return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
 
 
 def _kept(cache: ReplyCache | None, pending: _Pending[T]) -> Answer[T] | None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
 
 from sip_engine.config import JudgeServerConfig
-from sip_engine.judges.chat import Answer, Chat, ChatClient
-from sip_engine.judges.prompts import Prompt, judge_prompt
+from sip_engine.judges.chat import Answer, Chat, ChatClient, json_schema
+from sip_engine.judges.prompts import judge_prompt
 from sip_engine.judges.verdicts import read_verdict, settled
 from sip_engine.types import Cost, Failure, Judgment, Question, Score
 
@@ -40,7 +38,7 @@ class ServerJudge:
         self.deterministic = cfg.temperature == 0 and "temperature" not in cfg.omit
         """Whether another seed is of no use: greedy replies repeat, as far as the server keeps to that."""
         self._cfg = cfg
-        self._client = _StoppableClient(cfg, "judge.server", sleep=sleep)
+        self._client = ChatClient(cfg, "judge.server", sleep=sleep)
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
         """One Score of one vote, or Failure, a question, in order.
@@ -78,52 +76,13 @@ class ServerJudge:
             messages=prompt.messages(cfg.system_role),
             read=partial(read_verdict, prompt=prompt),
             seed=request_seed(cfg.seed, seed, prompt.mark),
-            response_format=_response_format(prompt) if prompt.format == "json_schema" else None,
+            response_format=json_schema("verdict", prompt.schema) if prompt.format == "json_schema" else None,
         )
-
-
-class _StoppableClient(ChatClient):
-    """A client whose batch another thread can cut short: waiting out `batch_s` would keep a dead run alive."""
-
-    def __init__(
-        self, cfg: JudgeServerConfig, section: str, *, sleep: Callable[[float], Awaitable[None]]
-    ) -> None:
-        super().__init__(cfg, section, sleep=sleep)
-        self._lock = threading.Lock()
-        self._stopped = False
-        self._batch: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            if self._batch is not None:
-                loop, task = self._batch
-                loop.call_soon_threadsafe(task.cancel)
-
-    async def _ask_all(self, asked: Any, cache: Any, results: Any) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        with self._lock:
-            if self._stopped:
-                raise asyncio.CancelledError("the judge was stopped")
-            self._batch = asyncio.get_running_loop(), task
-        try:
-            await super()._ask_all(asked, cache, results)
-        finally:
-            with self._lock:  # the loop closes after this, and takes no calls then
-                self._batch = None
 
 
 def request_seed(*parts: int | str) -> int:
     """A seed that every server takes, in [0, 2³¹), from all of `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
-
-
-def _response_format(prompt: Prompt) -> dict[str, object]:
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "verdict", "strict": True, "schema": prompt.schema},
-    }
 
 
 def _judgment(answer: Answer[float] | Failure) -> Judgment:

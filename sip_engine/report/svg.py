@@ -63,7 +63,7 @@ def draw_lines(
 
     A long noisy curve is drawn pale, with its running mean over it.
     """
-    figure, axes = _panel()
+    figure, axes = new_panel()
     for line in lines:
         curve = line.curve.thinned()
         values = np.maximum(curve.values, LOG_FLOOR) if scale == "log" else curve.values
@@ -75,18 +75,18 @@ def draw_lines(
         else:
             axes.plot(curve.steps, values, color=style["color"], alpha=0.22, linewidth=0.8)
             axes.plot(curve.steps, running_mean(values, len(curve) // 20), **style)
-    _scale(axes, scale, limits)
-    return _svg(figure, axes, lines, alt, scale)
+    scale_axis(axes, scale, limits)
+    return to_svg(figure, axes, lines, alt, scale)
 
 
 def draw_stack(lines: Sequence[Line], alt: str) -> Markup:
     """Curves over the same steps as areas on top of each other, the first at the bottom."""
-    figure, axes = _panel()
+    figure, axes = new_panel()
     curves = [line.curve.thinned(100) for line in lines]
     colors = [stand_in(line.color) for line in lines]
     axes.stackplot(curves[0].steps, *(curve.values for curve in curves), colors=colors, linewidth=0)
     axes.set_ylim(bottom=0)
-    return _svg(figure, axes, lines, alt, "linear")
+    return to_svg(figure, axes, lines, alt, "linear")
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -103,7 +103,7 @@ def stand_in(color: str) -> str:
     return _STAND_INS.setdefault(color, f"#f{len(_STAND_INS):02x}e0d")
 
 
-def _panel() -> tuple[Figure, Axes]:
+def new_panel() -> tuple[Figure, Axes]:
     figure = Figure(SIZE_INCHES)
     FigureCanvasSVG(figure)
     figure.patch.set_visible(False)
@@ -122,7 +122,7 @@ def _panel() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _scale(axes: Axes, scale: str, limits: tuple[float, float] | None) -> None:
+def scale_axis(axes: Axes, scale: str, limits: tuple[float, float] | None) -> None:
     low, high = axes.get_xlim()
     if high - low < 2:
         axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
@@ -191,7 +191,7 @@ def _readouts(axes: Axes, lines: Sequence[Line], scale: str) -> str:
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
 
 
-def _svg(figure: Figure, axes: Axes, lines: Sequence[Line], alt: str, scale: str) -> Markup:
+def to_svg(figure: Figure, axes: Axes, lines: Sequence[Line], alt: str, scale: str) -> Markup:
     """The figure as an SVG element in the page's own font, its curves in words as its text alternative."""
     alt = f"{alt} {' '.join(_in_words(line, scale) for line in lines)}"
     buffer = io.StringIO()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sip_engine.config import JUDGED
 from sip_engine.report.load import RunRecords
 
 STAGES = ("base", "standard", "self_improving")
@@ -146,7 +147,7 @@ def overview(runs: Sequence[RunRecords]) -> list[RunRow]:
 def _run_row(run: RunRecords) -> RunRow:
     elapsed = run.curves.get("elapsed")
     objective = str(run.setting("objective.kind", "–"))
-    judged = objective in ("dpo", "rf_nll")
+    judged = objective in JUDGED
     ends = []
     for figure in FIGURES:
         curve = run.curves.get(f"eval/{figure.key}")

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from sip_engine.config import RunConfig
-from sip_engine.objectives import JUDGED
+from sip_engine.config import JUDGED, RunConfig
 from sip_engine.reproduction.plan import Row, Table
 from sip_engine.types import Kind
 

@@ -85,7 +85,7 @@ def write_page(plan: Plan, out: Path, page: Path, *, failed: Mapping[str, str]) 
         *(
             (f"stage {stage.name}", {None: _look(out / stage.name)})
             for stage in plan.stages
-            if not (stage.judge_data or stage.rewrite_data)
+            if stage.data is None
         ),
     ]
     script = resources.files("sip_engine.report").joinpath("report.js").read_text(encoding="utf-8")
@@ -370,7 +370,7 @@ def _draw_points(
     joined: bool = False,
 ) -> Markup:
     """Ours with deviations beside the paper's points, in percent. With `joined`, x is on a log scale."""
-    figure, axes = drawing._panel()
+    figure, axes = drawing.new_panel()
     axes.margins(x=0.12)
     style: dict[str, Any] = {"color": drawing.stand_in("run-5"), "linestyle": "--" if joined else "none"}
     axes.plot([x for x, _ in paper], [v / 100 for _, v in paper], marker="s", markersize=4.5, **style)
@@ -378,7 +378,7 @@ def _draw_points(
     error = [np.nan if value.deviation is None else value.deviation / 100 for _, value in ours]
     style = {"color": drawing.stand_in("run-2"), "linestyle": "-" if joined else "none"}
     axes.errorbar(x, y, yerr=error, marker="o", markersize=4.5, capsize=3, **style)
-    drawing._scale(axes, "percent", None)
+    drawing.scale_axis(axes, "percent", None)
     axes.set_xlabel(x_label, loc="right", fontsize=8.5, color=drawing.stand_in("muted"), labelpad=1)
     if joined:
         axes.set_xscale("log", base=2)
@@ -392,6 +392,6 @@ def _draw_points(
         axes.annotate(name, (at, value), (7 if is_left else -7, 4), horizontalalignment=side, **style)
     told = [f"{at:g}: {_spread(value, value.count)} %" for at, value in ours]
     alt = f"{heading}. {x_label}: ours {', '.join(told)}; the paper's {', '.join(f'{x:g}: {v} %' for x, v in paper)}."
-    svg = drawing._svg(figure, axes, [], alt, "percent")
+    svg = drawing.to_svg(figure, axes, [], alt, "percent")
     # What the page's script shows under the pointer are curves over steps.
     return Markup(re.sub(r' data-readouts="[^"]*"', "", svg, count=1))

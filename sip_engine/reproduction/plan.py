@@ -10,8 +10,10 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sip_engine.config import Positive, RunConfig, Section, Seed, merge_settings, parse_config, read_toml
 from sip_engine.errors import ConfigError
+from sip_engine.shorten import check_scale, shortened
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
+_LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
 _COUNTS = ("pairs", "safety", "factuality", "flaws", "grades", "held_out", "num", "mix_num")
 
 
@@ -66,14 +68,17 @@ class Stage(Section):
     """A run's config; beside the plan, if it is relative."""
     needs: tuple[str, ...] = ()
     """Stages that must be there before."""
-    scale: float = 1.0
-    """Share of its steps and data; a shortened reproduction is a smoke test."""
     judge_data: JudgeDataConfig | None = None
     """Make prompts for a judge instead of training."""
     rollout_data: RolloutDataConfig | None = None
     """Make prompts for a judge of the rollouts of `init` instead of training."""
     rewrite_data: RewriteDataConfig | None = None
     """Make prompts for a rewriter instead of training."""
+
+    @property
+    def data(self) -> JudgeDataConfig | RolloutDataConfig | RewriteDataConfig | None:
+        """What it makes instead of training."""
+        return self.judge_data or self.rollout_data or self.rewrite_data
 
 
 class Row(Section):
@@ -89,8 +94,6 @@ class Row(Section):
     """Further tables."""
     paper: dict[FigureName, float] = Field(default_factory=dict)
     """Figure -> the paper's, in percent; missing where the paper has none."""
-    scale: float = 1.0
-    """Share of its steps."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings that differ from the common ones."""
     unset: tuple[str, ...] = ()
@@ -134,6 +137,8 @@ class Plan(Section):
     stages: tuple[Stage, ...]
     tables: tuple[Table, ...]
     rows: tuple[Row, ...]
+    scale: float = 1.0
+    """Share of all steps and data; a shortened reproduction is a smoke test."""
     targets: tuple[Target, ...] = ()
     """What the page says first: met or missed."""
 
@@ -195,41 +200,24 @@ def scaled(plan: Plan, scale: float) -> Plan:
     Raises:
         ConfigError: scale is not in (0, 1].
     """
-    if not 0 < scale <= 1:
-        raise ConfigError(f"--scale {scale:g}: must be above 0 and at most 1")
+    check_scale(scale)
     if scale == 1:
         return plan
     stages = []
     for stage in plan.stages:
-        update: dict[str, Any] = {"scale": scale}
+        update: dict[str, Any] = {}
         for name in ("judge_data", "rollout_data", "rewrite_data"):
             if (data := getattr(stage, name)) is not None:
                 counts = {k: min(v, max(40, round(v * scale))) for k, v in data if k in _COUNTS and v}
                 update[name] = data.model_copy(update=counts)
         stages.append(stage.model_copy(update=update))
-    rows = [row.model_copy(update={"scale": scale}) for row in plan.rows]
-    evaluation = _shortened(plan.evaluation, scale)
-    return plan.model_copy(update={"stages": tuple(stages), "rows": tuple(rows), "evaluation": evaluation})
-
-
-def _shortened(values: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Settings with fewer steps and held-out prefixes, as far as they are set."""
-    short = merge_settings(values, {})
-    optimizer, evaluation = short.get("optimizer", {}), short.get("eval", {})
-    for section, table, key, least in (
-        (None, short, "steps", 2),
-        ("optimizer", optimizer, "warmup_steps", 0),
-        ("eval", evaluation, "num_prefixes", 8),
-    ):
-        if scale < 1 and key in table:
-            changed = {key: max(least, round(table[key] * scale))}
-            short = merge_settings(short, {section: changed} if section else changed)
-    return short
+    evaluation = shortened(plan.evaluation, scale, _LEAST)
+    return plan.model_copy(update={"stages": tuple(stages), "scale": scale, "evaluation": evaluation})
 
 
 def stage_recipe(plan: Plan, stage: Stage, beside: Path) -> dict[str, Any]:
     """All that decides what a stage makes, wherever it is made; JSON values."""
-    data = stage.judge_data or stage.rollout_data or stage.rewrite_data
+    data = stage.data
     settings = stage_config(plan, stage, beside, plan.root).model_dump(mode="json")
     return {"settings": settings, "data": None if data is None else data.model_dump(mode="json")}
 
@@ -248,21 +236,20 @@ def row_recipe(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
 def stage_config(plan: Plan, stage: Stage, beside: Path, out: Path) -> RunConfig:
     """A stage's config with `out` in the place of the plan's root. Raises ConfigError."""
     path = beside / stage.config
-    values = _shortened(_moved(read_toml(path), plan.root, out), stage.scale)
+    values = shortened(_moved(read_toml(path), plan.root, out), plan.scale, _LEAST)
     return parse_config({**values, "out": str(out / stage.name)}, str(path))
 
 
 def row_config(plan: Plan, row: Row, seed: int, out: Path) -> RunConfig:
     """The settings of one run of a row. Raises ConfigError."""
     common = _without(plan.common, row.unset)
-    values = _shortened(_moved(merge_settings(common, row.set), plan.root, out), row.scale)
+    values = shortened(_moved(merge_settings(common, row.set), plan.root, out), plan.scale, _LEAST)
     return parse_config({**values, "seed": seed, "out": str(run_folder(out, row, seed))}, f"row {row.name}")
 
 
 def truth_config(plan: Plan, cfg: RunConfig) -> dict[str, Any]:
-    """Settings of a run's final evaluation."""
-    values = cfg.model_dump(mode="json")
-    return {**values, **{name: merge_settings({}, value) for name, value in plan.evaluation.items()}}
+    """Settings of a run's final evaluation: the plan's sections in the place of the run's own."""
+    return {**cfg.model_dump(mode="json"), **plan.evaluation}
 
 
 def stages_of(plan: Plan, cfg: RunConfig, out: Path) -> list[Path]:

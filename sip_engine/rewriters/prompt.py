@@ -55,24 +55,44 @@ def rewrite_prompt(
     format: Format = "verdict_line",
     max_prefix_chars: int | None = None,
 ) -> RewritePrompt:
-    """The prompt of a request; the same for the same arguments.
+    """The prompt of a request; the same for the same arguments. See `passage_prompt`."""
+    return passage_prompt(
+        request,
+        REWRITE_RULES,
+        "improved passage",
+        key=key,
+        format=format,
+        max_prefix_chars=max_prefix_chars,
+    )
+
+
+def passage_prompt(
+    request: RewriteRequest,
+    rules: str,
+    wanted: str,
+    *,
+    key: str,
+    format: Format,
+    max_prefix_chars: int | None,
+) -> RewritePrompt:
+    """A suffix to be written anew by `rules`, as the passage behind its prefix; `wanted` names what is to come.
 
     `key` is mixed into the mark of the fences. A prefix longer than `max_prefix_chars` keeps its end.
     """
     lead = last_words(request.prefix)
     before = neutral(request.prefix[-max_prefix_chars:] if max_prefix_chars else request.prefix)
     passage = neutral(lead + request.suffix)
-    mark = make_mark(key, [REWRITE_RULES, before, passage], [before, passage])
+    mark = make_mark(key, [rules, before, passage], [before, passage])
     how = (
         f'Reply with one JSON object and nothing else: {{"id": "{mark}", "passage": "..."}}.'
         if format == "json_schema"
-        else f"End your reply with the improved passage between these two lines:\n"
+        else f"End your reply with the {wanted} between these two lines:\n"
         f"<<<BEGIN rewrite {mark}>>>\n<<<END rewrite {mark}>>>"
     )
     # Not the words themselves: they are text of the document, and this line is not fenced.
     start = f"Begin it with the passage's first {len(lead.split())} words, unchanged. " if lead else ""
     blocks = [fence("prefix", before, mark), fence("passage", passage, mark), start + how]
-    return RewritePrompt(f"{REWRITE_RULES}\n\n{DATA_RULE}", "\n\n".join(blocks), mark, lead, format)
+    return RewritePrompt(f"{rules}\n\n{DATA_RULE}", "\n\n".join(blocks), mark, lead, format)
 
 
 def read_rewrite(reply: str, prompt: RewritePrompt) -> str | Failure:

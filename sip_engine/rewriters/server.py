@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from sip_engine.config import ServerConfig
-from sip_engine.judges.chat import Answer, Chat, ChatClient
+from sip_engine.judges.chat import Answer, Chat, ChatClient, json_schema
 from sip_engine.judges.server import request_seed
-from sip_engine.rewriters.prompt import RewritePrompt, read_rewrite, rewrite_prompt
+from sip_engine.rewriters.prompt import read_rewrite, rewrite_prompt
 from sip_engine.types import Cost, Failure, RewriteRequest
 
 
@@ -54,12 +54,5 @@ class ServerRewriter:
             messages=prompt.messages(cfg.system_role),
             read=partial(read_rewrite, prompt=prompt),
             seed=request_seed(cfg.seed, seed, prompt.mark),
-            response_format=_response_format(prompt) if cfg.format == "json_schema" else None,
+            response_format=json_schema("rewrite", prompt.schema) if cfg.format == "json_schema" else None,
         )
-
-
-def _response_format(prompt: RewritePrompt) -> dict[str, object]:
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "rewrite", "strict": True, "schema": prompt.schema},
-    }
