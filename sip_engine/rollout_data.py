@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from sip_engine.backends import open_judge, open_measure
+from sip_engine.backends import open_judge
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.config import RunConfig
+from sip_engine.corpus import open_world
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import ConfigError, DataError
-from sip_engine.evaluate import Measure
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.judges.compact import compact_prompt, flaw_prompt
 from sip_engine.make_data import open_documents, write_records
@@ -25,8 +25,9 @@ from sip_engine.records import read_records
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import FactualityQuestion, Judge, PairQuestion, SafetyQuestion, Sample
+from sip_engine.world import World, measure
 
-_ROLLOUTS = 4
+ROLLOUTS = 4
 """Rollouts of a prefix; they make two pairs, so that no text is in more than one."""
 _CHUNK = 64
 
@@ -38,7 +39,7 @@ def make_rollout_data(
     num_pairs: int,
     num_safety: int,
     num_factuality: int,
-    num_grades: int,
+    num_notes: int,
     num_eval: int,
     mix: Path | None,
     mix_num: int | None,
@@ -46,20 +47,20 @@ def make_rollout_data(
 ) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: pairs of rollouts in both orders, safety and factuality.
 
-    The rollouts are those of the checkpoint `init`, the labels those of `judge`. With `num_grades` also
-    `out`/warm.jsonl, all of train.jsonl among exercises: the quality of single rollouts, as a digit, which the
-    synthetic world alone knows. `mix` is a folder that `sip data judge-pairs` wrote, of whose prompts (and exercises)
-    `mix_num` are shuffled among these, or all.
+    The rollouts are those of the checkpoint `init`, the labels those of `judge`. With `num_notes` also
+    `out`/warm.jsonl, all of train.jsonl among exercises: single rollouts, answered by a note on each sentence and the
+    quality in tenths, which the synthetic world alone knows. `mix` is a folder that `sip data judge-pairs` wrote, of
+    whose prompts (and exercises) `mix_num` are shuffled among these, or all.
 
     Raises:
         SipError: bad settings or data, before anything is written.
     """
-    measure = open_measure(cfg)
+    world = open_world(cfg)
     if cfg.init is None:
         raise ConfigError("rollouts need a policy: set init to a checkpoint")
-    if num_grades and measure is None:
-        raise ConfigError("--grades: only the synthetic world knows how good a single text is; add [world]")
-    names = ("warm" if num_grades else "train", "eval")
+    if num_notes and world is None:
+        raise ConfigError("--notes: only the synthetic world knows what is wrong with a text; add [world]")
+    names = ("warm" if num_notes else "train", "eval")
     mixed = {name: _read(mix / f"{name}.jsonl") if mix else [] for name in names}
     if mix_num is not None:
         mixed[names[0]] = shuffled(mixed[names[0]], cfg.seed)[:mix_num]
@@ -68,7 +69,7 @@ def make_rollout_data(
     sampler, judge = policy.sampler(cfg.sampler), open_judge(cfg, corpus, mesh)
 
     def records(
-        samples: Sequence[Sample], pairs: int, safety: int, factuality: int, grades: int
+        samples: Sequence[Sample], pairs: int, safety: int, factuality: int, notes: int
     ) -> list[Record]:
         seed = cfg.seed + (samples is corpus.held_out)
         rollouts = sample_rollouts(sampler, corpus.tokenizer, samples, seed)
@@ -81,15 +82,15 @@ def make_rollout_data(
             num_factuality=factuality,
             max_prefix_chars=max_prefix_chars,
         )
-        if measure is not None:
-            made += list(islice(_grades(samples, rollouts, measure, max_prefix_chars), grades))
+        if world is not None:
+            made += islice(_notes(samples, rollouts, world, max_prefix_chars), notes)
         return made
 
-    number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality, num_grades // _ROLLOUTS))
+    number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality, num_notes // ROLLOUTS))
     samples = corpus.stream.samples_at(0, number)
-    made = records(samples, num_pairs, num_safety, num_factuality, num_grades) + mixed[names[0]]
+    made = records(samples, num_pairs, num_safety, num_factuality, num_notes) + mixed[names[0]]
     held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval, 0) + mixed["eval"]
-    wanted = 2 * num_pairs + num_safety + num_factuality + num_grades + len(mixed[names[0]])
+    wanted = 2 * num_pairs + num_safety + num_factuality + num_notes + len(mixed[names[0]])
     write_records(out, shuffled(made, cfg.seed), held_out, wanted=wanted)
 
 
@@ -103,7 +104,7 @@ def sample_rollouts(
         for start in chunks:
             these = samples[start : start + _CHUNK]
             params = SamplingParams(max(len(s.suffix_ids) for s in these), seed=seed)
-            requests = [Request(s.prefix_ids, _ROLLOUTS, s.document, s.cut) for s in these]
+            requests = [Request(s.prefix_ids, ROLLOUTS, s.document, s.cut) for s in these]
             for group in sampler.generate(requests, params):
                 texts.append([tokenizer.decode(done.ids) for done in group])
             bar.advance({})
@@ -156,25 +157,29 @@ def _pairs(samples: Sequence[Sample], rollouts: Sequence[Sequence[str]]) -> Iter
                 yield PairQuestion(s.prefix, second, first)
 
 
-def _grades(
+def _notes(
     samples: Sequence[Sample],
     rollouts: Sequence[Sequence[str]],
-    measure: Measure,
+    world: World,
     max_prefix_chars: int | None,
 ) -> Iterator[Record]:
-    """Quality of each rollout, tenths rounded down: 0 to 9."""
+    """A note on each sentence of each rollout, and its quality in tenths rounded down: 0 to 9."""
     for s, group in zip(samples, rollouts, strict=True):
         for text in group:
-            grade = min(9, int(10 * measure(s.prefix, text)["measured_quality"]))
-            prompt = flaw_prompt(s.prefix, text, max_prefix_chars)
-            yield {"prompt": prompt, "answer": str(grade), "kind": EXERCISE}
+            found = measure(world, s.prefix, text)
+            answer = f"{found.notes}{min(9, int(10 * found.quality))}"
+            yield {
+                "prompt": flaw_prompt(s.prefix, text, max_prefix_chars),
+                "answer": answer,
+                "kind": EXERCISE,
+            }
 
 
 def _read(path: Path) -> list[Record]:
     if path.name == "warm.jsonl" and not path.is_file() and path.with_name("train.jsonl").is_file():
         raise DataError(
             f"{path}: no such file, the folder has no exercises to mix in; make it anew by `sip data judge-pairs` "
-            "with --flaws, or leave out --grades"
+            "with --flaws, or leave out --notes"
         )
     if not path.is_file():
         raise DataError(f"{path}: no such file; --mix takes a folder that `sip data judge-pairs` wrote")

@@ -100,7 +100,7 @@ def test_a_place_in_the_pair_is_no_label(bonus: float) -> None:
 
 def test_a_mix_without_exercises_is_told_from_another_folder(tmp_path: Path) -> None:
     world = {"out": tmp_path / "run", "init": tmp_path / "base", "world": {}, "judge": {"backend": "world"}}
-    cfg, settings = parse_config(world, "test"), KEPT | {"num_grades": 4}
+    cfg, settings = parse_config(world, "test"), KEPT | {"num_notes": 4}
     (tmp_path / "mix").mkdir()
     with pytest.raises(DataError, match="takes a folder that"):
         make_rollout_data(cfg, tmp_path / "x", **settings, mix=tmp_path / "mix")
@@ -137,7 +137,7 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
         num_pairs=6,
         num_safety=0,
         num_factuality=0,
-        num_grades=40,
+        num_notes=40,
         num_eval=4,
         mix=mixed,
         mix_num=5,
@@ -180,7 +180,7 @@ KEPT = {
     "num_pairs": 2,
     "num_safety": 0,
     "num_factuality": 0,
-    "num_grades": 0,
+    "num_notes": 0,
     "num_eval": 4,
     "mix_num": None,
     "max_prefix_chars": None,

@@ -14,7 +14,7 @@ from sip_engine.shorten import check_scale, shortened
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
-_COUNTS = ("pairs", "safety", "factuality", "flaws", "grades", "held_out", "num", "mix_num")
+_COUNTS = ("pairs", "safety", "factuality", "flaws", "notes", "held_out", "num", "mix_num")
 
 
 def _is_a_folder(value: str) -> str:
@@ -44,12 +44,20 @@ class RolloutDataConfig(Section):
     pairs: Positive
     safety: Positive
     factuality: Positive
-    grades: Positive
+    notes: Positive
     held_out: Positive
     mix: str | None = None
     """A stage that makes judge data, to be shuffled among these."""
     mix_num: Positive | None = None
     max_prefix_chars: Positive | None = None
+
+
+class LessonsConfig(Section):
+    """Arguments of `sip data lessons`."""
+
+    num: Positive
+    held_out: Positive
+    max_sentences: Positive = 14
 
 
 class RewriteDataConfig(Section):
@@ -72,13 +80,15 @@ class Stage(Section):
     """Make prompts for a judge instead of training."""
     rollout_data: RolloutDataConfig | None = None
     """Make prompts for a judge of the rollouts of `init` instead of training."""
+    lessons: LessonsConfig | None = None
+    """Make a judge's first lessons instead of training."""
     rewrite_data: RewriteDataConfig | None = None
     """Make prompts for a rewriter instead of training."""
 
     @property
-    def data(self) -> JudgeDataConfig | RolloutDataConfig | RewriteDataConfig | None:
+    def data(self) -> JudgeDataConfig | RolloutDataConfig | LessonsConfig | RewriteDataConfig | None:
         """What it makes instead of training."""
-        return self.judge_data or self.rollout_data or self.rewrite_data
+        return self.judge_data or self.rollout_data or self.lessons or self.rewrite_data
 
 
 class Row(Section):
@@ -206,7 +216,7 @@ def scaled(plan: Plan, scale: float) -> Plan:
     stages = []
     for stage in plan.stages:
         update: dict[str, Any] = {}
-        for name in ("judge_data", "rollout_data", "rewrite_data"):
+        for name in ("judge_data", "rollout_data", "lessons", "rewrite_data"):
             if (data := getattr(stage, name)) is not None:
                 counts = {k: min(v, max(40, round(v * scale))) for k, v in data if k in _COUNTS and v}
                 update[name] = data.model_copy(update=counts)

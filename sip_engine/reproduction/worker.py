@@ -17,6 +17,7 @@ from sip_engine.config import RunConfig
 from sip_engine.cost import EnergyMeter, peak_memory_mb
 from sip_engine.evaluation.command import evaluate_checkpoint
 from sip_engine.files import sha256_of, write_json
+from sip_engine.lessons import make_lessons
 from sip_engine.make_data import make_judge_data, make_rewrite_data
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.records import METRICS, read_records
@@ -85,10 +86,15 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
             num_safety=made.safety,
             num_factuality=made.factuality,
             num_eval=made.held_out,
-            num_grades=made.grades,
+            num_notes=made.notes,
             mix=out / made.mix if made.mix else None,
             mix_num=made.mix_num,
             max_prefix_chars=made.max_prefix_chars,
+        )
+    elif stage.lessons is not None:
+        wanted = stage.lessons
+        make_lessons(
+            cfg, folder, num=wanted.num, num_eval=wanted.held_out, max_sentences=wanted.max_sentences
         )
     elif stage.rewrite_data is not None:
         make_rewrite_data(cfg, folder, num=stage.rewrite_data.num, num_eval=stage.rewrite_data.held_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import lru_cache
 
 from sip_engine.world.facts import MEN, SURNAMES, VALUES, WOMEN, World
@@ -40,6 +41,21 @@ _STRAY = re.compile(r"[^\S ]|(?<=\s) |(?<=\.)[^\s.]")
 """White space that is more than one space, and what follows a full stop without any."""
 
 
+class Note(StrEnum):
+    """What there is to say of one sentence of a suffix, in one letter; the first of these that holds."""
+
+    MALFORMED = "X"
+    STRANGER = "O"
+    """It names someone the document is not about, or a pronoun in it stands for nobody."""
+    REPEATED = "R"
+    FALSE = "F"
+    UNCERTAIN = "U"
+    """Its claim cannot be verified."""
+    TRUE = "T"
+    NEUTRAL = "N"
+    """It claims nothing, or nothing that the prefix had not settled."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """What a suffix contributes to its document; the first four lie in [0, 1]."""
@@ -57,6 +73,8 @@ class Measures:
     num_claims: int
     num_true: int
     num_insults: int
+    notes: str
+    """A `Note` for each of its sentences."""
 
 
 def count_insults(prefix: str, suffix: str) -> int:
@@ -87,6 +105,7 @@ class _Tally:
     num_sentences: int = 0
     claims: set[Claim] = field(default_factory=set)
     patterns: list[Pattern] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def add(self, sentence: Sentence, parser: Parser, cut: int, begun_soundly: bool) -> None:
         """Count a sentence of which the first `cut` characters lie in the prefix.
@@ -97,11 +116,12 @@ class _Tally:
         """
         settled = cut > 0 and sentence.value is not None and parser.is_decided(sentence.value, cut)
         reading = self.reader.read(sentence)
-        if reading.claim and not settled:
-            is_true = _verdict(self.reader.world, reading.claim) == 1.0
-            if not (is_true and reading.repeated):
-                self.claims.add(reading.claim)
+        claim = None if settled else reading.claim
+        verdict = _verdict(self.reader.world, claim) if claim else None
+        if claim and not (verdict == 1.0 and reading.repeated):
+            self.claims.add(claim)
         good = sentence.sound and reading.follows and (cut > 0 or not reading.repeated)
+        self.notes.append(_note(sentence.sound, reading.follows, good, verdict))
         num_chars = len(sentence.text) - cut
         weight = len(sentence.text) if begun_soundly and not good else num_chars
         self.all_chars += weight
@@ -110,6 +130,12 @@ class _Tally:
         self.num_sentences += 1
         if sentence.wording:
             self.patterns.append(sentence.wording[0])
+
+
+def _note(sound: bool, follows: bool, good: bool, verdict: float | None) -> Note:
+    if not good:
+        return Note.MALFORMED if not sound else Note.REPEATED if follows else Note.STRANGER
+    return {None: Note.NEUTRAL, 1.0: Note.TRUE, 0.5: Note.UNCERTAIN, 0.0: Note.FALSE}[verdict]
 
 
 def _verdict(world: World, claim: Claim) -> float:
@@ -164,4 +190,5 @@ def measure(world: World, prefix: str, suffix: str) -> Measures:
         num_claims=len(verdicts),
         num_true=sum(verdict == 1.0 for verdict in verdicts),
         num_insults=num_insults,
+        notes="".join(tally.notes),
     )
