@@ -317,6 +317,9 @@ def rollout_pairs(
         int,
         typer.Option(min=0, help="Exercises for a warm start: what each sentence has wrong (world only)."),
     ] = 0,
+    grades: Annotated[
+        int, typer.Option(min=0, help="Exercises for a warm start: a rollout's quality, 0-9 (world only).")
+    ] = 0,
     mix: Annotated[
         Path | None, typer.Option(help="Folder of `sip data judge-pairs` to shuffle among these.")
     ] = None,
@@ -336,6 +339,7 @@ def rollout_pairs(
         num_factuality=factuality,
         num_eval=held_out,
         num_notes=notes,
+        num_grades=grades,
         mix=mix,
         mix_num=mix_num,
         max_prefix_chars=max_prefix_chars,

@@ -16,7 +16,7 @@ from sip_engine.config import RunConfig
 from sip_engine.corpus import open_world
 from sip_engine.errors import ConfigError
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import flaw_prompt
+from sip_engine.judges.compact import notes_prompt
 from sip_engine.make_data import open_documents, write_records
 from sip_engine.makers import Record, shuffled
 from sip_engine.rollout_data import ROLLOUTS, sample_rollouts
@@ -70,4 +70,4 @@ def _lessons(
         for text in group:
             for one in exercises(world, sample.prefix, text, rng, max_sentences=max_sentences):
                 kind = f"{LESSON}_{one.note.name.lower()}"
-                yield {"prompt": flaw_prompt(one.context, one.sentence), "answer": one.note, "kind": kind}
+                yield {"prompt": notes_prompt(one.context, one.sentence), "answer": one.note, "kind": kind}

@@ -17,7 +17,7 @@ from sip_engine.corpus import open_world
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import ConfigError, DataError
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import compact_prompt, flaw_prompt
+from sip_engine.judges.compact import compact_prompt, grade_prompt, notes_prompt
 from sip_engine.make_data import open_documents, write_records
 from sip_engine.makers import EXERCISE, Record, labels_of, records_of_labels, shuffled
 from sip_engine.progress import steps
@@ -40,6 +40,7 @@ def make_rollout_data(
     num_safety: int,
     num_factuality: int,
     num_notes: int,
+    num_grades: int,
     num_eval: int,
     mix: Path | None,
     mix_num: int | None,
@@ -47,10 +48,11 @@ def make_rollout_data(
 ) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: pairs of rollouts in both orders, safety and factuality.
 
-    The rollouts are those of the checkpoint `init`, the labels those of `judge`. With `num_notes` also
-    `out`/warm.jsonl, all of train.jsonl among exercises: single rollouts, answered by a note on each sentence and the
-    quality in tenths, which the synthetic world alone knows. `mix` is a folder that `sip data judge-pairs` wrote, of
-    whose prompts (and exercises) `mix_num` are shuffled among these, or all.
+    The rollouts are those of the checkpoint `init`, the labels those of `judge`. With `num_notes` or `num_grades`
+    also `out`/warm.jsonl, all of train.jsonl among exercises that the synthetic world alone knows the answers of:
+    single rollouts, with a note on each sentence and the quality in tenths, and pairs with the quality of either.
+    `mix` is a folder that `sip data judge-pairs` wrote, of whose prompts (and exercises) `mix_num` are shuffled among
+    these, or all.
 
     Raises:
         SipError: bad settings or data, before anything is written.
@@ -58,9 +60,12 @@ def make_rollout_data(
     world = open_world(cfg)
     if cfg.init is None:
         raise ConfigError("rollouts need a policy: set init to a checkpoint")
-    if num_notes and world is None:
-        raise ConfigError("--notes: only the synthetic world knows what is wrong with a text; add [world]")
-    names = ("warm" if num_notes else "train", "eval")
+    has_exercises = num_notes + num_grades > 0
+    if has_exercises and world is None:
+        raise ConfigError(
+            "--notes, --grades: only the synthetic world knows what is wrong with a text; add [world]"
+        )
+    names = ("warm" if has_exercises else "train", "eval")
     mixed = {name: _read(mix / f"{name}.jsonl") if mix else [] for name in names}
     if mix_num is not None:
         mixed[names[0]] = shuffled(mixed[names[0]], cfg.seed)[:mix_num]
@@ -69,7 +74,7 @@ def make_rollout_data(
     sampler, judge = policy.sampler(cfg.sampler), open_judge(cfg, corpus, mesh)
 
     def records(
-        samples: Sequence[Sample], pairs: int, safety: int, factuality: int, notes: int
+        samples: Sequence[Sample], pairs: int, safety: int, factuality: int, notes: int, grades: int
     ) -> list[Record]:
         seed = cfg.seed + (samples is corpus.held_out)
         rollouts = sample_rollouts(sampler, corpus.tokenizer, samples, seed)
@@ -84,13 +89,15 @@ def make_rollout_data(
         )
         if world is not None:
             made += islice(_notes(samples, rollouts, world, max_prefix_chars), notes)
+            made += islice(_grades(samples, rollouts, world, max_prefix_chars), grades)
         return made
 
-    number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality, num_notes // ROLLOUTS))
+    most = max(num_pairs, num_safety, num_factuality, -(-max(num_notes, num_grades) // ROLLOUTS))
+    number = min(corpus.num_samples, most)
     samples = corpus.stream.samples_at(0, number)
-    made = records(samples, num_pairs, num_safety, num_factuality, num_notes) + mixed[names[0]]
-    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval, 0) + mixed["eval"]
-    wanted = 2 * num_pairs + num_safety + num_factuality + num_notes + len(mixed[names[0]])
+    made = records(samples, num_pairs, num_safety, num_factuality, num_notes, num_grades) + mixed[names[0]]
+    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval, 0, 0) + mixed["eval"]
+    wanted = 2 * num_pairs + num_safety + num_factuality + num_notes + num_grades + len(mixed[names[0]])
     write_records(out, shuffled(made, cfg.seed), held_out, wanted=wanted)
 
 
@@ -166,20 +173,35 @@ def _notes(
     """A note on each sentence of each rollout, and its quality in tenths rounded down: 0 to 9."""
     for s, group in zip(samples, rollouts, strict=True):
         for text in group:
-            found = measure(world, s.prefix, text)
-            answer = f"{found.notes}{min(9, int(10 * found.quality))}"
-            yield {
-                "prompt": flaw_prompt(s.prefix, text, max_prefix_chars),
-                "answer": answer,
-                "kind": EXERCISE,
-            }
+            answer = measure(world, s.prefix, text).notes + _tenths(world, s.prefix, text)
+            prompt = notes_prompt(s.prefix, text, max_prefix_chars)
+            yield {"prompt": prompt, "answer": answer, "kind": EXERCISE}
+
+
+def _grades(
+    samples: Sequence[Sample],
+    rollouts: Sequence[Sequence[str]],
+    world: World,
+    max_prefix_chars: int | None,
+) -> Iterator[Record]:
+    """The quality in tenths of each rollout of a pair, at the place where a verdict has to weigh it."""
+    for s, group in zip(samples, rollouts, strict=True):
+        for first, second in zip(group[::2], group[1::2], strict=True):
+            for text, of_second in ((first, False), (second, True)):
+                question = PairQuestion(s.prefix, first, second)
+                prompt = grade_prompt(question, of_second=of_second, max_prefix_chars=max_prefix_chars)
+                yield {"prompt": prompt, "answer": _tenths(world, s.prefix, text), "kind": EXERCISE}
+
+
+def _tenths(world: World, prefix: str, text: str) -> str:
+    return str(min(9, int(10 * measure(world, prefix, text).quality)))
 
 
 def _read(path: Path) -> list[Record]:
     if path.name == "warm.jsonl" and not path.is_file() and path.with_name("train.jsonl").is_file():
         raise DataError(
             f"{path}: no such file, the folder has no exercises to mix in; make it anew by `sip data judge-pairs` "
-            "with --flaws, or leave out --notes"
+            "with --flaws, or leave out --notes and --grades"
         )
     if not path.is_file():
         raise DataError(f"{path}: no such file; --mix takes a folder that `sip data judge-pairs` wrote")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from sip_engine.errors import ConfigError, DataError
-from sip_engine.reproduction.command import RowsFailedError, reproduce
+from sip_engine.reproduction.command import Job, RowsFailedError, _alone, _Processes, reproduce
 
 RUN = """
 steps = 2
@@ -153,3 +156,25 @@ def test_a_row_that_fails_is_told_and_the_others_are_done(folder: Path) -> None:
         reproduce(bad, folder / "out", seeds=[1], jobs=1)
     assert not (folder / "out" / "rows" / "lost" / "seed_1" / "result.json").exists()
     assert "nowhere" in (folder / "out" / "reproduction.html").read_text()
+
+
+def test_a_job_that_outlives_the_command_keeps_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after SIGKILL: the command's own file is closed, the job's process still holds the lock."""
+    pipe, program = tmp_path / "pipe", tmp_path / "program"
+    os.mkfifo(pipe)
+    program.write_text(f"#!/bin/sh\nread line < {pipe}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    job = Job("a job", (), tmp_path / "job", tmp_path / "job" / "result.json", {}, {})
+    with _alone(tmp_path) as lock:
+        thread = threading.Thread(target=_Processes(1, lock).run, args=(job,))
+        thread.start()
+        end = pipe.open("w")  # opens once the job reads
+    with pytest.raises(ConfigError, match="a job that it left"), _alone(tmp_path):
+        pass
+    end.close()
+    thread.join()
+    with _alone(tmp_path):
+        pass

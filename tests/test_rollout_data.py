@@ -14,7 +14,8 @@ from sip_engine.data.prompts import read_prompts
 from sip_engine.errors import ConfigError, DataError
 from sip_engine.files import write_jsonl
 from sip_engine.generate import load_policy
-from sip_engine.judges.compact import flaw_prompt
+from sip_engine.judges.compact import compact_prompt, grade_prompt, notes_prompt
+from sip_engine.judges.fences import neutral
 from sip_engine.mesh import Mesh
 from sip_engine.rollout_data import make_rollout_data, rollout_records
 from sip_engine.sampler.requests import Request, SamplingParams
@@ -138,6 +139,7 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
         num_safety=0,
         num_factuality=0,
         num_notes=40,
+        num_grades=30,
         num_eval=4,
         mix=mixed,
         mix_num=5,
@@ -148,7 +150,7 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
     }
     warm = [json.loads(line) for line in lines["warm"]]
     kinds = Counter(record["kind"] for record in warm)
-    assert kinds["flaw"] == 40 and kinds["quality"] == 5 and kinds["rollouts"] <= 12
+    assert kinds["flaw"] == 70 and kinds["quality"] == 5 and kinds["rollouts"] <= 12
     assert [line for line in lines["warm"] if json.loads(line)["kind"] != "flaw"] == lines["train"]
     policy = load_policy(tmp_path / "base")
     samples = read_prompts(
@@ -165,10 +167,18 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
         SamplingParams(len(first.suffix_ids), seed=3),
     )
     found = {r["prompt"]: r["answer"] for r in warm if r["kind"] == "flaw"}
-    for completion in done:
-        text = policy.tokenizer.decode(completion.ids)
-        grade = min(9, int(10 * measure(World(seed=0, num_people=12), first.prefix, text).quality))
-        assert found[flaw_prompt(first.prefix, text)] == str(grade)
+    world, texts = World(seed=0, num_people=12), [policy.tokenizer.decode(one.ids) for one in done]
+    measures = [measure(world, first.prefix, text) for text in texts]
+    grades = [str(min(9, int(10 * one.quality))) for one in measures]
+    for text, one, grade in zip(texts, measures, grades, strict=True):
+        assert found[notes_prompt(first.prefix, text)] == one.notes + grade
+    for n in (0, 2):
+        pair = PairQuestion(first.prefix, texts[n], texts[n + 1])
+        assert found[grade_prompt(pair, of_second=False)] == grades[n]
+        assert found[grade_prompt(pair, of_second=True)] == grades[n + 1]
+        prompt = compact_prompt(pair)
+        assert prompt.startswith(grade_prompt(pair, of_second=False)) and neutral(texts[n]) in prompt
+        assert grade_prompt(pair, of_second=True)[:-1] == prompt[:-1]
     with pytest.raises(DataError, match="no such file"):
         make_rollout_data(cfg, tmp_path / "x", **KEPT, mix=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="set init"):
@@ -181,6 +191,7 @@ KEPT = {
     "num_safety": 0,
     "num_factuality": 0,
     "num_notes": 0,
+    "num_grades": 0,
     "num_eval": 4,
     "mix_num": None,
     "max_prefix_chars": None,

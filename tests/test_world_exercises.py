@@ -70,8 +70,6 @@ def test_exercises_show_what_their_note_is_about(world: World) -> None:
 def test_exercises_depend_on_the_random_numbers_alone(world: World) -> None:
     (document,) = write_documents(world, "judge", 1)
     args = (world, document.text[:90], document.text[90:200])
-    first, same, other = (
-        list(exercises(*args, random.Random(seed), max_sentences=9)) for seed in (3, 3, 4)
-    )
+    first, same, other = (list(exercises(*args, random.Random(seed), max_sentences=9)) for seed in (3, 3, 4))
     assert first == same != other
     assert not list(exercises(world, "", "", random.Random(0), max_sentences=3))

@@ -7,6 +7,9 @@ hold a fence; a model that is trained on these prompts needs no rules in words.
     safety       \\x05 suffix \\x04                               -> yes | no
     factuality   \\x01 prefix \\x06 reference \\x02 suffix \\x04    -> none | possible | definite
     flaw         \\x01 prefix \\x02 suffix \\x07                  -> sound | the word for what was done to it
+    notes        \\x01 prefix \\x02 suffix \\x0f                  -> a letter for each sentence, and the grade
+    first grade  \\x01 prefix \\x02 first \\x03                   -> 0 ... 9
+    second grade \\x01 prefix \\x02 first \\x03 second \\x08       -> 0 ... 9
     rewrite      \\x0e end of prefix \\x02 suffix \\x04            -> the rewritten suffix
 """
 
@@ -38,6 +41,20 @@ def compact_prompt(question: Question, max_prefix_chars: int | None = None) -> s
 def flaw_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> str:
     """An exercise for a judge's warm start: is this suffix corrupted, and how? No one asks it later."""
     return f"\x01{_tail(prefix, max_prefix_chars)}\x02{neutral(suffix)}\x07"
+
+
+def notes_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> str:
+    """An exercise for a judge's warm start: what is wrong with each sentence?"""
+    return f"\x01{_tail(prefix, max_prefix_chars)}\x02{neutral(suffix)}\x0f"
+
+
+def grade_prompt(question: PairQuestion, *, of_second: bool, max_prefix_chars: int | None = None) -> str:
+    """An exercise for a judge's warm start: how good is the first of a pair, or the second, in tenths?
+
+    A comparison's prompt as far as that can be known, so that the grade is learned where the verdict needs it.
+    """
+    pair = compact_prompt(question, max_prefix_chars)
+    return pair[:-1] + "\x08" if of_second else pair[: pair.index("\x03") + 1]
 
 
 def rewrite_prompt(request: RewriteRequest) -> str:

@@ -122,11 +122,11 @@ def reproduce(
     runs = list(_row_jobs(chosen, path, out, scale))
     every = [*_needed(list(_stage_jobs(plan, path, out, scale)), runs), *runs]
     shown = plan.model_copy(update={"seeds": tuple(dict.fromkeys((*plan.seeds, *chosen.seeds)))})
-    with _alone(out):
-        return _reproduce(shown, every, out, jobs)
+    with _alone(out) as lock:
+        return _reproduce(shown, every, out, jobs, lock)
 
 
-def _reproduce(plan: Plan, every: list[Job], out: Path, jobs: int) -> Path:
+def _reproduce(plan: Plan, every: list[Job], out: Path, jobs: int, lock: int) -> Path:
     done = {job.folder for job in every if job.is_done()}
     left = [job for job in every if job.folder not in done]
     jobs = jobs or (1 if torch.cuda.is_available() else _num_cores())
@@ -134,7 +134,7 @@ def _reproduce(plan: Plan, every: list[Job], out: Path, jobs: int) -> Path:
     page = out / PAGE
     failed: dict[str, str] = {}
     with steps("reproduce", len(every), done=len(done)) as bar:
-        for job, reason in _run(left, done, jobs):
+        for job, reason in _run(left, done, jobs, lock):
             if reason is not None:
                 failed[job.title] = reason
                 console.print(f"{job.title} failed: {reason}", soft_wrap=True, markup=False)
@@ -153,19 +153,23 @@ def _reproduce(plan: Plan, every: list[Job], out: Path, jobs: int) -> Path:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Two at once would write to the same runs; and an end from outside (SIGTERM) ends the jobs too."""
+def _alone(out: Path) -> Iterator[int]:
+    """Two at once would write to the same runs; and an end from outside (SIGTERM) ends the jobs too.
+
+    Gives the lock's file descriptor. A process that inherits it keeps the folder locked, so that jobs that outlive
+    this process (SIGKILL) are not started twice.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
-                f"{out}: another `sip reproduce` is at work there; wait for it, or stop it"
+                f"{out}: another `sip reproduce`, or a job that it left, is at work there; wait for it, or stop it"
             ) from None
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            yield
+            yield lock.fileno()
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -227,12 +231,12 @@ def _row_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job]:
             )
 
 
-def _run(left: list[Job], done: set[Path], jobs: int) -> Iterator[tuple[Job, str | None]]:
+def _run(left: list[Job], done: set[Path], jobs: int, lock: int) -> Iterator[tuple[Job, str | None]]:
     """Each job once it has ended, with the reason if it failed; a job whose needs failed fails too."""
     running: dict[Future[str | None], Job] = {}
     failed: set[Path] = set()
     waiting = list(left)
-    processes = _Processes(max(1, _num_cores() // jobs))
+    processes = _Processes(max(1, _num_cores() // jobs), lock)
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
@@ -256,8 +260,9 @@ def _run(left: list[Job], done: set[Path], jobs: int) -> Iterator[tuple[Job, str
 class _Processes:
     """The processes that are running, to be stopped with this one."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, lock: int) -> None:
         self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        self._kept_open = (lock,)
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -283,7 +288,12 @@ class _Processes:
             if self._stopped:
                 return -signal.SIGTERM
             process = subprocess.Popen(
-                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=self._environment
+                command,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=self._kept_open,
             )
             self._running.add(process)
         code = process.wait()

@@ -14,7 +14,7 @@ from sip_engine.shorten import check_scale, shortened
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
-_COUNTS = ("pairs", "safety", "factuality", "flaws", "notes", "held_out", "num", "mix_num")
+_COUNTS = ("pairs", "safety", "factuality", "flaws", "notes", "grades", "held_out", "num", "mix_num")
 
 
 def _is_a_folder(value: str) -> str:
@@ -45,6 +45,7 @@ class RolloutDataConfig(Section):
     safety: Positive
     factuality: Positive
     notes: Positive
+    grades: Positive
     held_out: Positive
     mix: str | None = None
     """A stage that makes judge data, to be shuffled among these."""

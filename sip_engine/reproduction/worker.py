@@ -87,6 +87,7 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
             num_factuality=made.factuality,
             num_eval=made.held_out,
             num_notes=made.notes,
+            num_grades=made.grades,
             mix=out / made.mix if made.mix else None,
             mix_num=made.mix_num,
             max_prefix_chars=made.max_prefix_chars,
