@@ -8,6 +8,7 @@ few, it learns that in minutes (README, training a judge). Only the synthetic wo
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from sip_engine.types import Sample
 from sip_engine.world import World
 from sip_engine.world.exercises import exercises
 
-_PER_PREFIX = 3 * ROLLOUTS
-"""Exercises that a prefix surely gives."""
+_PER_PREFIX = 2 * ROLLOUTS
+"""Exercises that a prefix surely gives and that are kept."""
+_MOST = 5
+"""No note is the answer of more than one in so many: most sentences are neutral, and tell least."""
 LESSON = "lesson"
 
 
@@ -51,11 +54,21 @@ def make_lessons(cfg: RunConfig, out: Path, *, num: int, num_eval: int, max_sent
     def records(samples: Sequence[Sample], wanted: int, seed: int) -> list[Record]:
         some = samples[: -(-wanted // _PER_PREFIX)]
         rollouts = sample_rollouts(sampler, corpus.tokenizer, some, seed)
-        return shuffled(list(_lessons(world, some, rollouts, max_sentences, seed)), seed)[:wanted]
+        made = shuffled(list(_lessons(world, some, rollouts, max_sentences, seed)), seed)
+        return list(_balanced(made, wanted))
 
     wanted = min(corpus.num_samples, -(-num // _PER_PREFIX))
     train = records(corpus.stream.samples_at(0, wanted), num, cfg.seed)
     write_records(out, train, records(corpus.held_out, num_eval, cfg.seed + 1), wanted=num)
+
+
+def _balanced(records: Sequence[Record], wanted: int) -> Iterator[Record]:
+    """The first records, until there are enough, that keep the answers balanced."""
+    seen: Counter[str] = Counter()
+    for record in records:
+        if seen[record["answer"]] < max(1, wanted // _MOST) and seen.total() < wanted:
+            seen[record["answer"]] += 1
+            yield record
 
 
 def _lessons(

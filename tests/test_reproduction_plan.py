@@ -29,7 +29,7 @@ def test_every_stage_and_row_of_the_shipped_plan_is_a_run(tmp_path: Path) -> Non
         assert (cfg.init is None) == row.name.startswith("scratch")
         for path in (cfg.init, cfg.judge.local.checkpoint, cfg.rewriter.local.checkpoint, cfg.data.tokenizer):
             assert path is None or path.is_relative_to(tmp_path)
-        assert truth_config(plan, cfg)["judge"] == {"backend": "world"}
+        assert truth_config(plan, cfg, plan.root)["judge"] == {"backend": "world"}
     names = {row.name for row in plan.rows}
     assert {f"quality_{n}" for n in (1, 2, 4, 8, 16)} | {"pivot_8", "tournament_8", "trained_8"} <= names
 
@@ -53,7 +53,7 @@ def test_a_short_plan_is_short(tmp_path: Path) -> None:
     assert base.steps == stage_config(plan, plan.stages[0], PLAN.parent, tmp_path).steps // 10
     assert short.evaluation["eval"]["num_prefixes"] == plan.evaluation["eval"]["num_prefixes"] // 10
     data = [stage.judge_data for stage in short.stages if stage.judge_data]
-    assert data[0] is not None and data[0].pairs == 1000
+    assert data[0] is not None and data[0].pairs == 800
     for scale in (0.0, -1.0, 1.5):
         with pytest.raises(ConfigError, match="--scale"):
             scaled(plan, scale)

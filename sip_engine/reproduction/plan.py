@@ -236,7 +236,7 @@ def stage_recipe(plan: Plan, stage: Stage, beside: Path) -> dict[str, Any]:
 def row_recipe(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     """All that decides what comes of a run of a row, wherever it is made; JSON values. Raises ConfigError."""
     cfg = row_config(plan, row, seed, plan.root)
-    evaluation = parse_config(truth_config(plan, cfg), f"evaluation of row {row.name}")
+    evaluation = parse_config(truth_config(plan, cfg, plan.root), f"evaluation of row {row.name}")
     return {
         "settings": cfg.model_dump(mode="json"),
         "evaluation": evaluation.model_dump(mode="json"),
@@ -258,15 +258,16 @@ def row_config(plan: Plan, row: Row, seed: int, out: Path) -> RunConfig:
     return parse_config({**values, "seed": seed, "out": str(run_folder(out, row, seed))}, f"row {row.name}")
 
 
-def truth_config(plan: Plan, cfg: RunConfig) -> dict[str, Any]:
+def truth_config(plan: Plan, cfg: RunConfig, out: Path) -> dict[str, Any]:
     """Settings of a run's final evaluation: the plan's sections in the place of the run's own."""
-    return {**cfg.model_dump(mode="json"), **plan.evaluation}
+    return {**cfg.model_dump(mode="json"), **_moved(plan.evaluation, plan.root, out)}
 
 
 def stages_of(plan: Plan, cfg: RunConfig, out: Path) -> list[Path]:
     """Folders of the stages that a run of a row reads from, and of the baseline's."""
     used = [cfg.init, cfg.data.tokenizer]
     used += [cfg.judge.local.checkpoint] if cfg.needs_judge else []
+    used += [parse_config(truth_config(plan, cfg, out), "evaluation").judge.local.checkpoint]
     used += [cfg.rewriter.local.checkpoint] if cfg.needs_rewriter else []
     return [
         out / stage.name

@@ -113,7 +113,7 @@ def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
     found = evaluate_checkpoint(
         cfg.out,
         cfg.out / "final",
-        truth_config(plan, cfg),
+        truth_config(plan, cfg, out),
         source=f"row {row.name}",
         baseline=out / plan.baseline,
     )
