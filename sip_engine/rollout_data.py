@@ -17,7 +17,7 @@ from sip_engine.corpus import open_world
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import ConfigError, DataError
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import compact_prompt, grade_prompt, notes_prompt
+from sip_engine.judges.compact import GRADES, compact_prompt, grade_prompt, notes_prompt
 from sip_engine.make_data import open_documents, write_records
 from sip_engine.makers import EXERCISE, Record, labels_of, records_of_labels, shuffled
 from sip_engine.progress import steps
@@ -173,7 +173,7 @@ def _notes(
     """A note on each sentence of each rollout, and its quality in tenths rounded down: 0 to 9."""
     for s, group in zip(samples, rollouts, strict=True):
         for text in group:
-            answer = measure(world, s.prefix, text).notes + _tenths(world, s.prefix, text)
+            answer = measure(world, s.prefix, text).notes + _grade(world, s.prefix, text)
             prompt = notes_prompt(s.prefix, text, max_prefix_chars)
             yield {"prompt": prompt, "answer": answer, "kind": EXERCISE}
 
@@ -187,14 +187,13 @@ def _grades(
     """The quality in tenths of each rollout of a pair, at the place where a verdict has to weigh it."""
     for s, group in zip(samples, rollouts, strict=True):
         for first, second in zip(group[::2], group[1::2], strict=True):
-            for text, of_second in ((first, False), (second, True)):
-                question = PairQuestion(s.prefix, first, second)
-                prompt = grade_prompt(question, of_second=of_second, max_prefix_chars=max_prefix_chars)
-                yield {"prompt": prompt, "answer": _tenths(world, s.prefix, text), "kind": EXERCISE}
+            for text, behind in ((first, None), (second, second)):
+                prompt = grade_prompt(s.prefix, first, behind, max_prefix_chars)
+                yield {"prompt": prompt, "answer": _grade(world, s.prefix, text), "kind": EXERCISE}
 
 
-def _tenths(world: World, prefix: str, text: str) -> str:
-    return str(min(9, int(10 * measure(world, prefix, text).quality)))
+def _grade(world: World, prefix: str, text: str) -> str:
+    return GRADES[min(9, int(10 * measure(world, prefix, text).quality))]
 
 
 def _read(path: Path) -> list[Record]:

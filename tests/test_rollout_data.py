@@ -14,7 +14,7 @@ from sip_engine.data.prompts import read_prompts
 from sip_engine.errors import ConfigError, DataError
 from sip_engine.files import write_jsonl
 from sip_engine.generate import load_policy
-from sip_engine.judges.compact import compact_prompt, grade_prompt, notes_prompt
+from sip_engine.judges.compact import compact_prompt, notes_prompt
 from sip_engine.judges.fences import neutral
 from sip_engine.mesh import Mesh
 from sip_engine.rollout_data import make_rollout_data, rollout_records
@@ -173,12 +173,9 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
     for text, one, grade in zip(texts, measures, grades, strict=True):
         assert found[notes_prompt(first.prefix, text)] == one.notes + grade
     for n in (0, 2):
-        pair = PairQuestion(first.prefix, texts[n], texts[n + 1])
-        assert found[grade_prompt(pair, of_second=False)] == grades[n]
-        assert found[grade_prompt(pair, of_second=True)] == grades[n + 1]
-        prompt = compact_prompt(pair)
-        assert prompt.startswith(grade_prompt(pair, of_second=False)) and neutral(texts[n]) in prompt
-        assert grade_prompt(pair, of_second=True)[:-1] == prompt[:-1]
+        before, both = f"\x01{neutral(first.prefix)}\x02{neutral(texts[n])}\x03", neutral(texts[n + 1])
+        assert found[before] == grades[n] and found[f"{before}{both}\x08"] == grades[n + 1]
+        assert compact_prompt(PairQuestion(first.prefix, texts[n], texts[n + 1])) == f"{before}{both}\x04"
     with pytest.raises(DataError, match="no such file"):
         make_rollout_data(cfg, tmp_path / "x", **KEPT, mix=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="set init"):

@@ -20,6 +20,7 @@ import re
 from sip_engine.judges.fences import neutral
 from sip_engine.types import FactualityQuestion, PairQuestion, Question, RewriteRequest, SafetyQuestion
 
+GRADES = tuple("0123456789")
 LEAD_WORDS = 5
 """Last words of the prefix that a rewriter sees, so that its suffix joins smoothly (method §rewriter training)."""
 
@@ -48,13 +49,15 @@ def notes_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) 
     return f"\x01{_tail(prefix, max_prefix_chars)}\x02{neutral(suffix)}\x0f"
 
 
-def grade_prompt(question: PairQuestion, *, of_second: bool, max_prefix_chars: int | None = None) -> str:
-    """An exercise for a judge's warm start: how good is the first of a pair, or the second, in tenths?
+def grade_prompt(
+    prefix: str, first: str, second: str | None = None, max_prefix_chars: int | None = None
+) -> str:
+    """How good is the first continuation, or the second where there is one, in tenths? Answered by one of `GRADES`.
 
-    A comparison's prompt as far as that can be known, so that the grade is learned where the verdict needs it.
+    A comparison's prompt as far as can be known: learned as an exercise, the grade is where the verdict needs it.
     """
-    pair = compact_prompt(question, max_prefix_chars)
-    return pair[:-1] + "\x08" if of_second else pair[: pair.index("\x03") + 1]
+    pair = compact_prompt(PairQuestion(prefix, first, second or ""), max_prefix_chars)
+    return pair[: pair.index("\x03") + 1] if second is None else pair[:-1] + "\x08"
 
 
 def rewrite_prompt(request: RewriteRequest) -> str:

@@ -13,14 +13,16 @@ import torch
 
 from sip_engine.config import LocalModelConfig, SamplerConfig
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import rewrite_prompt
+from sip_engine.judges.compact import GRADES, grade_prompt, rewrite_prompt
 from sip_engine.judges.prompts import Prompt, judge_prompt
 from sip_engine.judges.verdicts import read_verdict, settled
 from sip_engine.policy.packing import PackedRows, Row, pack_rows
 from sip_engine.sampler.requests import Request, SamplingParams
-from sip_engine.types import Cost, Failure, Judgment, Question, RewriteRequest, Score
+from sip_engine.types import Cost, Failure, Judgment, PairQuestion, Question, RewriteRequest, Score
 
 _TOO_LONG = Failure("the prompt is longer than the judge's context")
+_GRADED = Prompt("", "", "", {grade: number / 9 for number, grade in enumerate(GRADES)}, "word", "compact")
+"""Of a grade: its expectation is the answer."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +79,62 @@ class LocalJudge:
 
     `log_odds` reads the probabilities of the verdict words after the prompt, in one pass that computes what the
     questions of a group have in common once; the answer is their expectation. `generate` writes a reply and reads
-    the verdict from where it must be.
+    the verdict from where it must be. `grades` reads every continuation once, however often it is compared: of two
+    the one of the higher expected grade is the better.
     """
 
     name = "local"
 
     def __init__(self, model: LocalModel) -> None:
         self._model, self._cfg = model, model.cfg
-        self.deterministic = self._cfg.method == "log_odds" or self._cfg.temperature == 0
+        self.deterministic = self._cfg.method != "generate" or self._cfg.temperature == 0
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
         """One judgment a question, in order; every process that holds the model asks the same and gets the same."""
         start = time.perf_counter()
         answers: dict[int, Judgment] = {}
         asked: list[_Asked] = []
+        compared: dict[int, PairQuestion] = {}
         for number, question in enumerate(questions):
             known = settled(question)
             if known is not None:
                 answers[number] = Score(known, (known,))
+            elif self._cfg.method == "grades" and isinstance(question, PairQuestion):
+                compared[number] = question
             elif isinstance(prepared := self._prepare(number, question), Failure):
                 answers[number] = prepared
             else:
                 asked.append(prepared)
-        found = self._log_odds(asked) if self._cfg.method == "log_odds" else self._generate(asked, seed)
-        seconds = (time.perf_counter() - start) / max(len(asked), 1)
-        for one, answer in zip(asked, found, strict=True):
-            answers[one.number] = replace(answer, cost=replace(answer.cost, seconds=seconds))
-        return [answers[number] for number in range(len(questions))]
+        found = self._generate(asked, seed) if self._cfg.method == "generate" else self._log_odds(asked)
+        answers |= zip((one.number for one in asked), found, strict=True)
+        answers |= self._by_grades(compared)
+        return _timed([answers[number] for number in range(len(questions))], time.perf_counter() - start)
+
+    def _by_grades(self, compared: Mapping[int, PairQuestion]) -> dict[int, Judgment]:
+        """The cost of reading a continuation is that of the first comparison that needs it."""
+        texts = dict.fromkeys((q.prefix, text) for q in compared.values() for text in (q.first, q.second))
+        asked: list[_Asked] = []
+        grades: dict[tuple[str, str], Judgment] = {}
+        for number, (prefix, text) in enumerate(texts):
+            ids = self._model.encode(grade_prompt(prefix, text, max_prefix_chars=self._cfg.max_prefix_chars))
+            if ids is None:
+                grades[prefix, text] = _TOO_LONG
+            else:
+                asked.append(_Asked(number, ids, _GRADED, prefix, ""))
+        keys = list(texts)
+        grades |= ((keys[one.number], found) for one, found in zip(asked, self._log_odds(asked), strict=True))
+        answers: dict[int, Judgment] = {}
+        for number, q in compared.items():
+            first, second = grades[q.prefix, q.first], grades[q.prefix, q.second]
+            cost = first.cost + second.cost
+            grades[q.prefix, q.first] = replace(first, cost=Cost())
+            grades[q.prefix, q.second] = replace(second, cost=Cost())
+            if isinstance(first, Failure) or isinstance(second, Failure):
+                answers[number] = replace(first if isinstance(first, Failure) else second, cost=cost)
+            else:
+                value = (1 + (first.value > second.value) - (first.value < second.value)) / 2
+                answers[number] = Score(value, (value,), cost)
+        return answers
 
     def _prepare(self, number: int, question: Question) -> _Asked | Failure:
         prompt = judge_prompt(question, style=self._cfg.style, max_prefix_chars=self._cfg.max_prefix_chars)
@@ -213,6 +244,15 @@ def pack_options(rows: Sequence[Row], options: Sequence[np.ndarray], device: tor
     scored = torch.from_numpy(np.repeat(np.array(last, np.int64), lens)).to(device)
     targets = torch.from_numpy(np.concatenate(options)).to(device)
     return replace(packed, scored=scored, targets=targets, target_lens=lens)
+
+
+def _timed(answers: list[Judgment], seconds: float) -> list[Judgment]:
+    """Answers that share the time among those that took a call."""
+    share = seconds / max(sum(answer.cost.calls > 0 for answer in answers), 1)
+    return [
+        replace(answer, cost=replace(answer.cost, seconds=share)) if answer.cost.calls else answer
+        for answer in answers
+    ]
 
 
 def _key(ids: np.ndarray) -> int:
