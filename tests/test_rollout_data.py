@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sip_engine.config import parse_config
+from sip_engine.config import RunConfig, parse_config
 from sip_engine.corpus import open_corpus
 from sip_engine.data.prompts import read_prompts
 from sip_engine.errors import ConfigError, DataError
@@ -16,12 +16,15 @@ from sip_engine.files import write_jsonl
 from sip_engine.generate import load_policy
 from sip_engine.judges.compact import compact_prompt, notes_prompt
 from sip_engine.judges.fences import neutral
+from sip_engine.lessons import make_lessons
 from sip_engine.mesh import Mesh
 from sip_engine.rollout_data import make_rollout_data, rollout_records
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.train import train
 from sip_engine.types import Failure, Judgment, PairQuestion, SafetyQuestion, Sample, Score
 from sip_engine.world import World, measure
+from sip_engine.world.measure import Note
+from sip_engine.world.parse import SENTENCE
 
 
 class Longer:
@@ -176,11 +179,33 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
         before, both = f"\x01{neutral(first.prefix)}\x02{neutral(texts[n])}\x03", neutral(texts[n + 1])
         assert found[before] == grades[n] and found[f"{before}{both}\x08"] == grades[n + 1]
         assert compact_prompt(PairQuestion(first.prefix, texts[n], texts[n + 1])) == f"{before}{both}\x04"
+    _check_lessons(cfg, tmp_path)
     with pytest.raises(DataError, match="no such file"):
         make_rollout_data(cfg, tmp_path / "x", **KEPT, mix=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="set init"):
         make_rollout_data(cfg.model_copy(update={"init": None}), tmp_path / "x", **KEPT, mix=None)
     assert not (tmp_path / "x").exists()
+
+
+def _check_lessons(cfg: RunConfig, folder: Path) -> None:
+    """Each prompt's answer is the world's note on its sentence, and no answer is more than a fifth of them."""
+    make_lessons(cfg, folder / "lessons", num=100, num_eval=10, max_sentences=4)
+    world = World(seed=0, num_people=12)
+    for name, most in (("train", 100), ("eval", 10)):
+        lines = (folder / "lessons" / f"{name}.jsonl").read_text().splitlines()
+        records, counts = [json.loads(line) for line in lines], Counter()
+        for record in records:
+            context, sentence = record["prompt"].removeprefix("\x01").removesuffix("\x0f").split("\x02")
+            assert measure(world, context, sentence).notes == record["answer"]
+            assert record["kind"] == f"lesson_{Note(record['answer']).name.lower()}"
+            assert len(SENTENCE.findall(context)) <= 4
+            counts[record["answer"]] += 1
+        assert most // 5 == max(counts.values()) <= len(records) <= most  # so young a policy is malformed
+    with pytest.raises(ConfigError, match="set init"):
+        settings = {"num": 9, "num_eval": 2, "max_sentences": 3}
+        make_lessons(cfg.model_copy(update={"init": None}), folder / "x", **settings)
+    with pytest.raises(ConfigError, match=r"add \[world\]"):
+        make_lessons(cfg.model_copy(update={"world": None}), folder / "x", **settings)
 
 
 KEPT = {

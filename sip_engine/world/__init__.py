@@ -11,6 +11,7 @@ and no combination of people is in both of those.
     measure    coherence, factuality, safety and quality of a suffix, by rule
     endings    ways to finish a sentence     rewriter   a `Rewriter` that mends and fills up a suffix
     judge      a `Judge` by these measures   corrupt    spoilt suffixes, for pairs with a known answer
+    exercises  single sentences and what is wrong with each
 
 Every function depends on its arguments only, and takes any text: what is not of this world is incoherent.
 """
