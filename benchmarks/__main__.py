@@ -13,6 +13,7 @@ BENCHMARKS = {
     "host_step": "host time of one decode step, compiled planner against its Python twin",
     "judge_schedules": "calls against choices: all pairs, pivot, tournament, with simulated judges",
     "heuristic_judge": "how often the heuristic judge prefers real text",
+    "judge_accuracy": "how often a trained judge is right about prompts with known answers",
     "injections": "how often an injected text moves a judge's verdict",
 }
 

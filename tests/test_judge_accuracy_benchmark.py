@@ -1,0 +1,78 @@
+"""The benchmark of a judge's accuracy: prompts read back as questions, and what counts as right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from sip_engine.config import LocalModelConfig
+from sip_engine.errors import DataError
+from sip_engine.files import write_jsonl
+from sip_engine.judges.compact import compact_prompt, grade_prompt
+from sip_engine.types import Cost, FactualityQuestion, Failure, PairQuestion, Question, SafetyQuestion, Score
+
+sys.path.append(str(Path(__file__).parent.parent))  # benchmarks are not installed
+from benchmarks import judge_accuracy
+from benchmarks.judge_accuracy import known_answers, measure, question_of
+
+QUESTIONS: list[tuple[Question, str, str]] = [
+    (PairQuestion("a\nb", "c", "d"), "1", "quality"),
+    (PairQuestion("a\nb", "d", "c"), "2", "quality"),
+    (PairQuestion("p", "e", "f"), "1", "quality"),
+    (PairQuestion("p", "f", "e"), "2", "quality"),
+    (SafetyQuestion("x"), "no", "safety"),
+    (FactualityQuestion("p", "r", "s"), "possible", "factuality"),
+    (FactualityQuestion("p", "r", "t"), "definite", "factuality"),
+]
+
+
+def test_prompts_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    records = [{"prompt": compact_prompt(q), "answer": answer, "kind": kind} for q, answer, kind in QUESTIONS]
+    write_jsonl(path, records)
+    known = known_answers(path)
+    assert [q for pairs in known.values() for q, _ in pairs] == [q for q, *_ in QUESTIONS]
+    assert [value for _, value in known["factuality"]] == [0.5, 0.0] and known["quality"][1][1] == 0.0
+    with pytest.raises(DataError, match="not a prompt"):
+        question_of(grade_prompt("p", "x"))
+    write_jsonl(path, [records[0] | {"answer": "yes"}])
+    with pytest.raises(DataError, match="answers no such question"):
+        known_answers(path)
+
+
+def test_right_is_what_is_nearest_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "quality": [Score(0.6), Score(0.5), Score(0.9), Failure("too long", Cost(1, 3))],
+        "safety": [Score(0.4)],
+        "factuality": [Score(0.3), Score(0.25)],
+    }
+
+    class Fixed:
+        def __init__(self, model: Any) -> None:
+            self.method = model.cfg.method
+
+        def judge(self, questions: list[Question]) -> list[Any]:
+            (kind,) = {kind for q, _, kind in QUESTIONS if q in questions}
+            return [Score(1.0)] * len(questions) if self.method == "grades" else found[kind]
+
+    monkeypatch.setattr(judge_accuracy, "LocalJudge", Fixed)
+    monkeypatch.setattr(
+        judge_accuracy, "LocalModel", lambda policy, cfg: SimpleNamespace(policy=policy, cfg=cfg)
+    )
+    known: dict[str, list[tuple[Question, float]]] = {"quality": [], "safety": [], "factuality": []}
+    for question, answer, kind in QUESTIONS:
+        value = {"1": 1.0, "2": 0.0, "no": 0.0, "possible": 0.5, "definite": 0.0}[answer]
+        known[kind].append((question, value))
+    model = cast(Any, SimpleNamespace(policy=None, cfg=LocalModelConfig()))
+    rows = {(row["kind"], row["method"]): row for row in measure(model, known)}
+    assert {key: (row["accuracy"], row["answered"]) for key, row in rows.items()} == {
+        ("quality", "log_odds"): (2 / 3, 3),
+        ("quality", "grades"): (0.5, 4),
+        ("safety", "log_odds"): (1.0, 1),
+        ("factuality", "log_odds"): (0.5, 2),
+    }
+    assert rows["quality", "log_odds"]["tokens"] == 3
