@@ -52,8 +52,8 @@ def test_a_short_plan_is_short(tmp_path: Path) -> None:
     base = stage_config(short, short.stages[0], PLAN.parent, tmp_path)
     assert base.steps == stage_config(plan, plan.stages[0], PLAN.parent, tmp_path).steps // 10
     assert short.evaluation["eval"]["num_prefixes"] == plan.evaluation["eval"]["num_prefixes"] // 10
-    data = [stage.judge_data for stage in short.stages if stage.judge_data]
-    assert data[0] is not None and data[0].pairs == 800
+    (whole,), (data,) = ([s.judge_data for s in one.stages if s.judge_data] for one in (plan, short))
+    assert data is not None and whole is not None and data.pairs == whole.pairs // 10
     for scale in (0.0, -1.0, 1.5):
         with pytest.raises(ConfigError, match="--scale"):
             scaled(plan, scale)
