@@ -68,15 +68,16 @@ def _is_right(value: float, answer: float, options: Sequence[float]) -> bool:
 
 def measure(model: LocalModel, known: Mapping[str, Sequence[tuple[Question, float]]]) -> Iterator[Row]:
     """One row for each kind of prompt and method."""
+    judges = {
+        method: LocalJudge(LocalModel(model.policy, model.cfg.model_copy(update={"method": method})))
+        for method in METHODS
+    }
     for kind, pairs in known.items():
         questions = [question for question, _ in pairs]
         options = sorted(set(verdicts_of(questions[0]).values()))
         for method in METHODS if isinstance(questions[0], PairQuestion) else METHODS[:1]:
-            judge = LocalJudge(
-                LocalModel(model.policy, LocalModelConfig(**{**model.cfg.model_dump(), "method": method}))
-            )
             start = time.perf_counter()
-            found = judge.judge(questions)
+            found = judges[method].judge(questions)
             seconds = time.perf_counter() - start
             right = [
                 _is_right(one.value, answer, options)

@@ -25,7 +25,7 @@ from sip_engine.records import read_records
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import FactualityQuestion, Judge, PairQuestion, SafetyQuestion, Sample
-from sip_engine.world import World, measure
+from sip_engine.world import Measures, World, measure
 
 ROLLOUTS = 4
 """Rollouts of a prefix; they make two pairs, so that no text is in more than one."""
@@ -173,9 +173,9 @@ def _notes(
     """A note on each sentence of each rollout, and its quality in tenths rounded down: 0 to 9."""
     for s, group in zip(samples, rollouts, strict=True):
         for text in group:
-            answer = measure(world, s.prefix, text).notes + _grade(world, s.prefix, text)
+            found = measure(world, s.prefix, text)
             prompt = notes_prompt(s.prefix, text, max_prefix_chars)
-            yield {"prompt": prompt, "answer": answer, "kind": EXERCISE}
+            yield {"prompt": prompt, "answer": found.notes + _grade(found), "kind": EXERCISE}
 
 
 def _grades(
@@ -189,11 +189,12 @@ def _grades(
         for first, second in zip(group[::2], group[1::2], strict=True):
             for text, behind in ((first, None), (second, second)):
                 prompt = grade_prompt(s.prefix, first, behind, max_prefix_chars)
-                yield {"prompt": prompt, "answer": _grade(world, s.prefix, text), "kind": EXERCISE}
+                answer = _grade(measure(world, s.prefix, text))
+                yield {"prompt": prompt, "answer": answer, "kind": EXERCISE}
 
 
-def _grade(world: World, prefix: str, text: str) -> str:
-    return GRADES[min(9, int(10 * measure(world, prefix, text).quality))]
+def _grade(found: Measures) -> str:
+    return GRADES[min(9, int(10 * found.quality))]
 
 
 def _read(path: Path) -> list[Record]:

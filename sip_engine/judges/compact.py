@@ -46,7 +46,7 @@ def flaw_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -
 
 def notes_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> str:
     """An exercise for a judge's warm start: what is wrong with each sentence?"""
-    return f"\x01{_tail(prefix, max_prefix_chars)}\x02{neutral(suffix)}\x0f"
+    return flaw_prompt(prefix, suffix, max_prefix_chars)[:-1] + "\x0f"
 
 
 def grade_prompt(

@@ -31,14 +31,14 @@ def exercises(
     The context is the last 1 to `max_sentences` sentences, drawn log-uniformly: short ones are learned first and
     carry over to long ones. The notes are about what is shown. Pieces of a few letters are left out.
     """
-    ends = [len(prefix)]
-    for match in SENTENCE.finditer(prefix + suffix):
+    text, ends = prefix + suffix, [len(prefix)]
+    for match in SENTENCE.finditer(text):
         if match.end() <= len(prefix):
             continue
-        context = _last_sentences((prefix + suffix)[: ends[-1]], rng, max_sentences)
-        yield from _noted(world, context, (prefix + suffix)[ends[-1] : match.end()])
+        context = _last_sentences(text[: ends[-1]], rng, max_sentences)
+        yield from _noted(world, context, text[ends[-1] : match.end()])
         ends.append(match.end())
-    context = _last_sentences((prefix + suffix)[: rng.choice(ends)], rng, max_sentences)
+    context = _last_sentences(text[: rng.choice(ends)], rng, max_sentences)
     if again := _retold(world, context, rng):
         yield from _noted(world, context, again)
 
