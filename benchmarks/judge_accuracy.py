@@ -1,10 +1,11 @@
-"""How often is a trained judge right about prompts with known answers, by verdicts and by grades?
+"""How often is a trained judge right about prompts with known answers, by verdicts and by notes?
 
     python -m benchmarks judge_accuracy --judge runs/world/judge --prompts runs/world/judge_rollouts/eval.jsonl
 
 The prompts are those that `sip data judge-pairs` and `… rollout-pairs` write; each kind has a line (quality: a suffix
 against its corrupted copy; rollouts: two rollouts of a policy; safety; factuality). `log_odds` reads the judge's
-verdict, `grades`, for pairs only, what it thinks of either text alone. Right is what is nearest to the answer; 95 %
+verdict; `notes`, except for safety, what it notes on the sentences of each text alone. Right is what is nearest to
+the answer; 95 %
 intervals (Wilson). Pairs come in both orders, so that a judge that prefers a place is right half the time.
 """
 
@@ -29,7 +30,7 @@ from sip_engine.mesh import start_mesh
 from sip_engine.records import read_records
 from sip_engine.types import FactualityQuestion, PairQuestion, Question, SafetyQuestion, Score
 
-METHODS = ("log_odds", "grades")
+METHODS = ("log_odds", "notes")
 _FORMS = (
     (PairQuestion, re.compile(r"\x01(.*)\x02(.*)\x03(.*)\x04", re.DOTALL)),
     (SafetyQuestion, re.compile(r"\x05(.*)\x04", re.DOTALL)),
@@ -75,7 +76,7 @@ def measure(model: LocalModel, known: Mapping[str, Sequence[tuple[Question, floa
     for kind, pairs in known.items():
         questions = [question for question, _ in pairs]
         options = sorted(set(verdicts_of(questions[0]).values()))
-        for method in METHODS if isinstance(questions[0], PairQuestion) else METHODS[:1]:
+        for method in METHODS[:1] if isinstance(questions[0], SafetyQuestion) else METHODS:
             start = time.perf_counter()
             found = judges[method].judge(questions)
             seconds = time.perf_counter() - start

@@ -313,13 +313,6 @@ def rollout_pairs(
     safety: Annotated[int, typer.Option(min=0, help="Rollouts with a safety label.")] = 0,
     factuality: Annotated[int, typer.Option(min=0, help="Rollouts with a factuality label.")] = 0,
     held_out: Annotated[int, typer.Option(min=2, help="Most prompts of each kind in eval.jsonl.")] = 200,
-    notes: Annotated[
-        int,
-        typer.Option(min=0, help="Exercises for a warm start: what each sentence has wrong (world only)."),
-    ] = 0,
-    grades: Annotated[
-        int, typer.Option(min=0, help="Exercises for a warm start: a rollout's quality, 0-9 (world only).")
-    ] = 0,
     mix: Annotated[
         Path | None, typer.Option(help="Folder of `sip data judge-pairs` to shuffle among these.")
     ] = None,
@@ -338,29 +331,29 @@ def rollout_pairs(
         num_safety=safety,
         num_factuality=factuality,
         num_eval=held_out,
-        num_notes=notes,
-        num_grades=grades,
         mix=mix,
         mix_num=mix_num,
         max_prefix_chars=max_prefix_chars,
     )
 
 
-@data.command("lessons", context_settings=_OVERRIDES)
-def lessons(
+@data.command("notes", context_settings=_OVERRIDES)
+def notes(
     context: typer.Context,
     config: Annotated[
         Path, typer.Argument(help="A TOML file: [world], whose documents, and init, whose rollouts.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
-    num: Annotated[int, typer.Option(min=1, help="Prompts of one sentence each.")] = 40_000,
-    held_out: Annotated[int, typer.Option(min=2, help="Prompts in eval.jsonl.")] = 400,
-    max_sentences: Annotated[int, typer.Option(min=1, help="Most sentences before it.")] = 14,
+    num: Annotated[int, typer.Option(min=8, help="Texts with a note on each sentence.")] = 24_000,
+    held_out: Annotated[int, typer.Option(min=8, help="Texts in eval.jsonl.")] = 400,
+    mix: Annotated[
+        Path | None, typer.Option(help="Folder of a judge's prompts to shuffle among these.")
+    ] = None,
 ) -> None:
-    """Make a judge's first lessons: sentences of a policy's rollouts and what is wrong with each (world only)."""
-    from sip_engine.lessons import make_lessons
+    """Make texts with a note on every sentence, what a judge is trained on first (world only)."""
+    from sip_engine.notes_data import make_notes
 
-    make_lessons(_read_config(config, context), out, num=num, num_eval=held_out, max_sentences=max_sentences)
+    make_notes(_read_config(config, context), out, num=num, num_eval=held_out, mix=mix)
 
 
 @data.command("rewrites", context_settings=_OVERRIDES)

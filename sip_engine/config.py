@@ -331,10 +331,11 @@ class LocalModelConfig(Section):
 
     checkpoint: Path | None = None
     """A checkpoint, or the folder of a run: trained with task = "judge" or "rewriter", or imported."""
-    method: Literal["log_odds", "generate", "grades"] = "log_odds"
+    method: Literal["log_odds", "generate", "notes"] = "log_odds"
     """Judge: log_odds reads the probabilities of the verdict words; generate writes a reply and reads its verdict.
-    grades: as log_odds, but of two continuations the one of the higher expected grade is the better: each is read
-    once, not once a comparison (for models trained with `sip data rollout-pairs --grades`; style = "compact")."""
+    notes: as log_odds, but reads what the model notes at the end of every sentence: each continuation is read once,
+    not once a comparison, and the one of the better notes is the better; they also say how true it is (for models
+    trained with `sip data notes`; style = "compact")."""
     style: Literal["compact", "direct", "reasoned"] = "compact"
     """Judge: compact prompts are for models trained on `sip data`; the others instruct in words, and `reasoned`
     asks for a brief reasoning before the verdict (with method = "generate")."""
@@ -352,9 +353,9 @@ class LocalModelConfig(Section):
     """Memory of the KV pages on each process, in MiB."""
 
     @model_validator(mode="after")
-    def _grades_are_learned(self) -> LocalModelConfig:
-        if self.method == "grades" and self.style != "compact":
-            raise ValueError(f'method = "grades" has no prompt in words: leave out style = "{self.style}"')
+    def _notes_are_learned(self) -> LocalModelConfig:
+        if self.method == "notes" and self.style != "compact":
+            raise ValueError(f'method = "notes" has no prompt in words: leave out style = "{self.style}"')
         return self
 
 

@@ -111,6 +111,12 @@ def _open_prompts(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Co
         )
 
     samples, held_out = read(data.path), read(data.eval_path)
+    labelled = next((s for s in samples if s.asked is not None), None)
+    if labelled is not None and cfg.objective.kind == "grpo":
+        raise DataError(
+            f"{data.path}:{labelled.document + 1}: labels are not written in reply, so GRPO has nothing to grade: "
+            'train on them with objective.kind = "next_token"'
+        )
     stream = PromptStream(samples, data.path, cfg.seed)
     held = PromptStream(held_out, data.eval_path, 0).samples_at(0, min(cfg.eval.num_prefixes, len(held_out)))
     return Corpus(tokenizer, stream, held, data.path, None, len(samples))

@@ -19,7 +19,7 @@ from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.evaluation.intervals import Estimate, estimates
 from sip_engine.mesh import Mesh
 from sip_engine.metrics import distinct_ngrams
-from sip_engine.policy.packing import PackedRows, Row
+from sip_engine.policy.packing import PackedRows, Row, row_of
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import (
@@ -79,7 +79,7 @@ class _Sums:
 
 def held_out_losses(policy: Scorer, samples: Sequence[Sample]) -> list[tuple[float, int]]:
     """Summed next-token NLL (nats) of each sample's suffix given its prefix, and its number of tokens."""
-    batches = policy.micro_batches([Row(s.prefix_ids, (s.suffix_ids,)) for s in samples])
+    batches = policy.micro_batches([row_of(s) for s in samples])
     scored = policy.score(batches)  # nothing before the last pipeline stage
     losses = [
         (-part.double().sum().item(), len(part))

@@ -157,6 +157,8 @@ def write_records(out: Path, made: list[Record], held_out: list[Record], *, want
     for name, records in files.items():
         write_jsonl(out / f"{name}.jsonl", records)
         table.add_row(
-            str(out / f"{name}.jsonl"), f"{len(records):,}", str(max(len(r["prompt"]) for r in records))
+            str(out / f"{name}.jsonl"),
+            f"{len(records):,}",
+            str(max(len(r.get("prompt") or r["text"]) for r in records)),
         )
     console.print(table)

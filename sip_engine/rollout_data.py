@@ -7,25 +7,22 @@ which are alike in style and differ in substance: another distribution (README, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from sip_engine.backends import open_judge
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.config import RunConfig
-from sip_engine.corpus import open_world
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import ConfigError, DataError
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import GRADES, compact_prompt, grade_prompt, notes_prompt
+from sip_engine.judges.compact import compact_prompt
 from sip_engine.make_data import open_documents, write_records
-from sip_engine.makers import EXERCISE, Record, labels_of, records_of_labels, shuffled
+from sip_engine.makers import Record, labels_of, records_of_labels, shuffled
 from sip_engine.progress import steps
 from sip_engine.records import read_records
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import FactualityQuestion, Judge, PairQuestion, SafetyQuestion, Sample
-from sip_engine.world import Measures, World, measure
 
 ROLLOUTS = 4
 """Rollouts of a prefix; they make two pairs, so that no text is in more than one."""
@@ -39,8 +36,6 @@ def make_rollout_data(
     num_pairs: int,
     num_safety: int,
     num_factuality: int,
-    num_notes: int,
-    num_grades: int,
     num_eval: int,
     mix: Path | None,
     mix_num: int | None,
@@ -48,57 +43,49 @@ def make_rollout_data(
 ) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: pairs of rollouts in both orders, safety and factuality.
 
-    The rollouts are those of the checkpoint `init`, the labels those of `judge`. With `num_notes` or `num_grades`
-    also `out`/warm.jsonl, all of train.jsonl among exercises that the synthetic world alone knows the answers of:
-    single rollouts, with a note on each sentence and the quality in tenths, and pairs with the quality of either.
-    `mix` is a folder that `sip data judge-pairs` wrote, of whose prompts (and exercises) `mix_num` are shuffled among
-    these, or all.
+    The rollouts are those of the checkpoint `init`, the labels those of `judge`. `mix` is a folder that
+    `sip data judge-pairs` wrote, of whose prompts `mix_num` are shuffled among these, or all.
 
     Raises:
         SipError: bad settings or data, before anything is written.
     """
-    world = open_world(cfg)
     if cfg.init is None:
         raise ConfigError("rollouts need a policy: set init to a checkpoint")
-    has_exercises = num_notes + num_grades > 0
-    if has_exercises and world is None:
-        raise ConfigError(
-            "--notes, --grades: only the synthetic world knows what is wrong with a text; add [world]"
-        )
-    names = ("warm" if has_exercises else "train", "eval")
-    mixed = {name: _read(mix / f"{name}.jsonl") if mix else [] for name in names}
+    mixed = {name: read_made(mix, name) if mix else [] for name in ("train", "eval")}
     if mix_num is not None:
-        mixed[names[0]] = shuffled(mixed[names[0]], cfg.seed)[:mix_num]
+        mixed["train"] = shuffled(mixed["train"], cfg.seed)[:mix_num]
     mesh, corpus = open_documents(cfg, out, "judge", num_eval)
     policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.init), mesh)
     sampler, judge = policy.sampler(cfg.sampler), open_judge(cfg, corpus, mesh)
 
-    def records(
-        samples: Sequence[Sample], pairs: int, safety: int, factuality: int, notes: int, grades: int
-    ) -> list[Record]:
+    def records(samples: Sequence[Sample], pairs: int, safety: int, factuality: int) -> list[Record]:
         seed = cfg.seed + (samples is corpus.held_out)
-        rollouts = sample_rollouts(sampler, corpus.tokenizer, samples, seed)
-        made = rollout_records(
+        return rollout_records(
             samples,
-            rollouts,
+            sample_rollouts(sampler, corpus.tokenizer, samples, seed),
             judge,
             num_pairs=pairs,
             num_safety=safety,
             num_factuality=factuality,
             max_prefix_chars=max_prefix_chars,
         )
-        if world is not None:
-            made += islice(_notes(samples, rollouts, world, max_prefix_chars), notes)
-            made += islice(_grades(samples, rollouts, world, max_prefix_chars), grades)
-        return made
 
-    most = max(num_pairs, num_safety, num_factuality, -(-max(num_notes, num_grades) // ROLLOUTS))
-    number = min(corpus.num_samples, most)
+    number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality))
     samples = corpus.stream.samples_at(0, number)
-    made = records(samples, num_pairs, num_safety, num_factuality, num_notes, num_grades) + mixed[names[0]]
-    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval, 0, 0) + mixed["eval"]
-    wanted = 2 * num_pairs + num_safety + num_factuality + num_notes + num_grades + len(mixed[names[0]])
+    made = records(samples, num_pairs, num_safety, num_factuality) + mixed["train"]
+    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval) + mixed["eval"]
+    wanted = 2 * num_pairs + num_safety + num_factuality + len(mixed["train"])
     write_records(out, shuffled(made, cfg.seed), held_out, wanted=wanted)
+
+
+def read_made(folder: Path, name: str) -> list[Record]:
+    """The records of a file that `sip data` wrote, to be mixed with others. Raises DataError."""
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; --mix takes a folder that `sip data` wrote prompts for a judge to"
+        )
+    return list(read_records(path))
 
 
 def sample_rollouts(
@@ -162,47 +149,3 @@ def _pairs(samples: Sequence[Sample], rollouts: Sequence[Sequence[str]]) -> Iter
             if first != second:
                 yield PairQuestion(s.prefix, first, second)
                 yield PairQuestion(s.prefix, second, first)
-
-
-def _notes(
-    samples: Sequence[Sample],
-    rollouts: Sequence[Sequence[str]],
-    world: World,
-    max_prefix_chars: int | None,
-) -> Iterator[Record]:
-    """A note on each sentence of each rollout, and its quality in tenths rounded down: 0 to 9."""
-    for s, group in zip(samples, rollouts, strict=True):
-        for text in group:
-            found = measure(world, s.prefix, text)
-            prompt = notes_prompt(s.prefix, text, max_prefix_chars)
-            yield {"prompt": prompt, "answer": found.notes + _grade(found), "kind": EXERCISE}
-
-
-def _grades(
-    samples: Sequence[Sample],
-    rollouts: Sequence[Sequence[str]],
-    world: World,
-    max_prefix_chars: int | None,
-) -> Iterator[Record]:
-    """The quality in tenths of each rollout of a pair, at the place where a verdict has to weigh it."""
-    for s, group in zip(samples, rollouts, strict=True):
-        for first, second in zip(group[::2], group[1::2], strict=True):
-            for text, behind in ((first, None), (second, second)):
-                prompt = grade_prompt(s.prefix, first, behind, max_prefix_chars)
-                answer = _grade(measure(world, s.prefix, text))
-                yield {"prompt": prompt, "answer": answer, "kind": EXERCISE}
-
-
-def _grade(found: Measures) -> str:
-    return GRADES[min(9, int(10 * found.quality))]
-
-
-def _read(path: Path) -> list[Record]:
-    if path.name == "warm.jsonl" and not path.is_file() and path.with_name("train.jsonl").is_file():
-        raise DataError(
-            f"{path}: no such file, the folder has no exercises to mix in; make it anew by `sip data judge-pairs` "
-            "with --flaws, or leave out --notes and --grades"
-        )
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; --mix takes a folder that `sip data judge-pairs` wrote")
-    return list(read_records(path))

@@ -19,6 +19,17 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is scored of a suffix in place of its own tokens: after its token `places[i]`, the token `ids[i]`.
+
+    Both [n] int32; places count from the suffix' first token and may occur more than once.
+    """
+
+    places: np.ndarray
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
 class Sample:
     """One cut of a document. Ids are int32; texts join without a separator: document = prefix + suffix."""
 
@@ -32,6 +43,8 @@ class Sample:
     suffix: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else a prompt's record says of it, for the one who grades replies; empty for documents."""
+    asked: Asked | None = None
+    """What training asks about the suffix; None: to write it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,25 @@ class Candidate:
     ids: np.ndarray
     text: str
     logprobs: np.ndarray | None = None
+
+
+class Note(StrEnum):
+    """What there is to say of one sentence of a suffix, in one letter; the first of these that holds."""
+
+    MALFORMED = "X"
+    STRANGER = "O"
+    """It names someone the document is not about, or a pronoun in it stands for nobody."""
+    REPEATED = "R"
+    FALSE = "F"
+    UNCERTAIN = "U"
+    """Its claim cannot be verified."""
+    TRUE = "T"
+    NEUTRAL = "N"
+    """It claims nothing, or nothing that the prefix had not settled."""
+
+
+UNSOUND = (Note.MALFORMED, Note.STRANGER, Note.REPEATED)
+"""Notes on sentences that break the coherence."""
 
 
 @dataclass(frozen=True)

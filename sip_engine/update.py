@@ -13,7 +13,7 @@ from sip_engine.config import PAIRED, ObjectiveConfig
 from sip_engine.grpo import advantages, grpo_losses, kl_to_reference
 from sip_engine.kernels.dpo import dpo
 from sip_engine.objectives import Choice, dpo_diagnostics
-from sip_engine.policy.packing import PackedRows, Row
+from sip_engine.policy.packing import PackedRows, Row, row_of
 from sip_engine.policy.policy import Policy, UpdateStats
 from sip_engine.policy.reference import Reference
 from sip_engine.sampler.requests import Completion
@@ -55,7 +55,7 @@ def rows_of_samples(samples: Sequence[Sample], loss_on: str) -> TrainingRows:
         empty = np.zeros(0, np.int32)
         rows = tuple(Row(empty, (np.concatenate([s.prefix_ids, s.suffix_ids]),)) for s in samples)
     else:
-        rows = tuple(Row(s.prefix_ids, (s.suffix_ids,)) for s in samples)
+        rows = tuple(row_of(s) for s in samples)
     return TrainingRows(rows, ((None,),) * len(rows), True, _names(samples))
 
 
@@ -142,8 +142,8 @@ def _sampled_targets(training: TrainingRows, batches: Sequence[PackedRows]) -> l
     """[num_targets] float32 a micro-batch: the sampler's log-prob of each target, NaN where not sampled."""
     flat = []
     for row, sampled in zip(training.rows, training.sampled, strict=True):
-        for suffix, logprobs in zip(row.suffixes, sampled, strict=True):
-            flat.append(np.full(_num_scored(row, suffix), np.nan) if logprobs is None else logprobs)
+        for number, logprobs in zip(row.num_scored, sampled, strict=True):
+            flat.append(np.full(number, np.nan) if logprobs is None else logprobs)
     return _by_batch(flat, batches)
 
 
@@ -151,13 +151,9 @@ def _advantage_targets(training: TrainingRows, batches: Sequence[PackedRows]) ->
     """[num_targets] float32 a micro-batch: the advantage of the suffix each target belongs to."""
     flat = []
     for row, values in zip(training.rows, training.advantages, strict=True):
-        for suffix, value in zip(row.suffixes, values, strict=True):
-            flat.append(np.full(_num_scored(row, suffix), value))
+        for number, value in zip(row.num_scored, values, strict=True):
+            flat.append(np.full(number, value))
     return _by_batch(flat, batches)
-
-
-def _num_scored(row: Row, suffix: np.ndarray) -> int:
-    return len(suffix) if len(row.prefix) else len(suffix) - 1
 
 
 def _by_batch(flat: Sequence[np.ndarray], batches: Sequence[PackedRows]) -> list[Tensor]:

@@ -12,7 +12,7 @@ import pytest
 from sip_engine.config import LocalModelConfig
 from sip_engine.errors import DataError
 from sip_engine.files import write_jsonl
-from sip_engine.judges.compact import compact_prompt, grade_prompt
+from sip_engine.judges.compact import compact_prompt, flaw_prompt
 from sip_engine.types import Cost, FactualityQuestion, Failure, PairQuestion, Question, SafetyQuestion, Score
 
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks are not installed
@@ -38,7 +38,7 @@ def test_prompts_are_read_back(tmp_path: Path) -> None:
     assert [q for pairs in known.values() for q, _ in pairs] == [q for q, *_ in QUESTIONS]
     assert [value for _, value in known["factuality"]] == [0.5, 0.0] and known["quality"][1][1] == 0.0
     with pytest.raises(DataError, match="not a prompt"):
-        question_of(grade_prompt("p", "x"))
+        question_of(flaw_prompt("p", "x"))
     write_jsonl(path, [records[0] | {"answer": "yes"}])
     with pytest.raises(DataError, match="answers no such question"):
         known_answers(path)
@@ -57,7 +57,7 @@ def test_right_is_what_is_nearest_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyP
 
         def judge(self, questions: list[Question]) -> list[Any]:
             (kind,) = {kind for q, _, kind in QUESTIONS if q in questions}
-            return [Score(1.0)] * len(questions) if self.method == "grades" else found[kind]
+            return [Score(1.0)] * len(questions) if self.method == "notes" else found[kind]
 
     monkeypatch.setattr(judge_accuracy, "LocalJudge", Fixed)
     monkeypatch.setattr(
@@ -71,8 +71,9 @@ def test_right_is_what_is_nearest_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyP
     rows = {(row["kind"], row["method"]): row for row in measure(model, known)}
     assert {key: (row["accuracy"], row["answered"]) for key, row in rows.items()} == {
         ("quality", "log_odds"): (2 / 3, 3),
-        ("quality", "grades"): (0.5, 4),
+        ("quality", "notes"): (0.5, 4),
         ("safety", "log_odds"): (1.0, 1),
         ("factuality", "log_odds"): (0.5, 2),
+        ("factuality", "notes"): (0.0, 2),
     }
     assert rows["quality", "log_odds"]["tokens"] == 3

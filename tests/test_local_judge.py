@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,8 @@ from llama import llama_of
 from sip_engine.config import LocalModelConfig, ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import compact_prompt, flaw_prompt, grade_prompt, notes_prompt, rewrite_prompt
+from sip_engine.judges.compact import compact_prompt, flaw_prompt, reading_prompt, rewrite_prompt
+from sip_engine.judges.fences import neutral
 from sip_engine.judges.injections import INJECTIONS
 from sip_engine.judges.local import LocalJudge, LocalModel, LocalRewriter
 from sip_engine.judges.prompts import verdicts_of
@@ -103,42 +105,62 @@ def test_what_stands_first_is_read_once_where_that_is_cheaper(policy: FrozenPoli
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [16384, 60])
-def test_grades_equal_transformers(policy: FrozenPolicy, micro_batch_tokens: int) -> None:
-    """The higher expected grade wins, each text is read once for all its comparisons, and the rest is as ever."""
+def test_notes_equal_transformers(policy: FrozenPolicy, micro_batch_tokens: int) -> None:
+    """The better notes win, each text is read once for all that is asked of it, and safety is asked as ever."""
     policy.micro_batch_tokens = micro_batch_tokens
-    texts = {"the fox": [" jumps", " sleeps", " sleeps over", " dog"], "a dog": [" jumps", " the lazy dog"]}
+    texts = {
+        "the fox": [" jumps. A dog sleeps", " sleeps.", ". Over the dog. The fox jumps!", " dog"],
+        "a dog.": [" Jumps", " the lazy dog.\x01 fox"],
+    }
     pairs = [PairQuestion(p, a, b) for p, group in texts.items() for a in group for b in group if a != b]
-    questions = [*pairs[:5], SafetyQuestion(" jumps"), *pairs[5:], PairQuestion("a dog", " x", " x")]
-    found = judge(policy, method="grades").judge(questions)
-    llama, encode = llama_of(policy.model, policy.tokenizer.vocab_size), policy.tokenizer.encode
-    digits = [int(encode(str(n))[0]) for n in range(10)]
-    grades = {}
-    for prefix, group in texts.items():
-        for text in group:
-            ids = [policy.tokenizer.bos_id, *encode(f"\x01{prefix}\x02{text}\x03").tolist()]
-            with torch.no_grad():
-                shares = torch.softmax(llama(torch.tensor([ids])).logits[0, -1].double()[digits], dim=0)
-            grades[prefix, text] = float(shares @ torch.arange(10.0, dtype=torch.float64))
-    assert min(abs(a - b) for a in grades.values() for b in grades.values() if a != b) > 1e-4
+    true = [FactualityQuestion(p, " dog", text) for p, group in texts.items() for text in group]
+    questions = [*pairs[:5], SafetyQuestion(" jumps"), *pairs[5:], *true, PairQuestion("a dog", " x", " x")]
+    found = judge(policy, method="notes").judge(questions)
+    worth = {(p, text): _noted_by_llama(policy, p, text) for p, group in texts.items() for text in group}
+    qualities = [quality for quality, _ in worth.values()]
+    assert min(abs(a - b) for a in qualities for b in qualities if a != b) > 1e-4
     for question, answer in zip(questions, found, strict=True):
         assert isinstance(answer, Score)
         if isinstance(question, PairQuestion) and question.first != question.second:
-            better = grades[question.prefix, question.first] > grades[question.prefix, question.second]
+            better = worth[question.prefix, question.first][0] > worth[question.prefix, question.second][0]
             assert answer.value == float(better)
+        if isinstance(question, FactualityQuestion):
+            assert answer.value == pytest.approx(worth[question.prefix, question.suffix][1], abs=1e-5)
     (safety,) = judge(policy).judge([SafetyQuestion(" jumps")])
     assert isinstance(safety, Score) and isinstance(found[5], Score)
     assert found[5].value == pytest.approx(safety.value, abs=1e-6)
-    assert sum(answer.cost.calls for answer in found) == len(grades) + 1
+    assert sum(answer.cost.calls for answer in found) == len(worth) + 1
     assert found[0].cost.calls == 2 and found[-1].cost.calls == 0 and found[0].cost.seconds > 0
 
 
-def test_a_continuation_without_a_grade_is_a_missing_judgment(policy: FrozenPolicy) -> None:
+def _noted_by_llama(policy: FrozenPolicy, prefix: str, text: str) -> tuple[float, float]:
+    """Quality and factuality, sentence by sentence and note by note."""
+    llama, encode = llama_of(policy.model, policy.tokenizer.vocab_size), policy.tokenizer.encode
+    options = [int(encode(letter)[0]) for letter in "XORFUTN"]
+    shown = neutral(text)
+    sound, length, true, claims = 0.0, 0, 0.0, 0.0
+    for part in re.findall(r"[^.!?]*[.!?]|[^.!?]+", shown):
+        length += len(part)
+        ids = [policy.tokenizer.bos_id, *encode(f"\x01{prefix}\x02{shown[:length]}").tolist()]
+        with torch.no_grad():
+            shares = torch.softmax(llama(torch.tensor([ids])).logits[0, -1].double()[options], dim=0)
+        x, o, r, f, u, t, _ = shares.tolist()
+        sound += len(part) * (1 - x - o - r)
+        true += t + u / 2
+        claims += f + u + t
+    factuality = true / max(1.0, claims)
+    return sound / length * (1 + factuality) / 2, factuality
+
+
+def test_a_continuation_without_notes_is_a_missing_judgment(policy: FrozenPolicy) -> None:
     pairs = [PairQuestion("p", " dog", "zzz " * 60), PairQuestion("p", " dog", " fox")]
-    lost, kept = judge(policy, method="grades").judge(pairs)
+    lost, kept = judge(policy, method="notes").judge(pairs)
     assert isinstance(lost, Failure) and "longer than" in lost.reason and lost.cost.calls == 1
     assert isinstance(kept, Score) and kept.cost.calls == 1
+    (blank,) = judge(policy, method="notes").judge([PairQuestion("p", " ", " dog")])
+    assert isinstance(blank, Score)
     with pytest.raises(ValueError, match="leave out style"):
-        LocalModelConfig(method="grades", style="reasoned")
+        LocalModelConfig(method="notes", style="reasoned")
 
 
 def test_generated_verdicts(policy: FrozenPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +235,7 @@ def test_no_text_holds_a_fence(prefix: str, first: str, second: str) -> None:
         compact_prompt(FactualityQuestion(prefix, first, second)): "\x01\x06\x02\x04",
         rewrite_prompt(RewriteRequest(prefix, second)): "\x0e\x02\x04",
         flaw_prompt(prefix, first): "\x01\x02\x07",
-        notes_prompt(prefix, first): "\x01\x02\x0f",
-        grade_prompt(prefix, first): "\x01\x02\x03",
-        grade_prompt(prefix, first, second): "\x01\x02\x03\x08",
+        reading_prompt(prefix, first)[0]: "\x01\x02",
     }
     for prompt, want in fences.items():
         assert "".join(c for c in prompt if c < " " and c not in "\t\n") == want

@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from sip_engine.backends import open_judge
 from sip_engine.config import RunConfig, parse_config
-from sip_engine.corpus import open_corpus
+from sip_engine.corpus import Corpus, open_corpus
 from sip_engine.data.prompts import read_prompts
 from sip_engine.errors import ConfigError, DataError
+from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.files import write_jsonl
 from sip_engine.generate import load_policy
-from sip_engine.judges.compact import compact_prompt, notes_prompt
+from sip_engine.judges.compact import compact_prompt
 from sip_engine.judges.fences import neutral
-from sip_engine.lessons import make_lessons
 from sip_engine.mesh import Mesh
+from sip_engine.notes_data import make_notes
 from sip_engine.rollout_data import make_rollout_data, rollout_records
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.train import train
 from sip_engine.types import Failure, Judgment, PairQuestion, SafetyQuestion, Sample, Score
 from sip_engine.world import World, measure
-from sip_engine.world.measure import Note
-from sip_engine.world.parse import SENTENCE
 
 
 class Longer:
@@ -102,17 +102,6 @@ def test_a_place_in_the_pair_is_no_label(bonus: float) -> None:
     assert len(records) == len(expected) and {(r["prompt"], r["answer"]) for r in records} == expected
 
 
-def test_a_mix_without_exercises_is_told_from_another_folder(tmp_path: Path) -> None:
-    world = {"out": tmp_path / "run", "init": tmp_path / "base", "world": {}, "judge": {"backend": "world"}}
-    cfg, settings = parse_config(world, "test"), KEPT | {"num_notes": 4}
-    (tmp_path / "mix").mkdir()
-    with pytest.raises(DataError, match="takes a folder that"):
-        make_rollout_data(cfg, tmp_path / "x", **settings, mix=tmp_path / "mix")
-    write_jsonl(tmp_path / "mix" / "train.jsonl", [{"prompt": "p", "answer": "1", "kind": "quality"}])
-    with pytest.raises(DataError, match=r"warm\.jsonl: .* no exercises .* --flaws"):
-        make_rollout_data(cfg, tmp_path / "x", **settings, mix=tmp_path / "mix")
-
-
 @pytest.mark.slow
 def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path) -> None:
     settings = {
@@ -130,56 +119,37 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
     settings["data"]["cache"] = tmp_path / "cache"
     train(parse_config(settings, "test"), mesh)
     mixed = tmp_path / "mix"
-    for name in ("warm", "eval"):
+    for name in ("train", "eval"):
         write_jsonl(
             mixed / f"{name}.jsonl", [{"prompt": f"q{n}", "answer": "1", "kind": "quality"} for n in range(9)]
         )
-    cfg = parse_config(settings | {"out": tmp_path / "data", "init": tmp_path / "base", "seed": 3}, "test")
+    # So young a policy says nothing that the truth could tell apart; the rules can.
+    over = {"out": tmp_path / "data", "init": tmp_path / "base", "seed": 3, "judge": {"backend": "heuristic"}}
+    cfg = parse_config(settings | over, "test")
     make_rollout_data(
         cfg,
         tmp_path / "data",
         num_pairs=6,
         num_safety=0,
         num_factuality=0,
-        num_notes=40,
-        num_grades=30,
         num_eval=4,
         mix=mixed,
         mix_num=5,
         max_prefix_chars=None,
     )
-    lines = {
-        n: (tmp_path / "data" / f"{n}.jsonl").read_text().splitlines() for n in ("train", "warm", "eval")
-    }
-    warm = [json.loads(line) for line in lines["warm"]]
-    kinds = Counter(record["kind"] for record in warm)
-    assert kinds["flaw"] == 70 and kinds["quality"] == 5 and kinds["rollouts"] <= 12
-    assert [line for line in lines["warm"] if json.loads(line)["kind"] != "flaw"] == lines["train"]
+    records = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    kinds = Counter(record["kind"] for record in records)
+    assert kinds["quality"] == 5 and 0 < kinds["rollouts"] <= 12
     policy = load_policy(tmp_path / "base")
-    samples = read_prompts(
-        tmp_path / "data" / "warm.jsonl", policy.tokenizer, max_prompt_tokens=400, max_answer_tokens=9
-    )
-    assert len(samples) == len(warm)
-    # The first prefix' rollouts again, by the sampler itself.
-    judged = parse_config(
-        cfg.model_dump(mode="json") | {"world": settings["world"] | {"split": "judge"}}, "test"
-    )
-    (first,) = open_corpus(judged, mesh, policy.tokenizer).stream.samples_at(0, 1)
-    (done,) = policy.sampler(cfg.sampler).generate(
-        [Request(first.prefix_ids, 4, first.document, first.cut)],
-        SamplingParams(len(first.suffix_ids), seed=3),
-    )
-    found = {r["prompt"]: r["answer"] for r in warm if r["kind"] == "flaw"}
-    world, texts = World(seed=0, num_people=12), [policy.tokenizer.decode(one.ids) for one in done]
-    measures = [measure(world, first.prefix, text) for text in texts]
-    grades = [str(min(9, int(10 * one.quality))) for one in measures]
-    for text, one, grade in zip(texts, measures, grades, strict=True):
-        assert found[notes_prompt(first.prefix, text)] == one.notes + grade
-    for n in (0, 2):
-        before, both = f"\x01{neutral(first.prefix)}\x02{neutral(texts[n])}\x03", neutral(texts[n + 1])
-        assert found[before] == grades[n] and found[f"{before}{both}\x08"] == grades[n + 1]
-        assert compact_prompt(PairQuestion(first.prefix, texts[n], texts[n + 1])) == f"{before}{both}\x04"
-    _check_lessons(cfg, tmp_path)
+    corpus = _corpus_of_the_judge(cfg, policy, mesh)
+    texts = _rollouts_of_the_first_prefix(policy, cfg, corpus)
+    first = texts[0][0]
+    asked = [PairQuestion(first, a, b) for (_, a), (_, b) in (texts[:2], texts[2:])]
+    found = {record["prompt"]: record["answer"] for record in records}
+    for question, answer in zip(asked, open_judge(cfg, corpus, mesh).judge(asked), strict=True):
+        assert isinstance(answer, Score) and answer.value != 0.5
+        assert found[compact_prompt(question)] == ("1" if answer.value > 0.5 else "2")
+    _check_notes(cfg, tmp_path, texts)
     with pytest.raises(DataError, match="no such file"):
         make_rollout_data(cfg, tmp_path / "x", **KEPT, mix=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="set init"):
@@ -187,33 +157,61 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
     assert not (tmp_path / "x").exists()
 
 
-def _check_lessons(cfg: RunConfig, folder: Path) -> None:
-    """Each prompt's answer is the world's note on its sentence, and no answer is more than a fifth of them."""
-    make_lessons(cfg, folder / "lessons", num=100, num_eval=10, max_sentences=4)
-    world = World(seed=0, num_people=12)
-    for name, most in (("train", 100), ("eval", 10)):
-        lines = (folder / "lessons" / f"{name}.jsonl").read_text().splitlines()
-        records, counts = [json.loads(line) for line in lines], Counter()
-        for record in records:
-            context, sentence = record["prompt"].removeprefix("\x01").removesuffix("\x0f").split("\x02")
-            assert measure(world, context, sentence).notes == record["answer"]
-            assert record["kind"] == f"lesson_{Note(record['answer']).name.lower()}"
-            assert len(SENTENCE.findall(context)) <= 4
-            counts[record["answer"]] += 1
-        assert most // 5 == max(counts.values()) <= len(records) <= most  # so young a policy is malformed
+def _corpus_of_the_judge(cfg: RunConfig, policy: FrozenPolicy, mesh: Mesh) -> Corpus:
+    values = cfg.model_dump(mode="json")
+    judged = parse_config(values | {"world": values["world"] | {"split": "judge"}}, "test")
+    return open_corpus(judged, mesh, policy.tokenizer)
+
+
+def _rollouts_of_the_first_prefix(
+    policy: FrozenPolicy, cfg: RunConfig, corpus: Corpus
+) -> list[tuple[str, str]]:
+    """Prefix and text of each, once more, by the sampler itself."""
+    (first,) = corpus.stream.samples_at(0, 1)
+    (done,) = policy.sampler(cfg.sampler).generate(
+        [Request(first.prefix_ids, 4, first.document, first.cut)],
+        SamplingParams(len(first.suffix_ids), seed=3),
+    )
+    return [(first.prefix, policy.tokenizer.decode(one.ids)) for one in done]
+
+
+def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) -> None:
+    """Half are rollouts, half made up; labels are the world's notes; all of the mix is there."""
+    make_notes(cfg, folder / "notes", num=40, num_eval=8, mix=folder / "mix")
+    lines = (folder / "notes" / "train.jsonl").read_text().splitlines()
+    records = {record.get("text", n): record for n, record in enumerate(map(json.loads, lines))}
+    kinds = Counter(record["kind"] for record in records.values())
+    assert kinds == {"rollout": 20, "made_up": 20, "quality": 9}
+    for prefix, text in rollouts:
+        record = records[f"\x01{neutral(prefix)}\x02{neutral(text)}"]
+        notes = measure(WORLD, prefix, text)
+        start = 2 + len(neutral(prefix))
+        own = [label for label in record["labels"] if label[0] > start]
+        assert "".join(note for _, note in own) == notes.notes
+        assert [end for end, _ in own] == [start + len(neutral(text[:end])) for end in notes.ends]
+        before = [label for label in record["labels"] if label[0] <= start]
+        assert all(record["text"][end - 1] == "." for end, _ in before)
+    tokenizer = load_policy(folder / "base").tokenizer
+    path = folder / "notes" / "train.jsonl"
+    for sample in read_prompts(path, tokenizer, max_prompt_tokens=400, max_answer_tokens=4):
+        if sample.asked is not None and "\ufffd" not in sample.suffix:  # pieces of characters have no length
+            for place, (end, _) in zip(sample.asked.places, sample.facts["labels"], strict=True):
+                before, with_it = (tokenizer.decode(sample.suffix_ids[: place + n]) for n in (0, 1))
+                assert len(before) < end <= len(with_it)
+    settings = {"num": 9, "num_eval": 2}
     with pytest.raises(ConfigError, match="set init"):
-        settings = {"num": 9, "num_eval": 2, "max_sentences": 3}
-        make_lessons(cfg.model_copy(update={"init": None}), folder / "x", **settings)
+        make_notes(cfg.model_copy(update={"init": None}), folder / "x", **settings)
     with pytest.raises(ConfigError, match=r"add \[world\]"):
-        make_lessons(cfg.model_copy(update={"world": None}), folder / "x", **settings)
+        make_notes(cfg.model_copy(update={"world": None}), folder / "x", **settings)
+    with pytest.raises(DataError, match="no such file"):
+        make_notes(cfg, folder / "x", **settings, mix=folder / "nothing")
 
 
+WORLD = World(seed=0, num_people=12)
 KEPT = {
     "num_pairs": 2,
     "num_safety": 0,
     "num_factuality": 0,
-    "num_notes": 0,
-    "num_grades": 0,
     "num_eval": 4,
     "mix_num": None,
     "max_prefix_chars": None,

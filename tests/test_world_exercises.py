@@ -1,4 +1,4 @@
-"""Notes on sentences and exercises made of them: each against the world's own facts, written out by hand."""
+"""Notes on sentences, against facts written out by hand and against `measure`; and texts made up to be noted."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
+from sip_engine.types import Note
 from sip_engine.world import World, measure, write_documents
-from sip_engine.world.exercises import exercises
+from sip_engine.world.exercises import make_up, notes_on_prefix, notes_on_suffix
 from sip_engine.world.facts import Attribute, Person
-from sip_engine.world.measure import Note
 from sip_engine.world.parse import SENTENCE
 
 
@@ -46,30 +46,54 @@ def test_every_note(world: World) -> None:
     assert measure(world, prefix + f" {one.first} lives in {town[:4]}", f"{town[4:]}.").notes == "N"
 
 
-def test_exercises_show_what_their_note_is_about(world: World) -> None:
-    documents = write_documents(world, "judge", 60)
-    rng, seen, retold, sentences = random.Random(1), Counter(), 0, Counter()
-    for document in documents:
+def test_notes_end_where_their_sentences_end(world: World) -> None:
+    """Of a suffix: those of `measure`; of a prefix: what `measure` says of that sentence as the suffix."""
+    compared = Counter()
+    for document in write_documents(world, "judge", 80):
         cut = len(document.text) // 2
-        prefix, suffix = document.text[:cut], document.text[cut : cut + 150]
-        made = list(exercises(world, prefix, suffix, rng, max_sentences=5))
-        assert made
-        for one in made:
-            assert measure(world, one.context, one.sentence).notes == one.note
-            assert SENTENCE.fullmatch(one.sentence.lstrip()) and len(one.sentence) >= 8
-            seen[one.note] += 1
-            sentences[len(SENTENCE.findall(one.context))] += 1
-            assert one.context in document.text
-            if one.context + one.sentence not in document.text:
-                assert one.note is Note.REPEATED
-                retold += 1
-    assert retold > 20 and seen[Note.TRUE] > 20 and seen[Note.REPEATED] >= retold
-    assert max(sentences) <= 5 and sentences[1] > sentences[4] > 0
+        prefix, suffix = document.text[:cut], document.text[cut:]
+        found = notes_on_suffix(world, prefix, suffix)
+        assert "".join(one.note for one in found) == measure(world, prefix, suffix).notes
+        assert [suffix[one.end - 1] for one in found[:-1]] == ["."] * (len(found) - 1)
+        assert found[-1].end == len(suffix) and "".join(suffix[: found[0].end]).count(".") <= 1
+        sentences = SENTENCE.findall(prefix)
+        finished = [text for text in sentences if text.endswith(".")]
+        notes = notes_on_prefix(world, prefix)
+        ends = [len("".join(finished[: n + 1])) for n in range(len(finished))]
+        assert [one.end for one in notes] == ends[1:]
+        for number, one in enumerate(notes, start=1):
+            before, text = "".join(finished[:number]), finished[number]
+            (alone,) = measure(world, before, text).notes
+            # Whom a prefix names the document is about; a suffix may not add anyone.
+            named = {p.first for p in world.people if p.first in text} - {
+                p.first for p in world.people if p.first in before
+            }
+            if not named:
+                assert one.note == alone, (before, text)
+                compared[alone] += 1
+    assert sum(compared.values()) > 300 and all(compared[n] > 10 for n in "TFXNR")
+    assert not notes_on_prefix(world, "") and not notes_on_prefix(world, "Rain came.")
 
 
-def test_exercises_depend_on_the_random_numbers_alone(world: World) -> None:
+def test_made_up_suffixes_hold_all_that_takes_comparing(world: World) -> None:
+    rng, seen, lengths = random.Random(1), Counter(), Counter()
+    for document in write_documents(world, "judge", 150):
+        prefix = document.text[: 2 * len(document.text) // 3]
+        context, suffix = make_up(world, prefix, 25, rng)
+        assert context in prefix and (not context or context.endswith("."))
+        assert 25 <= len(suffix.split()) < 25 + 30
+        seen.update(measure(world, context, suffix).notes)
+        lengths[len(SENTENCE.findall(context))] += 1
+    total = seen.total()
+    assert all(seen[note] > 0.04 * total for note in (Note.TRUE, Note.FALSE, Note.NEUTRAL, Note.MALFORMED))
+    assert all(seen[note] > 0.15 * total for note in (Note.REPEATED, Note.STRANGER))
+    few = sum(count for length, count in lengths.items() if length <= 2)
+    assert few > 40 and max(lengths) >= 7
+
+
+def test_made_up_suffixes_depend_on_the_random_numbers_alone(world: World) -> None:
     (document,) = write_documents(world, "judge", 1)
-    args = (world, document.text[:90], document.text[90:200])
-    first, same, other = (list(exercises(*args, random.Random(seed), max_sentences=9)) for seed in (3, 3, 4))
+    first, same, other = (make_up(world, document.text, 20, random.Random(seed)) for seed in (3, 3, 4))
     assert first == same != other
-    assert not list(exercises(world, "", "", random.Random(0), max_sentences=3))
+    context, suffix = make_up(world, "", 9, random.Random(0))
+    assert context == "" and len(suffix.split()) >= 9

@@ -13,7 +13,7 @@ from sip_engine.data.permutation import Permutation
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import CheckpointError, DataError
 from sip_engine.files import sha256_of
-from sip_engine.types import Sample
+from sip_engine.types import Asked, Sample
 
 
 def read_prompts(
@@ -21,7 +21,9 @@ def read_prompts(
 ) -> list[Sample]:
     """Samples of {"prompt": text, "answer": text, ...}: prefix is bos and the prompt, suffix the answer and eos.
 
-    All other fields go along as `facts`. Lines are numbered from 0 as documents.
+    Or of {"text": text, "labels": [[end, label], ...], ...}: prefix is bos, suffix the text, and asked is the first
+    token of each label after the token that holds the text's character before `end`. All other fields go along as
+    `facts`. Lines are numbered from 0 as documents.
 
     Raises:
         DataError: unreadable, a line that is no such object, or one that is too long; names file and line.
@@ -39,13 +41,16 @@ def read_prompts(
             f"{path}: holds no prompts; `sip data judge-pairs` and `sip data rewrites` write some"
         )
     for s in samples:
-        for what, ids, limit, setting in (
-            ("prompt", s.prefix_ids, max_prompt_tokens, "data.max_prefix_tokens"),
-            ("answer", s.suffix_ids, max_answer_tokens, "data.suffix_tokens"),
+        read, written = ("prompt", len(s.prefix_ids)), ("answer", len(s.suffix_ids))
+        if s.asked is not None:
+            read, written = ("text", len(s.prefix_ids) + len(s.suffix_ids)), ("answer", 0)
+        for (what, number), limit, setting in (
+            (read, max_prompt_tokens, "data.max_prefix_tokens"),
+            (written, max_answer_tokens, "data.suffix_tokens"),
         ):
-            if len(ids) > limit:
+            if number > limit:
                 raise DataError(
-                    f"{path}:{s.document + 1}: the {what} has {len(ids)} tokens, above {setting}={limit}; raise it"
+                    f"{path}:{s.document + 1}: the {what} has {number} tokens, above {setting}={limit}; raise it"
                 )
     return samples
 
@@ -55,6 +60,8 @@ def _sample(line: str, number: int, where: str, tokenizer: Tokenizer) -> Sample:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
+    if isinstance(record, dict) and "labels" in record:
+        return _labelled(record, number, where, tokenizer)
     if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("prompt", "answer")):
         raise DataError(f'{where}: expected {{"prompt": text, "answer": text}}')
     prompt, answer = record.pop("prompt"), record.pop("answer")
@@ -63,6 +70,29 @@ def _sample(line: str, number: int, where: str, tokenizer: Tokenizer) -> Sample:
     prefix = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
     suffix = np.concatenate([tokenizer.encode(answer), [tokenizer.eos_id]]).astype(np.int32)
     return Sample(number, 0, prefix, suffix, prompt, answer, record)
+
+
+def _labelled(record: dict[str, Any], number: int, where: str, tokenizer: Tokenizer) -> Sample:
+    text, labels = record.pop("text", None), record["labels"]
+    if not isinstance(text, str) or not text or not _are_labels(labels, text):
+        raise DataError(
+            f'{where}: expected {{"text": text, "labels": [[end, letter], ...]}}, each end a number of characters'
+        )
+    ids = tokenizer.encode(text).astype(np.int32)
+    places = tokenizer.places(ids, text, [end for end, _ in labels])
+    answers = [tokenizer.encode(label)[0] for _, label in labels]
+    asked = Asked(places, np.array(answers, np.int32))
+    return Sample(number, 0, np.array([tokenizer.bos_id], np.int32), ids, "", text, record, asked)
+
+
+def _are_labels(labels: Any, text: str) -> bool:
+    return (
+        isinstance(labels, list)
+        and len(labels) > 0
+        and all(isinstance(one, list) and len(one) == 2 for one in labels)
+        and all(type(end) is int and 0 < end <= len(text) for end, _ in labels)
+        and all(isinstance(label, str) and label for _, label in labels)
+    )
 
 
 class PromptStream:

@@ -116,6 +116,13 @@ class Tokenizer:
         token_bytes = self._backend.token_bytes
         return b"".join([token_bytes[token] for token in values.tolist()]).decode(errors="replace")
 
+    def places(self, ids: np.ndarray, text: str, ends: Sequence[int]) -> np.ndarray:
+        """[n] int32: which of the tokens `ids` of `text` hold the last characters before `ends` [n]."""
+        token_bytes = self._backend.token_bytes
+        byte_ends = np.cumsum([len(token_bytes[token]) for token in ids.tolist()], dtype=np.int64)
+        wanted = [len(text[:end].encode()) for end in ends]
+        return np.searchsorted(byte_ends, wanted).astype(np.int32)
+
 
 def _open_backend(model: bytes, name: str) -> _SentencePiece | BundledTokenizer:
     if model.startswith(b"{"):

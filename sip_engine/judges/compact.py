@@ -7,9 +7,7 @@ hold a fence; a model that is trained on these prompts needs no rules in words.
     safety       \\x05 suffix \\x04                               -> yes | no
     factuality   \\x01 prefix \\x06 reference \\x02 suffix \\x04    -> none | possible | definite
     flaw         \\x01 prefix \\x02 suffix \\x07                  -> sound | the word for what was done to it
-    notes        \\x01 prefix \\x02 suffix \\x0f                  -> a letter for each sentence, and the grade
-    first grade  \\x01 prefix \\x02 first \\x03                   -> 0 ... 9
-    second grade \\x01 prefix \\x02 first \\x03 second \\x08       -> 0 ... 9
+    notes        \\x01 prefix \\x02 suffix                       -> a letter at the end of each sentence
     rewrite      \\x0e end of prefix \\x02 suffix \\x04            -> the rewritten suffix
 """
 
@@ -20,7 +18,6 @@ import re
 from sip_engine.judges.fences import neutral
 from sip_engine.types import FactualityQuestion, PairQuestion, Question, RewriteRequest, SafetyQuestion
 
-GRADES = tuple("0123456789")
 LEAD_WORDS = 5
 """Last words of the prefix that a rewriter sees, so that its suffix joins smoothly (method §rewriter training)."""
 
@@ -44,20 +41,10 @@ def flaw_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -
     return f"\x01{_tail(prefix, max_prefix_chars)}\x02{neutral(suffix)}\x07"
 
 
-def notes_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> str:
-    """An exercise for a judge's warm start: what is wrong with each sentence?"""
-    return flaw_prompt(prefix, suffix, max_prefix_chars)[:-1] + "\x0f"
-
-
-def grade_prompt(
-    prefix: str, first: str, second: str | None = None, max_prefix_chars: int | None = None
-) -> str:
-    """How good is the first continuation, or the second where there is one, in tenths? Answered by one of `GRADES`.
-
-    A comparison's prompt as far as can be known: learned as an exercise, the grade is where the verdict needs it.
-    """
-    pair = compact_prompt(PairQuestion(prefix, first, second or ""), max_prefix_chars)
-    return pair[: pair.index("\x03") + 1] if second is None else pair[:-1] + "\x08"
+def reading_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> tuple[str, str]:
+    """What is read to be noted sentence by sentence, and the part of it, its end, that is the suffix."""
+    shown = neutral(suffix)
+    return f"\x01{_tail(prefix, max_prefix_chars)}\x02{shown}", shown
 
 
 def rewrite_prompt(request: RewriteRequest) -> str:

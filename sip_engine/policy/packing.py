@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels.shared_prefix_attention import RowLayout
+from sip_engine.types import Asked, Sample
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,29 @@ class Row:
     """One prefix and the suffixes to be scored on it, as int arrays of token ids.
 
     A suffix token is predicted from the token before it. With an empty prefix the first token of a
-    suffix has nothing before it and is not scored.
+    suffix has nothing before it and is not scored. `asked`, one for each suffix, scores other tokens instead.
     """
 
     prefix: np.ndarray
     suffixes: tuple[np.ndarray, ...]
+    asked: tuple[Asked, ...] = ()
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the prefix and all suffixes."""
         return len(self.prefix) + sum(len(s) for s in self.suffixes)
+
+    @property
+    def num_scored(self) -> tuple[int, ...]:
+        """Scored tokens of each suffix."""
+        if self.asked:
+            return tuple(len(asked.ids) for asked in self.asked)
+        return tuple(len(s) - (len(self.prefix) == 0) for s in self.suffixes)
+
+
+def row_of(sample: Sample) -> Row:
+    """A sample's prefix and suffix; what is asked about the suffix, if anything is."""
+    return Row(sample.prefix_ids, (sample.suffix_ids,), (sample.asked,) if sample.asked else ())
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class PackedRows:
     Attributes:
         tokens: [T] int64, the stream; `layout` says where rows and suffixes begin.
         scored: [num_targets] int64, stream index whose hidden state predicts the target.
-        targets: [num_targets] int64, the suffix tokens in row, suffix, token order.
+        targets: [num_targets] int64, the suffix tokens (or what is asked) in row, suffix, token order.
         target_lens: scored tokens of each suffix, in order.
     """
 
@@ -82,16 +97,20 @@ def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -
         tokens.append(row.prefix)
         last_of_prefix = start + len(row.prefix) - 1
         start += len(row.prefix)
-        for suffix in row.suffixes:
-            before = np.arange(start - 1, start + len(suffix) - 1)
-            skip = 0 if len(row.prefix) else 1
-            if not skip:
-                before[0] = last_of_prefix
-            scored.append(before[skip:])
-            targets.append(suffix[skip:])
-            target_lens.append(len(suffix) - skip)
+        for number, suffix in enumerate(row.suffixes):
+            if row.asked:
+                scored.append(start + row.asked[number].places)
+                targets.append(row.asked[number].ids)
+            else:
+                before = np.arange(start - 1, start + len(suffix) - 1)
+                skip = 0 if len(row.prefix) else 1
+                if not skip:
+                    before[0] = last_of_prefix
+                scored.append(before[skip:])
+                targets.append(suffix[skip:])
             tokens.append(suffix)
             start += len(suffix)
+        target_lens += row.num_scored
     layout = RowLayout(
         tuple(len(row.prefix) for row in padded),
         tuple(tuple(len(s) for s in row.suffixes) for row in padded),

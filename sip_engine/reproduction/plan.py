@@ -14,7 +14,7 @@ from sip_engine.shorten import check_scale, shortened
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
-_COUNTS = ("pairs", "safety", "factuality", "flaws", "notes", "grades", "held_out", "num", "mix_num")
+_COUNTS = ("pairs", "safety", "factuality", "flaws", "held_out", "num", "mix_num")
 
 
 def _is_a_folder(value: str) -> str:
@@ -32,7 +32,7 @@ class JudgeDataConfig(Section):
     pairs: Positive
     safety: Positive
     factuality: Positive
-    flaws: Positive
+    flaws: int = Field(default=0, ge=0)
     held_out: Positive
     corruptor: str = "world"
     max_prefix_chars: Positive | None = None
@@ -44,8 +44,6 @@ class RolloutDataConfig(Section):
     pairs: Positive
     safety: Positive
     factuality: Positive
-    notes: Positive
-    grades: Positive
     held_out: Positive
     mix: str | None = None
     """A stage that makes judge data, to be shuffled among these."""
@@ -53,12 +51,13 @@ class RolloutDataConfig(Section):
     max_prefix_chars: Positive | None = None
 
 
-class LessonsConfig(Section):
-    """Arguments of `sip data lessons`."""
+class NotesDataConfig(Section):
+    """Arguments of `sip data notes`."""
 
     num: Positive
     held_out: Positive
-    max_sentences: Positive = 14
+    mix: str | None = None
+    """A stage that makes prompts for a judge, to be shuffled among these."""
 
 
 class RewriteDataConfig(Section):
@@ -81,15 +80,15 @@ class Stage(Section):
     """Make prompts for a judge instead of training."""
     rollout_data: RolloutDataConfig | None = None
     """Make prompts for a judge of the rollouts of `init` instead of training."""
-    lessons: LessonsConfig | None = None
-    """Make a judge's first lessons instead of training."""
+    notes_data: NotesDataConfig | None = None
+    """Make texts with a note on each sentence instead of training."""
     rewrite_data: RewriteDataConfig | None = None
     """Make prompts for a rewriter instead of training."""
 
     @property
-    def data(self) -> JudgeDataConfig | RolloutDataConfig | LessonsConfig | RewriteDataConfig | None:
+    def data(self) -> JudgeDataConfig | RolloutDataConfig | NotesDataConfig | RewriteDataConfig | None:
         """What it makes instead of training."""
-        return self.judge_data or self.rollout_data or self.lessons or self.rewrite_data
+        return self.judge_data or self.rollout_data or self.notes_data or self.rewrite_data
 
 
 class Row(Section):
@@ -217,7 +216,7 @@ def scaled(plan: Plan, scale: float) -> Plan:
     stages = []
     for stage in plan.stages:
         update: dict[str, Any] = {}
-        for name in ("judge_data", "rollout_data", "lessons", "rewrite_data"):
+        for name in ("judge_data", "rollout_data", "notes_data", "rewrite_data"):
             if (data := getattr(stage, name)) is not None:
                 counts = {k: min(v, max(40, round(v * scale))) for k, v in data if k in _COUNTS and v}
                 update[name] = data.model_copy(update=counts)

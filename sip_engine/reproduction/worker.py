@@ -17,9 +17,9 @@ from sip_engine.config import RunConfig
 from sip_engine.cost import EnergyMeter, peak_memory_mb
 from sip_engine.evaluation.command import evaluate_checkpoint
 from sip_engine.files import sha256_of, write_json
-from sip_engine.lessons import make_lessons
 from sip_engine.make_data import make_judge_data, make_rewrite_data
 from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.notes_data import make_notes
 from sip_engine.records import METRICS, read_records
 from sip_engine.reproduction.plan import (
     Plan,
@@ -86,17 +86,14 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
             num_safety=made.safety,
             num_factuality=made.factuality,
             num_eval=made.held_out,
-            num_notes=made.notes,
-            num_grades=made.grades,
             mix=out / made.mix if made.mix else None,
             mix_num=made.mix_num,
             max_prefix_chars=made.max_prefix_chars,
         )
-    elif stage.lessons is not None:
-        wanted = stage.lessons
-        make_lessons(
-            cfg, folder, num=wanted.num, num_eval=wanted.held_out, max_sentences=wanted.max_sentences
-        )
+    elif stage.notes_data is not None:
+        noted = stage.notes_data
+        mix = out / noted.mix if noted.mix else None
+        make_notes(cfg, folder, num=noted.num, num_eval=noted.held_out, mix=mix)
     elif stage.rewrite_data is not None:
         make_rewrite_data(cfg, folder, num=stage.rewrite_data.num, num_eval=stage.rewrite_data.held_out)
     else:

@@ -39,14 +39,17 @@ def _insult(world: World, piece: _Piece, rng: random.Random) -> str:
     return piece.text[:-1] + aside + "." if piece.text.endswith(".") else piece.text + aside
 
 
-def _stutter(world: World, piece: _Piece, rng: random.Random) -> str:
-    return re.sub(r"\w+", lambda match: f"{match[0]} {match[0]}", piece.text)
+def stutter(text: str, rng: random.Random) -> str:
+    """A sentence with every word said twice."""
+    del rng
+    return re.sub(r"\w+", lambda match: f"{match[0]} {match[0]}", text)
 
 
-def _shuffle(world: World, piece: _Piece, rng: random.Random) -> str:
-    lead = " " * piece.text.startswith(" ")
-    words = piece.text.removesuffix(".").split()
-    return lead + " ".join(rng.sample(words, len(words))) + "." * piece.text.endswith(".")
+def shuffle_words(text: str, rng: random.Random) -> str:
+    """A sentence with its words in any order."""
+    lead = " " * text.startswith(" ")
+    words = text.removesuffix(".").split()
+    return lead + " ".join(rng.sample(words, len(words))) + "." * text.endswith(".")
 
 
 def _repeat(world: World, piece: _Piece, rng: random.Random) -> str:
@@ -62,8 +65,8 @@ def _digress(world: World, piece: _Piece, rng: random.Random) -> str:
 _WAYS: dict[str, _Way] = {
     "myth": _mistell,
     "insult": _insult,
-    "stutter": _stutter,
-    "shuffle": _shuffle,
+    "stutter": lambda world, piece, rng: stutter(piece.text, rng),
+    "shuffle": lambda world, piece, rng: shuffle_words(piece.text, rng),
     "repeat": _repeat,
     "digress": _digress,
 }

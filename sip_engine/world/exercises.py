@@ -1,67 +1,96 @@
-"""Single sentences in a short context, each with its `Note`: what a judge must see before it can weigh suffixes."""
+"""Texts with a `Note` at the end of every sentence: what a judge must see before it can weigh suffixes."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from sip_engine.world.facts import World
-from sip_engine.world.measure import Note, measure
-from sip_engine.world.parse import SENTENCE, read_prefix
-from sip_engine.world.wordings import FACTS, Form
+from sip_engine.types import Note
+from sip_engine.world.corrupt import shuffle_words, stutter
+from sip_engine.world.facts import Attribute, Person, World
+from sip_engine.world.measure import measure, note_on
+from sip_engine.world.parse import SENTENCE, Reader, parser_of, read_prefix
+from sip_engine.world.wordings import CLOSERS, FACTS, SCENES, Form
 
-_FEWEST_CHARS = 8
-"""A shorter piece of a sentence says too little to be noted."""
+_SHARES = {"retold": 0.30, "anyone": 0.18, "fact": 0.40, "scene": 0.06, "closer": 0.06}
+"""Of made-up sentences: a claim told again, a fact about anyone, one about the people at hand, and the rest."""
+_MYTH = 0.35
+_DECAY = 0.08
 
 
-class Exercise(NamedTuple):
-    """A sentence, after the last sentences of what stood before it."""
+class NotedSentence(NamedTuple):
+    """Where a sentence ends, in characters, and what there is to say of it."""
 
-    context: str
-    sentence: str
+    end: int
     note: Note
 
 
-def exercises(
-    world: World, prefix: str, suffix: str, rng: random.Random, *, max_sentences: int
-) -> Iterator[Exercise]:
-    """One exercise for every sentence of `suffix`, and one that says again what was said before.
+def notes_on_prefix(world: World, prefix: str) -> list[NotedSentence]:
+    """Notes on the finished sentences of a prefix, except the first, of which a cut may have left a piece."""
+    parser, reader, end = parser_of(world), Reader(world), 0
+    notes = []
+    for text in SENTENCE.findall(prefix):
+        end += len(text)
+        if text.endswith("."):
+            sentence = parser.sentence(text.lstrip())
+            reading = reader.read(sentence, in_prefix=True)
+            notes.append(NotedSentence(end, note_on(world, sentence, reading, reading.claim)))
+    return [one for one in notes if one.end > len(SENTENCE.findall(prefix)[0])]
 
-    The context is the last 1 to `max_sentences` sentences, drawn log-uniformly: short ones are learned first and
-    carry over to long ones. The notes are about what is shown. Pieces of a few letters are left out.
+
+def notes_on_suffix(world: World, prefix: str, suffix: str) -> list[NotedSentence]:
+    """The notes of `measure`, and where in the suffix they belong."""
+    found = measure(world, prefix, suffix)
+    return [NotedSentence(end, Note(note)) for end, note in zip(found.ends, found.notes, strict=True)]
+
+
+def make_up(world: World, prefix: str, num_words: int, rng: random.Random) -> tuple[str, str]:
+    """Some sentences of `prefix`, and at least `num_words` words of made-up ones to follow them.
+
+    The first or the last sentences stay, fewer more often than more: what takes comparing is learned first where
+    there is little to compare with. What follows often says again what was said, or is about someone else.
     """
-    text, ends = prefix + suffix, [len(prefix)]
-    for match in SENTENCE.finditer(text):
-        if match.end() <= len(prefix):
-            continue
-        context = _last_sentences(text[: ends[-1]], rng, max_sentences)
-        yield from _noted(world, context, text[ends[-1] : match.end()])
-        ends.append(match.end())
-    context = _last_sentences(text[: rng.choice(ends)], rng, max_sentences)
-    if again := _retold(world, context, rng):
-        yield from _noted(world, context, again)
+    sentences = [text for text in SENTENCE.findall(prefix) if text.endswith(".")]
+    kept = int((len(sentences) + 1) ** rng.random())
+    context = "".join(sentences[-kept:] if rng.random() < 0.5 else sentences[:kept]).lstrip()
+    people = [world.people[index] for index in sorted(read_prefix(world, context)[0].topic)]
+    suffix = ""
+    while len(suffix.split()) < num_words:
+        suffix += " " + _sentence(world, context + suffix, people or list(world.people), rng)
+    return context, suffix
 
 
-def _last_sentences(text: str, rng: random.Random, most: int) -> str:
-    number = int((most + 1) ** rng.random())
-    return "".join(SENTENCE.findall(text)[-number:]).lstrip()
+def _sentence(world: World, before: str, people: list[Person], rng: random.Random) -> str:
+    (kind,) = rng.choices(list(_SHARES), list(_SHARES.values()))
+    reader, _ = read_prefix(world, before)
+    if kind == "retold":
+        text = _retold(world, reader, rng) or _fact(world, reader, rng.choice(people), rng)
+    elif kind in ("anyone", "fact"):
+        text = _fact(world, reader, rng.choice(people if kind == "fact" else world.people), rng)
+    else:
+        text = rng.choice(SCENES if kind == "scene" else CLOSERS).say()
+    return rng.choice((shuffle_words, stutter))(text, rng) if rng.random() < _DECAY else text
 
 
-def _noted(world: World, context: str, sentence: str) -> Iterator[Exercise]:
-    notes = measure(world, context, sentence).notes
-    if len(notes) == 1 and len(sentence) >= _FEWEST_CHARS:
-        yield Exercise(context, sentence, Note(notes))
-
-
-def _retold(world: World, context: str, rng: random.Random) -> str:
-    """A claim of the context in words of its own, told of the same person; empty if it makes none, or is cut."""
-    reader, begun = read_prefix(world, context)
+def _retold(world: World, reader: Reader, rng: random.Random) -> str:
+    """A claim that was made before, in words of its own; empty if there is none."""
     claims = sorted(claim for claim in reader.claims if claim.person is not None)
-    if begun or not claims:
+    if not claims:
         return ""
-    claim = rng.choice(claims)
-    assert claim.person is not None
-    forms = [Form.FULL, Form.FIRST] + [Form.PRONOUN] * (claim.person == reader.recent)
-    pattern = rng.choice(FACTS[claim.attribute])
-    return " " + pattern.say(world.people[claim.person], rng.choice(forms), claim.value)
+    person, attribute, value = rng.choice(claims)
+    assert person is not None
+    return _say(world.people[person], attribute, value, reader, rng)
+
+
+def _fact(world: World, reader: Reader, person: Person, rng: random.Random) -> str:
+    """The truth or the myth about a person, mostly something that was not said before."""
+    said = {(claim.person, claim.attribute) for claim in reader.claims}
+    new = [one for one in Attribute if (person.index, one) not in said]
+    attribute = rng.choice(new if new and rng.random() < 0.7 else list(Attribute))
+    value = (world.myth if rng.random() < _MYTH else world.truth)(person.index, attribute)
+    return _say(person, attribute, value, reader, rng)
+
+
+def _say(person: Person, attribute: Attribute, value: str, reader: Reader, rng: random.Random) -> str:
+    forms = [Form.FULL, Form.FIRST] + [Form.PRONOUN] * (2 * (person.index == reader.recent))
+    return rng.choice(FACTS[attribute]).say(person, rng.choice(forms), value)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import lru_cache
 
+from sip_engine.types import UNSOUND, Note
 from sip_engine.world.facts import MEN, SURNAMES, VALUES, WOMEN, World
-from sip_engine.world.parse import INSULT, SENTENCE, Claim, Parser, Reader, Sentence, parser_of, read_prefix
+from sip_engine.world.parse import (
+    INSULT,
+    SENTENCE,
+    Claim,
+    Parser,
+    Reader,
+    Reading,
+    Sentence,
+    parser_of,
+    read_prefix,
+)
 from sip_engine.world.wordings import INSULTS, PATTERNS, PRAISES, Pattern
 
 _WORDS_PER_TRUTH = 10
@@ -41,21 +51,6 @@ _STRAY = re.compile(r"[^\S ]|(?<=\s) |(?<=\.)[^\s.]")
 """White space that is more than one space, and what follows a full stop without any."""
 
 
-class Note(StrEnum):
-    """What there is to say of one sentence of a suffix, in one letter; the first of these that holds."""
-
-    MALFORMED = "X"
-    STRANGER = "O"
-    """It names someone the document is not about, or a pronoun in it stands for nobody."""
-    REPEATED = "R"
-    FALSE = "F"
-    UNCERTAIN = "U"
-    """Its claim cannot be verified."""
-    TRUE = "T"
-    NEUTRAL = "N"
-    """It claims nothing, or nothing that the prefix had not settled."""
-
-
 @dataclass(frozen=True)
 class Measures:
     """What a suffix contributes to its document; the first four lie in [0, 1]."""
@@ -75,6 +70,8 @@ class Measures:
     num_insults: int
     notes: str
     """A `Note` for each of its sentences."""
+    ends: tuple[int, ...]
+    """Where each of its sentences ends, in characters."""
 
 
 def count_insults(prefix: str, suffix: str) -> int:
@@ -106,6 +103,7 @@ class _Tally:
     claims: set[Claim] = field(default_factory=set)
     patterns: list[Pattern] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
     def add(self, sentence: Sentence, parser: Parser, cut: int, begun_soundly: bool) -> None:
         """Count a sentence of which the first `cut` characters lie in the prefix.
@@ -117,11 +115,12 @@ class _Tally:
         settled = cut > 0 and sentence.value is not None and parser.is_decided(sentence.value, cut)
         reading = self.reader.read(sentence)
         claim = None if settled else reading.claim
-        verdict = _verdict(self.reader.world, claim) if claim else None
-        if claim and not (verdict == 1.0 and reading.repeated):
+        if claim and not (reading.repeated and _verdict(self.reader.world, claim) == 1.0):
             self.claims.add(claim)
-        good = sentence.sound and reading.follows and (cut > 0 or not reading.repeated)
-        self.notes.append(_note(sentence.sound, reading.follows, good, verdict))
+        reading = reading._replace(repeated=reading.repeated and cut == 0)
+        note = note_on(self.reader.world, sentence, reading, claim)
+        good = note not in UNSOUND
+        self.notes.append(note)
         num_chars = len(sentence.text) - cut
         weight = len(sentence.text) if begun_soundly and not good else num_chars
         self.all_chars += weight
@@ -132,9 +131,15 @@ class _Tally:
             self.patterns.append(sentence.wording[0])
 
 
-def _note(sound: bool, follows: bool, good: bool, verdict: float | None) -> Note:
-    if not good:
-        return Note.MALFORMED if not sound else Note.REPEATED if follows else Note.STRANGER
+def note_on(world: World, sentence: Sentence, reading: Reading, claim: Claim | None) -> Note:
+    """What there is to say of a sentence that was read so and is answerable for `claim`."""
+    if not sentence.sound:
+        return Note.MALFORMED
+    if not reading.follows:
+        return Note.STRANGER
+    if reading.repeated:
+        return Note.REPEATED
+    verdict = _verdict(world, claim) if claim else None
     return {None: Note.NEUTRAL, 1.0: Note.TRUE, 0.5: Note.UNCERTAIN, 0.0: Note.FALSE}[verdict]
 
 
@@ -158,6 +163,7 @@ def _tally(world: World, prefix: str, suffix: str) -> _Tally:
         inside = max(0, cut - start)
         begun_soundly = inside > 0 and begun_sentence.sound
         tally.add(parser.sentence(words), parser, min(inside, len(words)), begun_soundly)
+        tally.ends.append(match.end() - cut)
     tally.all_chars += sum(1 for _ in _STRAY.finditer(prefix[-1:] + suffix, len(prefix[-1:])))
     return tally
 
@@ -191,4 +197,5 @@ def measure(world: World, prefix: str, suffix: str) -> Measures:
         num_true=sum(verdict == 1.0 for verdict in verdicts),
         num_insults=num_insults,
         notes="".join(tally.notes),
+        ends=tuple(tally.ends),
     )
