@@ -31,7 +31,10 @@ def test_every_stage_and_row_of_the_shipped_plan_is_a_run(tmp_path: Path) -> Non
             assert path is None or path.is_relative_to(tmp_path)
         assert truth_config(plan, cfg, plan.root)["judge"] == {"backend": "world"}
     names = {row.name for row in plan.rows}
-    assert {f"quality_{n}" for n in (1, 2, 4, 8, 16)} | {"pivot_8", "tournament_8", "trained_8"} <= names
+    assert {f"quality_{n}" for n in (1, 2, 4, 8, 16)} | {"pivot_8", "tournament_8", "verdicts_8"} <= names
+    runs = {row.name: row_config(plan, row, 1, tmp_path) for row in plan.rows}
+    by_truth = {name for name, cfg in runs.items() if cfg.needs_judge and cfg.judge.backend == "world"}
+    assert by_truth == {"truth_8", "truth_16"}  # all others by the judge that is trained here
 
 
 def test_the_evaluation_is_checked_with_the_rows_and_moves_with_out(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,7 +199,7 @@ def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) 
             for place, (end, _) in zip(sample.asked.places, sample.facts["labels"], strict=True):
                 before, with_it = (tokenizer.decode(sample.suffix_ids[: place + n]) for n in (0, 1))
                 assert len(before) < end <= len(with_it)
-    settings = {"num": 9, "num_eval": 2}
+    settings: dict[str, Any] = {"num": 9, "num_eval": 2}
     with pytest.raises(ConfigError, match="set init"):
         make_notes(cfg.model_copy(update={"init": None}), folder / "x", **settings)
     with pytest.raises(ConfigError, match=r"add \[world\]"):

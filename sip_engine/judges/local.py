@@ -13,8 +13,8 @@ import torch
 from sip_engine.config import LocalModelConfig, SamplerConfig
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.judges.compact import rewrite_prompt
+from sip_engine.judges.notes import NoteReader, Worth
 from sip_engine.judges.prompts import Prompt, judge_prompt
-from sip_engine.judges.readers import NoteReader, Worth
 from sip_engine.judges.reading import Reading, first_tokens, weigh
 from sip_engine.judges.verdicts import read_verdict, settled
 from sip_engine.sampler.requests import Request, SamplingParams

@@ -1,26 +1,66 @@
-"""A judge's notes on the sentences of a continuation, and what they say of the whole.
+"""A judge's notes: what it thinks of each sentence of a continuation, and what they say of the whole.
 
 A judge that is trained with `sip data notes` says at the end of every sentence it reads, in one letter, what there is
-to say of it (`types.Note`): all of a continuation in one pass, without writing anything. Step labels, as of a process
-reward model, tell a small model far more than one verdict on two texts does.
+to say of it (`types.Note`): all of a continuation in one pass, without writing anything. Such step labels, as of a
+process reward model, teach a small model far more than one verdict on two texts does.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.judges.compact import reading_prompt
+from sip_engine.judges.reading import Reading, first_tokens
 from sip_engine.types import UNSOUND, Note
 
 SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+")
 NOTES = tuple(Note)
 _TRUTH = {Note.TRUE: 1.0, Note.UNCERTAIN: 0.5, Note.FALSE: 0.0}
+Encode = Callable[[str], np.ndarray | None]
+"""A prompt's tokens with bos in front, None if the model's context cannot hold them."""
+
+
+class Worth(NamedTuple):
+    """What a continuation is worth, in [0, 1]."""
+
+    quality: float
+    factuality: float
+
+
+class NoteReader:
+    """Turns a continuation into one reading, and the notes that are weighed there into its worth."""
+
+    def __init__(self, tokenizer: Tokenizer, encode: Encode, max_prefix_chars: int | None) -> None:
+        self._tokenizer, self._encode, self._max_prefix_chars = tokenizer, encode, max_prefix_chars
+        self._options = first_tokens(tokenizer, NOTES)
+
+    def reading(self, prefix: str, text: str) -> Reading | None:
+        """The notes are weighed at the ends of the continuation's sentences; None if it is too long to be read."""
+        prompt, shown = reading_prompt(prefix, text, self._max_prefix_chars)
+        ids = self._encode(prompt)
+        if ids is None:
+            return None
+        start = len(prompt) - len(shown)
+        ends = [start + end for end in sentence_ends(shown)]
+        return Reading(ids, self._options, 1 + self._tokenizer.places(ids[1:], prompt, ends), prefix)
+
+    def worth(self, prefix: str, text: str, shares: Tensor) -> Worth:
+        """shares: [sentences, notes] float64."""
+        _, shown = reading_prompt(prefix, text, self._max_prefix_chars)
+        ends = torch.tensor([0, *sentence_ends(shown)], dtype=torch.float64)
+        return Worth(float(quality_of(shares, ends.diff())), float(factuality_of(shares)))
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Where each sentence of a text ends, in characters; white space alone is none."""
-    return [match.end() for match in SENTENCE.finditer(text) if match[0].strip()]
+    """Where each sentence of a text ends, in characters; white space alone is none, unless there is nothing else."""
+    return [match.end() for match in SENTENCE.finditer(text) if match[0].strip()] or [len(text)]
 
 
 def coherence_of(shares: Tensor, lengths: Tensor) -> Tensor:
