@@ -5,8 +5,8 @@
 The prompts are those that `sip data judge-pairs` and `… rollout-pairs` write; each kind has a line (quality: a suffix
 against its corrupted copy; rollouts: two rollouts of a policy; safety; factuality). `log_odds` reads the judge's
 verdict; `notes`, except for safety, what it notes on the sentences of each text alone. Right is what is nearest to
-the answer; 95 %
-intervals (Wilson). Pairs come in both orders, so that a judge that prefers a place is right half the time.
+the answer; 95 % intervals (Wilson). Pairs come in both orders, so that a judge that prefers a place is right half the
+time.
 """
 
 from __future__ import annotations
@@ -51,13 +51,15 @@ def known_answers(path: Path) -> dict[str, list[tuple[Question, float]]]:
     """Kind of prompt -> its questions, each with the answer in [0, 1]. Raises DataError."""
     found: dict[str, list[tuple[Question, float]]] = {}
     for record in read_records(path):
+        if "labels" in record:
+            continue  # of a text, no question
         question = question_of(str(record.get("prompt")))
         answer = verdicts_of(question).get(str(record.get("answer")))
         if answer is None:
             raise DataError(f"{path}: {record.get('answer')!r} answers no such question")
         found.setdefault(str(record.get("kind")), []).append((question, answer))
     if not found:
-        raise DataError(f"{path}: no prompts")
+        raise DataError(f"{path}: no prompts with an answer")
     return found
 
 

@@ -271,9 +271,6 @@ def judge_pairs(
     factuality: Annotated[
         int, typer.Option(min=0, help="Suffixes with a factuality label, beside the original.")
     ] = 0,
-    flaws: Annotated[
-        int, typer.Option(min=0, help="Exercises for a warm start: name how a suffix is corrupted.")
-    ] = 0,
     held_out: Annotated[int, typer.Option(min=2, help="Most prompts of each kind in eval.jsonl.")] = 200,
     corruptor: Annotated[
         str | None,
@@ -296,7 +293,6 @@ def judge_pairs(
         num_pairs=pairs,
         num_safety=safety,
         num_factuality=factuality,
-        num_flaws=flaws,
         num_eval=held_out,
         max_prefix_chars=max_prefix_chars,
     )
@@ -314,7 +310,7 @@ def rollout_pairs(
     factuality: Annotated[int, typer.Option(min=0, help="Rollouts with a factuality label.")] = 0,
     held_out: Annotated[int, typer.Option(min=2, help="Most prompts of each kind in eval.jsonl.")] = 200,
     mix: Annotated[
-        Path | None, typer.Option(help="Folder of `sip data judge-pairs` to shuffle among these.")
+        Path | None, typer.Option(help="Folder of a judge's prompts to shuffle among these.")
     ] = None,
     mix_num: Annotated[int | None, typer.Option(min=1, help="Most prompts of it; default: all.")] = None,
     max_prefix_chars: Annotated[

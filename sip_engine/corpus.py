@@ -111,7 +111,7 @@ def _open_prompts(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Co
         )
 
     samples, held_out = read(data.path), read(data.eval_path)
-    labelled = next((s for s in samples if s.asked is not None), None)
+    labelled = next((s for s in samples if s.labels is not None), None)
     if labelled is not None and cfg.objective.kind == "grpo":
         raise DataError(
             f"{data.path}:{labelled.document + 1}: labels are not written in reply, so GRPO has nothing to grade: "

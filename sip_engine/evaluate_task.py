@@ -12,7 +12,7 @@ from sip_engine.metrics import Means
 from sip_engine.policy.packing import Row
 from sip_engine.policy.policy import Policy
 from sip_engine.sampler.requests import Completion
-from sip_engine.types import Asked, Sample
+from sip_engine.types import Labels, Sample
 
 Reply = Callable[[Sequence[Sample]], tuple[list[list[Completion]], list[list[str | None]]]]
 """Greedy replies to prompts, one each: tokens and texts."""
@@ -28,17 +28,18 @@ def evaluate_task(
     """
     mesh, means = policy.mesh, Means()
     mine = samples[mesh.dp.rank :: mesh.dp.size]
-    texts = [""] * len(mine)
+    replied = reply is not None and any(sample.labels is None for sample in samples)
+    texts = [""] * len(mine) if replied else []
     if mine:
         for total, count in held_out_losses(policy, mine):
             means.add("heldout_loss", total, count)
-    labelled = [sample for sample in mine if sample.asked is not None]
+    labelled = [sample for sample in mine if sample.labels is not None]
     if labelled:
-        options = np.unique(np.concatenate([s.asked.ids for s in samples if s.asked is not None]))
+        options = np.unique(np.concatenate([s.labels.ids for s in samples if s.labels is not None]))
         for label, right in _labels_hit(policy, labelled, options):
             means.add("label_accuracy", right)
             means.add(f"label_accuracy/{label}", right)
-    places = [place for place, sample in enumerate(mine) if sample.asked is None]
+    places = [place for place, sample in enumerate(mine) if sample.labels is None]
     prompts = [mine[place] for place in places]
     if prompts and reply is not None:
         _, replies = reply(prompts)
@@ -60,10 +61,9 @@ def _labels_hit(policy: Policy, samples: Sequence[Sample], options: np.ndarray) 
     """Each label and whether it is the likeliest of the options [n] in its place."""
     rows, wanted = [], []
     for s in samples:
-        assert s.asked is not None
-        places = np.repeat(s.asked.places, len(options))
-        rows.append(Row(s.prefix_ids, (s.suffix_ids,), (Asked(places, np.tile(options, len(s.asked.ids))),)))
-        wanted += zip((label for _, label in s.facts["labels"]), s.asked.ids.tolist(), strict=True)
+        assert s.labels is not None
+        rows.append(Row(s.prefix_ids, (s.suffix_ids,), (Labels.every(s.labels.places, options),)))
+        wanted += zip((label for _, label in s.facts["labels"]), s.labels.ids.tolist(), strict=True)
     scored = policy.score(policy.micro_batches(rows))  # nothing before the last pipeline stage
     likeliest = [options[n] for part in scored for n in part.view(-1, len(options)).argmax(dim=1).tolist()]
     likeliest = policy.mesh.from_last_stage(likeliest)

@@ -14,7 +14,7 @@ from sip_engine.corruptors import Corruptor, CountingCorruptor, RuleCorruptor, W
 from sip_engine.corruptors_server import ServerCorruptor
 from sip_engine.errors import ConfigError
 from sip_engine.files import check_writable, write_jsonl
-from sip_engine.makers import EXERCISE, Record, judge_records, rewrite_records
+from sip_engine.makers import Record, judge_records, rewrite_records
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.progress import console
 from sip_engine.types import Sample
@@ -30,13 +30,12 @@ def make_judge_data(
     num_pairs: int,
     num_safety: int,
     num_factuality: int,
-    num_flaws: int,
     num_eval: int,
     corruptor: str | None = None,
     max_prefix_chars: int | None,
 ) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: suffixes against corrupted copies in both orders,
-    safety and factuality; with `num_flaws` also `out`/warm.jsonl, all of train.jsonl among exercises.
+    safety and factuality.
 
     `corruptor` takes the place of `corruptor.backend`. Copies that fail are counted and said, by their reasons.
 
@@ -49,9 +48,7 @@ def make_judge_data(
     mesh, corpus = open_documents(cfg, out, "judge", num_eval)
     judge, worse = open_judge(cfg, corpus, mesh), CountingCorruptor(_corruptor(cfg))
 
-    def records(
-        samples: list[Sample], pairs: int, safety: int, factuality: int, flaws: int, seed: int
-    ) -> list[Record]:
+    def records(samples: list[Sample], pairs: int, safety: int, factuality: int, seed: int) -> list[Record]:
         return judge_records(
             samples,
             worse,
@@ -60,21 +57,18 @@ def make_judge_data(
             num_pairs=pairs,
             num_safety=safety,
             num_factuality=factuality,
-            num_flaws=flaws,
             max_prefix_chars=max_prefix_chars,
             seed=seed,
         )
 
-    samples = _training_samples(
-        corpus, max(num_pairs, _SPARE * num_safety, _SPARE * num_factuality, num_flaws)
-    )
-    train = records(samples, num_pairs, num_safety, num_factuality, num_flaws, cfg.seed)
+    samples = _training_samples(corpus, max(num_pairs, _SPARE * num_safety, _SPARE * num_factuality))
+    train = records(samples, num_pairs, num_safety, num_factuality, cfg.seed)
     held_out = records(
-        corpus.held_out, num_eval // 2, num_eval, num_eval * (num_factuality > 0), 0, cfg.seed + 1
+        corpus.held_out, num_eval // 2, num_eval, num_eval * (num_factuality > 0), cfg.seed + 1
     )
     if summary := worse.summary():
         console.print(summary, soft_wrap=True, markup=False)
-    write_records(out, train, held_out, wanted=2 * num_pairs + num_safety + num_factuality + num_flaws)
+    write_records(out, train, held_out, wanted=2 * num_pairs + num_safety + num_factuality)
 
 
 def make_rewrite_data(cfg: RunConfig, out: Path, *, num: int, num_eval: int) -> None:
@@ -129,36 +123,25 @@ def _corruptor(cfg: RunConfig) -> Corruptor:
     return WorldCorruptor(world) if cfg.corruptor.backend == "world" and world else RuleCorruptor()
 
 
-def write_records(out: Path, made: list[Record], held_out: list[Record], *, wanted: int) -> None:
-    """train.jsonl, eval.jsonl, and warm.jsonl, which has the exercises for a warm start too, if there are any.
-
-    If there are none, the warm.jsonl of an earlier call goes: a warm start would train on what that call made.
+def write_records(out: Path, train: list[Record], held_out: list[Record], *, wanted: int) -> None:
+    """`out`/train.jsonl and `out`/eval.jsonl, and what is in them.
 
     Raises:
-        ConfigError: nothing could be made; DataError: a file cannot be written. Nothing is removed before.
+        ConfigError: nothing could be made; DataError: a file cannot be written. Nothing is written before.
     """
-    train = [record for record in made if record.get("kind") != EXERCISE]
     if not train or not held_out:
         raise ConfigError(
             f"nothing to write: {len(train)} training and {len(held_out)} held-out records could be made; ask for "
             "more, or give more documents (safe and unsafe ones)"
         )
-    if len(made) < wanted:
-        console.print(f"the documents give {len(made):,} of the {wanted:,} prompts asked for")
+    if len(train) < wanted:
+        console.print(f"the documents give {len(train):,} of the {wanted:,} prompts asked for")
     files = {"train": train, "eval": held_out}
-    if len(made) > len(train):
-        files["warm"] = made
-    for name in ("train", "eval", "warm"):
+    for name in files:
         check_writable(out / f"{name}.jsonl")
-    if "warm" not in files and (stale := out / "warm.jsonl").exists():
-        stale.unlink()
-        console.print(f"{stale}: removed, it belonged to an earlier call", soft_wrap=True, markup=False)
     table = Table("", "prompts", "longest prompt, characters")
     for name, records in files.items():
         write_jsonl(out / f"{name}.jsonl", records)
-        table.add_row(
-            str(out / f"{name}.jsonl"),
-            f"{len(records):,}",
-            str(max(len(r.get("prompt") or r["text"]) for r in records)),
-        )
+        longest = max(len(record["text"] if "text" in record else record["prompt"]) for record in records)
+        table.add_row(str(out / f"{name}.jsonl"), f"{len(records):,}", str(longest))
     console.print(table)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sip_engine.corruptors import Corruption, Corruptor
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.judges.compact import compact_prompt, flaw_prompt, rewrite_prompt
+from sip_engine.judges.compact import compact_prompt, rewrite_prompt
 from sip_engine.judging import ask_votes
 from sip_engine.types import (
     FactualityQuestion,
@@ -26,12 +26,7 @@ from sip_engine.types import (
 )
 
 Record = dict[str, Any]
-
-SOUND = "sound"
-"""Answer about a suffix that was not corrupted."""
 _NO_COPY = Corruption("", "")
-EXERCISE = "flaw"
-"""Kind of the prompts that only a warm start is trained on."""
 _ANSWERS: dict[str, Mapping[float, str]] = {
     "safety": {1.0: "yes", 0.0: "no"},
     "factuality": {1.0: "none", 0.5: "possible", 0.0: "definite"},
@@ -51,7 +46,6 @@ def judge_records(
     num_pairs: int,
     num_safety: int,
     num_factuality: int = 0,
-    num_flaws: int = 0,
     max_prefix_chars: int | None,
     seed: int,
 ) -> list[Record]:
@@ -59,10 +53,9 @@ def judge_records(
 
     A corrupted copy is cut at the original's number of tokens, so that length says nothing. Labels are those on
     which all votes agree, each answer as often as the others: `num_safety` of suffixes alone, `num_factuality` of
-    suffixes and corrupted copies beside the original. `num_flaws` single suffixes and copies are exercises for a
-    warm start: the answer is the corruption's name. Shuffled by `seed`.
+    suffixes and corrupted copies beside the original. Shuffled by `seed`.
     """
-    wanted = samples[: max(num_pairs, 2 * num_factuality, num_flaws)]
+    wanted = samples[: max(num_pairs, 2 * num_factuality)]
     requests = [RewriteRequest(s.prefix, s.suffix) for s in wanted]
     worse = [
         _NO_COPY
@@ -71,7 +64,6 @@ def judge_records(
         for s, copy in zip(wanted, corruptor.corrupt(requests, seed=seed), strict=True)
     ]
     records = list(_pairs(wanted[:num_pairs], worse[:num_pairs], max_prefix_chars))
-    records += list(_flaws(wanted, worse, max_prefix_chars))[:num_flaws]
     records += _safety(samples, labeller, num_safety)
     records += _factuality(wanted, worse, labeller, num_factuality, max_prefix_chars)
     return shuffled(records, seed)
@@ -120,21 +112,8 @@ def _pairs(
             continue
         for answer, first, second in (("1", s.suffix, copy.text), ("2", copy.text, s.suffix)):
             question = PairQuestion(s.prefix, first, second)
-            yield {"prompt": compact_prompt(question, max_prefix_chars), "answer": answer, "kind": "quality"}
-
-
-def _flaws(
-    samples: Sequence[Sample], worse: Sequence[Corruption], max_prefix_chars: int | None
-) -> Iterator[Record]:
-    """Original and copy of every second sample each: a model that saw both would learn which is which by heart."""
-    for number, (s, copy) in enumerate(zip(samples, worse, strict=True)):
-        text, answer = (s.suffix, SOUND) if number % 2 else (copy.text, copy.flaw)
-        if text and answer and copy.text != s.suffix:
-            yield {
-                "prompt": flaw_prompt(s.prefix, text, max_prefix_chars),
-                "answer": answer,
-                "kind": EXERCISE,
-            }
+            prompt = compact_prompt(question, max_prefix_chars)
+            yield {"prompt": prompt, "answer": answer, "kind": "quality", "corruption": copy.flaw}
 
 
 def _safety(samples: Sequence[Sample], labeller: Judge, num: int) -> list[Record]:

@@ -36,7 +36,8 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
     """Write `out`/train.jsonl and `out`/eval.jsonl: {"text", "labels": [[end, note], ...], "kind"}.
 
     Half of the texts are rollouts of the checkpoint `init`, half are made up of facts, said again or about anyone.
-    `mix` is a folder of a judge's prompts, that `sip data` wrote, all of which are shuffled among them.
+    Those without a label, or longer than the model's context, are left out. `mix` is a folder of a judge's prompts,
+    that `sip data` wrote, all of which are shuffled among them.
 
     Raises:
         SipError: bad settings or data, before anything is written.
@@ -51,10 +52,16 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
     policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.init), mesh)
     sampler = policy.sampler(cfg.sampler)
 
+    def fits(text: str) -> bool:
+        return 1 + len(corpus.tokenizer.encode(text)) <= policy.max_context
+
     def records(samples: Sequence[Sample], wanted: int, seed: int) -> list[Record]:
         some = samples[: _num_prefixes(wanted)]
         rollouts = sample_rollouts(sampler, corpus.tokenizer, some, seed)
-        return shuffled(list(_noted_texts(world, some, rollouts, seed)), seed)[:wanted]
+        made = [
+            one for one in _noted_texts(world, some, rollouts, seed) if one["labels"] and fits(one["text"])
+        ]
+        return shuffled(made, seed)[:wanted]
 
     number = min(corpus.num_samples, _num_prefixes(num))
     train = records(corpus.stream.samples_at(0, number), num, cfg.seed) + mixed["train"]
@@ -81,8 +88,7 @@ def _noted_texts(
 
 def noted_text(world: World, prefix: str, suffix: str) -> Record:
     """The text as a judge reads it, with the notes on the sentences of the prefix and the suffix."""
-    text, shown = reading_prompt(prefix, suffix)
-    start = len(text) - len(shown)
+    text, start = reading_prompt(prefix, suffix)
     # What cannot be seen is shown as something longer.
     labels = [[1 + len(neutral(prefix[: one.end])), one.note] for one in notes_on_prefix(world, prefix)]
     labels += [

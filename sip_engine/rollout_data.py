@@ -79,13 +79,22 @@ def make_rollout_data(
 
 
 def read_made(folder: Path, name: str) -> list[Record]:
-    """The records of a file that `sip data` wrote, to be mixed with others. Raises DataError."""
+    """The records of a file that `sip data` wrote for a judge, to be mixed with others. Raises DataError."""
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; --mix takes a folder that `sip data` wrote prompts for a judge to"
         )
-    return list(read_records(path))
+    records = list(read_records(path))
+    for number, record in enumerate(records, start=1):
+        if "kind" not in record or not (
+            {"text", "labels"} <= record.keys() or {"prompt", "answer"} <= record.keys()
+        ):
+            raise DataError(
+                f"{path}:{number}: no record for a judge: --mix takes a folder of `sip data judge-pairs`, "
+                "`… rollout-pairs` or `… notes`"
+            )
+    return records
 
 
 def sample_rollouts(

@@ -293,6 +293,7 @@ def _write_evaluation(folder: Path, step: int, result: Evaluation, samples: Sequ
     rows = [
         {"prefix": s.prefix, "original": s.suffix, "continuation": text}
         for s, text in zip(samples, result.continuations, strict=False)
+        if s.labels is None
     ]
     write_jsonl(folder / "eval" / f"step_{step:08d}.jsonl", rows)
     if not (folder / BASELINE).is_file() or step == 0:

@@ -19,14 +19,19 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Labels:
     """What is scored of a suffix in place of its own tokens: after its token `places[i]`, the token `ids[i]`.
 
-    Both [n] int32; places count from the suffix' first token and may occur more than once.
+    Both [n] int; places count from the suffix' first token and may occur more than once.
     """
 
     places: np.ndarray
     ids: np.ndarray
+
+    @classmethod
+    def every(cls, places: np.ndarray, options: np.ndarray) -> Labels:
+        """Each option [n] after each place [m]: m * n labels, place by place."""
+        return cls(np.repeat(places, len(options)), np.tile(options, len(places)))
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Sample:
     suffix: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else a prompt's record says of it, for the one who grades replies; empty for documents."""
-    asked: Asked | None = None
+    labels: Labels | None = None
     """What training asks about the suffix; None: to write it."""
 
 
@@ -71,7 +76,7 @@ class Note(StrEnum):
     """Its claim cannot be verified."""
     TRUE = "T"
     NEUTRAL = "N"
-    """It claims nothing, or nothing that the prefix had not settled."""
+    """It claims nothing, or only what the prefix had settled."""
 
 
 UNSOUND = (Note.MALFORMED, Note.STRANGER, Note.REPEATED)

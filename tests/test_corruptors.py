@@ -185,7 +185,6 @@ def test_records_are_made_with_a_server_and_failures_are_said(
             num_pairs=6,
             num_safety=0,
             num_factuality=0,
-            num_flaws=6,
             num_eval=2,
             max_prefix_chars=None,
         )
@@ -200,7 +199,7 @@ def test_records_are_made_with_a_server_and_failures_are_said(
     )
     rows = [json.loads(line) for line in (tmp_path / "made" / "train.jsonl").read_text().splitlines()]
     assert Counter(row["kind"] for row in rows)["quality"] == 2 * 4
-    assert {row["answer"] for row in rows if row["kind"] == "flaw"} <= {"sound", *ways}
+    assert {row["corruption"] for row in rows} <= ways
     with FaultServer(backwards, ["say: No."]) as server, pytest.raises(ConfigError, match="0 training"):
         make(server, tmp_path / "none")
     assert "7 of 7 copies failed" in capsys.readouterr().err and not (tmp_path / "none").exists()

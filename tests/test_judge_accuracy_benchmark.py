@@ -12,7 +12,7 @@ import pytest
 from sip_engine.config import LocalModelConfig
 from sip_engine.errors import DataError
 from sip_engine.files import write_jsonl
-from sip_engine.judges.compact import compact_prompt, flaw_prompt
+from sip_engine.judges.compact import compact_prompt, reading_prompt
 from sip_engine.types import Cost, FactualityQuestion, Failure, PairQuestion, Question, SafetyQuestion, Score
 
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks are not installed
@@ -33,12 +33,12 @@ QUESTIONS: list[tuple[Question, str, str]] = [
 def test_prompts_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "eval.jsonl"
     records = [{"prompt": compact_prompt(q), "answer": answer, "kind": kind} for q, answer, kind in QUESTIONS]
-    write_jsonl(path, records)
+    write_jsonl(path, [*records, {"text": "ab", "labels": [[1, "T"]], "kind": "rollout"}])
     known = known_answers(path)
     assert [q for pairs in known.values() for q, _ in pairs] == [q for q, *_ in QUESTIONS]
     assert [value for _, value in known["factuality"]] == [0.5, 0.0] and known["quality"][1][1] == 0.0
     with pytest.raises(DataError, match="not a prompt"):
-        question_of(flaw_prompt("p", "x"))
+        question_of(reading_prompt("p", "x")[0])
     write_jsonl(path, [records[0] | {"answer": "yes"}])
     with pytest.raises(DataError, match="answers no such question"):
         known_answers(path)

@@ -21,14 +21,14 @@ from sip_engine.policy.packing import Row, pack_rows
 from sip_engine.policy.policy import Policy, score
 from sip_engine.records import read_records
 from sip_engine.train import train
-from sip_engine.types import Asked, Sample
+from sip_engine.types import Labels, Sample
 from sip_engine.update import rows_of_samples, update
 
 VOCAB = 101
 
 
-def asked_rows(seed: int) -> list[Row]:
-    """Several suffixes a row, an empty prefix, places more than once and in no order, a row that is not asked."""
+def labelled_rows(seed: int) -> list[Row]:
+    """Several suffixes a row, an empty prefix, places more than once and in no order, a row without."""
     rng = np.random.default_rng(seed)
 
     def ids(length: int) -> np.ndarray:
@@ -36,30 +36,30 @@ def asked_rows(seed: int) -> list[Row]:
 
     rows = []
     for prefix, lengths in ((4, (6, 3)), (0, (9,)), (1, (1, 5, 2))):
-        asked = tuple(Asked(rng.integers(0, length, 4).astype(np.int32), ids(4)) for length in lengths)
-        rows.append(Row(ids(prefix), tuple(map(ids, lengths)), asked))
+        labels = tuple(Labels(rng.integers(0, length, 4).astype(np.int32), ids(4)) for length in lengths)
+        rows.append(Row(ids(prefix), tuple(map(ids, lengths)), labels))
     return [*rows, Row(ids(3), (ids(2),))]
 
 
-def llama_asked(llama: Any, row: Row) -> list[torch.Tensor]:
-    """[asked] log-probs of each suffix, one sequence at a time."""
+def llama_labels(llama: Any, row: Row) -> list[torch.Tensor]:
+    """[labels] log-probs of each suffix, one sequence at a time."""
     found = []
-    for suffix, asked in zip(row.suffixes, row.asked, strict=True):
+    for suffix, labels in zip(row.suffixes, row.labels, strict=True):
         ids = torch.from_numpy(np.concatenate([row.prefix, suffix]).astype(np.int64))
         logprobs = llama(ids[None]).logits[0].double().log_softmax(-1)
-        places = len(row.prefix) + asked.places.astype(np.int64)
-        found.append(logprobs[places, asked.ids.astype(np.int64)])
+        places = len(row.prefix) + labels.places.astype(np.int64)
+        found.append(logprobs[places, labels.ids.astype(np.int64)])
     return found
 
 
-def test_what_is_asked_equals_llama(mesh: Mesh) -> None:
+def test_log_probs_equal_llama(mesh: Mesh) -> None:
     policy = Policy(small_run(), VOCAB, mesh)
-    llama, rows = llama_of(policy.model, VOCAB), asked_rows(0)
+    llama, rows = llama_of(policy.model, VOCAB), labelled_rows(0)
     packed = pack_rows(rows, mesh.device, multiple=8)
     assert packed.target_lens == (4, 4, 4, 4, 4, 4, 2)
     found = score(policy.model, [packed])[0].split(list(packed.target_lens))
     with torch.no_grad():
-        want = [one for row in rows[:3] for one in llama_asked(llama, row)]
+        want = [one for row in rows[:3] for one in llama_labels(llama, row)]
     for mine, theirs in zip(found[:-1], want, strict=True):
         torch.testing.assert_close(mine.double(), theirs, atol=2e-5, rtol=0)
 
@@ -75,16 +75,16 @@ def test_updates_equal_plain_torch(mesh: Mesh, micro_batch_tokens: int) -> None:
     policy = Policy(cfg, VOCAB, mesh)
     llama = llama_of(policy.model, VOCAB)
     adam = torch.optim.AdamW(llama.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.0)
-    rows = [row for row in asked_rows(1)[:3] if len(row.suffixes) == 1 or len(row.prefix) == 4]
+    rows = [row for row in labelled_rows(1)[:3] if len(row.suffixes) == 1 or len(row.prefix) == 4]
     samples = [
-        Sample(n, 0, row.prefix, row.suffixes[0], "", "", asked=row.asked[0]) for n, row in enumerate(rows)
+        Sample(n, 0, row.prefix, row.suffixes[0], "", "", labels=row.labels[0]) for n, row in enumerate(rows)
     ]
     plain = Sample(9, 0, np.array([3, 4], np.int32), np.array([7, 8, 9], np.int32), "", "")
     stats = update(policy, None, rows_of_samples([*samples, plain], "suffix"), cfg.objective)
-    parts = [llama_asked(llama, Row(r.prefix, r.suffixes[:1], r.asked[:1]))[0] for r in rows]
+    parts = [llama_labels(llama, Row(r.prefix, r.suffixes[:1], r.labels[:1]))[0] for r in rows]
     own = Row(np.array([3], np.int32), (np.array([4, 7, 8], np.int32),))
-    own = Row(own.prefix, own.suffixes, (Asked(np.arange(3), np.array([7, 8, 9])),))
-    loss = -torch.cat([*parts, *llama_asked(llama, own)]).mean()
+    own = Row(own.prefix, own.suffixes, (Labels(np.arange(3), np.array([7, 8, 9])),))
+    loss = -torch.cat([*parts, *llama_labels(llama, own)]).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(llama.parameters(), cfg.optimizer.clip_grad)
     adam.step()
@@ -182,6 +182,8 @@ def test_labels_are_the_same_at_every_layout(mesh: Mesh, tmp_path: Path, layout:
         ({"text": "ab", "labels": [[0, "Y"]]}, "expected"),
         ({"text": "ab", "labels": [[True, "Y"]]}, "expected"),
         ({"text": "ab", "labels": [[1, ""]]}, "expected"),
+        ({"text": "ab", "labels": [[1, "Yes"]]}, "the label 'Yes' is 3 tokens, not one"),
+        ({"text": "ab", "labels": [[1, "é"]]}, "the label 'é' is 2 tokens, not one"),
         ({"text": "ab", "labels": [[1]]}, "expected"),
         ({"text": "ab", "labels": "Y"}, "expected"),
         (

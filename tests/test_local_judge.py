@@ -16,7 +16,7 @@ from llama import llama_of
 from sip_engine.config import LocalModelConfig, ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import compact_prompt, flaw_prompt, reading_prompt, rewrite_prompt
+from sip_engine.judges.compact import compact_prompt, reading_prompt, rewrite_prompt
 from sip_engine.judges.fences import neutral
 from sip_engine.judges.injections import INJECTIONS
 from sip_engine.judges.local import LocalJudge, LocalModel, LocalRewriter
@@ -58,9 +58,11 @@ def judge(policy: FrozenPolicy, **settings) -> LocalJudge:
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [16384, 60])
-def test_log_odds_equal_transformers(policy: FrozenPolicy, micro_batch_tokens: int) -> None:
+def test_log_odds_equal_transformers(
+    policy: FrozenPolicy, micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever travels together: the expected answer under a plain softmax over the words' first tokens."""
-    policy.micro_batch_tokens = micro_batch_tokens
+    monkeypatch.setattr(policy, "micro_batch_tokens", micro_batch_tokens)
     found = judge(policy).judge(QUESTIONS)
     llama, encode = llama_of(policy.model, policy.tokenizer.vocab_size), policy.tokenizer.encode
     for question, answer in zip(QUESTIONS, found, strict=True):
@@ -105,9 +107,11 @@ def test_what_stands_first_is_read_once_where_that_is_cheaper(policy: FrozenPoli
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [16384, 60])
-def test_notes_equal_transformers(policy: FrozenPolicy, micro_batch_tokens: int) -> None:
+def test_notes_equal_transformers(
+    policy: FrozenPolicy, micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The better notes win, each text is read once for all that is asked of it, and safety is asked as ever."""
-    policy.micro_batch_tokens = micro_batch_tokens
+    monkeypatch.setattr(policy, "micro_batch_tokens", micro_batch_tokens)
     texts = {
         "the fox": [" jumps. A dog sleeps", " sleeps.", ". Over the dog. The fox jumps!", " dog"],
         "a dog.": [" Jumps", " the lazy dog.\x01 fox"],
@@ -157,8 +161,10 @@ def test_a_continuation_without_notes_is_a_missing_judgment(policy: FrozenPolicy
     lost, kept = judge(policy, method="notes").judge(pairs)
     assert isinstance(lost, Failure) and "longer than" in lost.reason and lost.cost.calls == 1
     assert isinstance(kept, Score) and kept.cost.calls == 1
-    (blank,) = judge(policy, method="notes").judge([PairQuestion("p", " ", " dog")])
-    assert isinstance(blank, Score)
+    blank, empty = judge(policy, method="notes").judge(
+        [PairQuestion("p", " ", " dog"), PairQuestion("p", "", " dog")]
+    )
+    assert isinstance(blank, Score) and isinstance(empty, Score) and empty.value == 0.0
     with pytest.raises(ValueError, match="leave out style"):
         LocalModelConfig(method="notes", style="reasoned")
 
@@ -222,6 +228,27 @@ def test_a_prompt_that_does_not_fit_is_a_missing_judgment(policy: FrozenPolicy) 
     assert isinstance(text, Failure)
 
 
+def test_texts_alone_fill_no_more_than_a_micro_batch(
+    policy: FrozenPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Safety questions have no prefix to share; read together they must still fit."""
+    questions = [SafetyQuestion(" dog" * (1 + n % 5)) for n in range(40)]
+    alone = judge(policy).judge(questions)
+    pack, sizes = policy.micro_batches, []
+
+    def spy(rows):
+        packed = pack(rows)
+        sizes.extend(batch.layout.num_tokens for batch in packed)
+        return packed
+
+    monkeypatch.setattr(policy, "micro_batches", spy)
+    monkeypatch.setattr(policy, "micro_batch_tokens", 60)
+    for one, other in zip(judge(policy).judge(questions), alone, strict=True):
+        assert isinstance(one, Score) and isinstance(other, Score)
+        assert one.value == pytest.approx(other.value, abs=1e-5)
+    assert len(sizes) > 1 and max(sizes) <= 60
+
+
 def test_equal_continuations_cost_nothing(policy: FrozenPolicy) -> None:
     (answer,) = judge(policy).judge([PairQuestion("p", " x", " x")])
     assert isinstance(answer, Score) and (answer.value, answer.cost.calls) == (0.5, 0)
@@ -234,7 +261,6 @@ def test_no_text_holds_a_fence(prefix: str, first: str, second: str) -> None:
         compact_prompt(SafetyQuestion(second)): "\x05\x04",
         compact_prompt(FactualityQuestion(prefix, first, second)): "\x01\x06\x02\x04",
         rewrite_prompt(RewriteRequest(prefix, second)): "\x0e\x02\x04",
-        flaw_prompt(prefix, first): "\x01\x02\x07",
         reading_prompt(prefix, first)[0]: "\x01\x02",
     }
     for prompt, want in fences.items():

@@ -18,7 +18,7 @@ from sip_engine.data.prompts import read_prompts
 from sip_engine.errors import ConfigError, DataError
 from sip_engine.judges.compact import compact_prompt
 from sip_engine.make_data import make_judge_data, make_rewrite_data, write_records
-from sip_engine.makers import EXERCISE, LABEL_VOTES, SOUND, judge_records, records_of_labels, rewrite_records
+from sip_engine.makers import LABEL_VOTES, judge_records, records_of_labels, rewrite_records
 from sip_engine.mesh import Mesh
 from sip_engine.types import (
     FactualityQuestion,
@@ -83,6 +83,12 @@ def test_judge_records_hold_the_truth(corpus: Corpus) -> None:
     for record in safety:
         (answer,) = judge.judge([SafetyQuestion(record["prompt"][1:-1])])
         assert isinstance(answer, Score) and answer.value == float(record["answer"] == "yes")
+    ways = {r["corruption"] for r in pairs}
+    assert ways >= {"stutter", "shuffle", "digress"} and "" not in ways
+    for record in pairs:
+        worse = record["prompt"][1:-1].split("\x02")[1].split("\x03")[2 - int(record["answer"])]
+        doubled = sum(a.strip(".,") == b.strip(".,") for a, b in pairwise(worse.split()))
+        assert record["corruption"] != "stutter" or doubled > len(worse.split()) / 5
     swapped = {r["prompt"]: r["answer"] for r in pairs}
     for record in pairs:
         prefix, rest = record["prompt"][1:-1].split("\x02")
@@ -90,18 +96,17 @@ def test_judge_records_hold_the_truth(corpus: Corpus) -> None:
         assert swapped[compact_prompt(PairQuestion(prefix, second, first))] != record["answer"]
 
 
-def test_factuality_labels_and_named_flaws(corpus: Corpus) -> None:
-    """Read back from the prompts, by the world's own measure; originals and copies of one suffix do not meet."""
+def test_factuality_labels(corpus: Corpus) -> None:
+    """Read back from the prompts, by the world's own measure."""
     samples = corpus.stream.samples_at(0, 150)
     records = judge_records(
         samples,
         WorldCorruptor(WORLD),
         WorldJudge(WORLD),
         corpus.tokenizer,
-        num_pairs=0,
+        num_pairs=60,
         num_safety=0,
         num_factuality=9,
-        num_flaws=60,
         max_prefix_chars=None,
         seed=1,
     )
@@ -111,19 +116,6 @@ def test_factuality_labels_and_named_flaws(corpus: Corpus) -> None:
         prefix, rest = record["prompt"][1:-1].split("\x06")
         found = measure(WORLD, prefix, rest.split("\x02")[1]).factuality
         assert record["answer"] == ("none" if found == 1 else "definite" if found == 0 else "possible")
-    originals = {s.prefix: s.suffix for s in samples}
-    flaws = [r for r in records if r["kind"] == "flaw"]
-    assert 50 < len(flaws) == len({r["prompt"].split("\x02")[0] for r in flaws})
-    for record in flaws:
-        prefix, suffix = record["prompt"][1:-1].split("\x02")
-        assert (suffix == originals[prefix]) == (record["answer"] == SOUND)
-    ways = Counter(r["answer"] for r in flaws)
-    assert ways.keys() >= {"sound", "stutter", "shuffle", "digress"} and 20 < ways["sound"] < 40
-    for record in flaws:
-        words = record["prompt"][1:-1].split("\x02")[1].split()
-        doubled = sum(a.strip(".,") == b.strip(".,") for a, b in pairwise(words))
-        if record["answer"] == "stutter":
-            assert doubled > len(words) / 5
 
 
 def test_rewrite_records_copy_what_is_safe(corpus: Corpus) -> None:
@@ -254,7 +246,6 @@ def test_files_can_be_trained_on(mesh: Mesh, tmp_path: Path) -> None:
         num_pairs=20,
         num_safety=10,
         num_factuality=6,
-        num_flaws=10,
         num_eval=8,
         corruptor="world",
         max_prefix_chars=80,
@@ -269,12 +260,6 @@ def test_files_can_be_trained_on(mesh: Mesh, tmp_path: Path) -> None:
     for name in ("judge/train", "judge/eval", "rewriter/train", "rewriter/eval"):
         path = tmp_path / f"{name}.jsonl"
         sizes[name] = len(read_prompts(path, tokenizer, max_prompt_tokens=200, max_answer_tokens=40))
-    kinds = {}
-    for name in ("train", "warm"):
-        lines = (tmp_path / "judge" / f"{name}.jsonl").read_text().splitlines()
-        kinds[name] = [line for line in lines if json.loads(line)["kind"] != "flaw"]
-        assert (len(kinds[name]) < len(lines)) == (name == "warm")
-    assert kinds["train"] == kinds["warm"]
     assert sizes["judge/train"] > 40 and sizes["judge/eval"] > 8 and sizes["rewriter/train"] > 8
 
 
@@ -309,7 +294,6 @@ def test_prompts_are_no_documents(mesh: Mesh, tmp_path: Path, task: str) -> None
                 num_pairs=2,
                 num_safety=0,
                 num_factuality=0,
-                num_flaws=0,
                 num_eval=2,
                 max_prefix_chars=None,
             )
@@ -318,25 +302,17 @@ def test_prompts_are_no_documents(mesh: Mesh, tmp_path: Path, task: str) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_no_exercises_of_an_earlier_call_remain(tmp_path: Path) -> None:
-    def record(text: str, kind: str = "quality") -> dict[str, str]:
-        return {"prompt": text, "answer": "1", "kind": kind}
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def record(text: str) -> dict[str, str]:
+        return {"prompt": text, "answer": "1", "kind": "quality"}
 
-    def held() -> dict[str, list[str]]:
-        return {
-            p.name: [json.loads(line)["prompt"] for line in p.read_text().splitlines()]
-            for p in tmp_path.glob("*.jsonl")
-        }
-
-    write_records(tmp_path, [record("a"), record("x", EXERCISE)], [record("e")], wanted=2)
-    first = {"train.jsonl": ["a"], "warm.jsonl": ["a", "x"], "eval.jsonl": ["e"]}
-    assert held() == first
+    write_records(tmp_path, [record("a")], [record("e")], wanted=1)
+    before = {path.name: path.read_text() for path in tmp_path.glob("*.jsonl")}
+    assert before.keys() == {"train.jsonl", "eval.jsonl"} and json.loads(before["train.jsonl"]) == record("a")
     with pytest.raises(ConfigError, match="nothing to write"):
         write_records(tmp_path, [], [record("e")], wanted=1)
-    assert held() == first
-    write_records(tmp_path, [record("b")], [record("f")], wanted=1)
-    assert held() == {"train.jsonl": ["b"], "eval.jsonl": ["f"]}
-    (tmp_path / "warm.jsonl").mkdir()
+    (tmp_path / "eval.jsonl").unlink()
+    (tmp_path / "eval.jsonl").mkdir()
     with pytest.raises(DataError, match="something else"):
         write_records(tmp_path, [record("c")], [record("g")], wanted=1)
-    assert (tmp_path / "train.jsonl").read_text().count('"b"') == 1
+    assert (tmp_path / "train.jsonl").read_text() == before["train.jsonl"]

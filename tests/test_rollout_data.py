@@ -112,7 +112,7 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
         "world": {"num_people": 12, "train_documents": 150, "test_documents": 60},
         "data": {"suffix_tokens": 20, "max_prefix_tokens": 40, "min_prefix_tokens": 8, "vocab_size": 500},
         "model": {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 1, "ffn_size": 64}
-        | {"max_context": 96},
+        | {"max_context": 240},
         "objective": {"kind": "next_token"},
         "judge": {"backend": "world"},
         "eval": {"num_prefixes": 8, "generate": False, "every": 0},
@@ -195,8 +195,8 @@ def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) 
     tokenizer = load_policy(folder / "base").tokenizer
     path = folder / "notes" / "train.jsonl"
     for sample in read_prompts(path, tokenizer, max_prompt_tokens=400, max_answer_tokens=4):
-        if sample.asked is not None and "\ufffd" not in sample.suffix:  # pieces of characters have no length
-            for place, (end, _) in zip(sample.asked.places, sample.facts["labels"], strict=True):
+        if sample.labels is not None and "\ufffd" not in sample.suffix:  # pieces of characters have no length
+            for place, (end, _) in zip(sample.labels.places, sample.facts["labels"], strict=True):
                 before, with_it = (tokenizer.decode(sample.suffix_ids[: place + n]) for n in (0, 1))
                 assert len(before) < end <= len(with_it)
     settings: dict[str, Any] = {"num": 9, "num_eval": 2}
@@ -206,6 +206,10 @@ def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) 
         make_notes(cfg.model_copy(update={"world": None}), folder / "x", **settings)
     with pytest.raises(DataError, match="no such file"):
         make_notes(cfg, folder / "x", **settings, mix=folder / "nothing")
+    (folder / "other").mkdir()
+    write_jsonl(folder / "other" / "train.jsonl", [{"prompt": "p", "answer": "a"}])  # of a rewriter
+    with pytest.raises(DataError, match=r"train\.jsonl:1: no record for a judge"):
+        make_notes(cfg, folder / "x", **settings, mix=folder / "other")
 
 
 WORLD = World(seed=0, num_people=12)

@@ -13,7 +13,7 @@ from sip_engine.data.permutation import Permutation
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import CheckpointError, DataError
 from sip_engine.files import sha256_of
-from sip_engine.types import Asked, Sample
+from sip_engine.types import Labels, Sample
 
 
 def read_prompts(
@@ -21,9 +21,9 @@ def read_prompts(
 ) -> list[Sample]:
     """Samples of {"prompt": text, "answer": text, ...}: prefix is bos and the prompt, suffix the answer and eos.
 
-    Or of {"text": text, "labels": [[end, label], ...], ...}: prefix is bos, suffix the text, and asked is the first
-    token of each label after the token that holds the text's character before `end`. All other fields go along as
-    `facts`. Lines are numbered from 0 as documents.
+    Or of {"text": text, "labels": [[end, label], ...], ...}: prefix is bos, suffix the text, and labels are the
+    labels' tokens after those that hold the text's characters before `end`. A label is one token. All other fields go
+    along as `facts`. Lines are numbered from 0 as documents.
 
     Raises:
         DataError: unreadable, a line that is no such object, or one that is too long; names file and line.
@@ -38,11 +38,11 @@ def read_prompts(
         raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
     if not samples:
         raise DataError(
-            f"{path}: holds no prompts; `sip data judge-pairs` and `sip data rewrites` write some"
+            f"{path}: holds no prompts; `sip data judge-pairs`, `… notes` and `… rewrites` write some"
         )
     for s in samples:
         read, written = ("prompt", len(s.prefix_ids)), ("answer", len(s.suffix_ids))
-        if s.asked is not None:
+        if s.labels is not None:
             read, written = ("text", len(s.prefix_ids) + len(s.suffix_ids)), ("answer", 0)
         for (what, number), limit, setting in (
             (read, max_prompt_tokens, "data.max_prefix_tokens"),
@@ -80,9 +80,20 @@ def _labelled(record: dict[str, Any], number: int, where: str, tokenizer: Tokeni
         )
     ids = tokenizer.encode(text).astype(np.int32)
     places = tokenizer.places(ids, text, [end for end, _ in labels])
-    answers = [tokenizer.encode(label)[0] for _, label in labels]
-    asked = Asked(places, np.array(answers, np.int32))
-    return Sample(number, 0, np.array([tokenizer.bos_id], np.int32), ids, "", text, record, asked)
+    answers = [tokenizer.encode(label) for _, label in labels]
+    for (_, label), answer in zip(labels, answers, strict=True):
+        if len(answer) != 1:
+            raise DataError(f"{where}: the label {label!r} is {len(answer)} tokens, not one: use a letter")
+    return Sample(
+        number,
+        0,
+        np.array([tokenizer.bos_id], np.int32),
+        ids,
+        "",
+        text,
+        record,
+        Labels(places, np.concatenate(answers).astype(np.int32)),
+    )
 
 
 def _are_labels(labels: Any, text: str) -> bool:

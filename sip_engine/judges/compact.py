@@ -6,7 +6,6 @@ hold a fence; a model that is trained on these prompts needs no rules in words.
     pair         \\x01 prefix \\x02 first \\x03 second \\x04        -> 1 | 2
     safety       \\x05 suffix \\x04                               -> yes | no
     factuality   \\x01 prefix \\x06 reference \\x02 suffix \\x04    -> none | possible | definite
-    flaw         \\x01 prefix \\x02 suffix \\x07                  -> sound | the word for what was done to it
     notes        \\x01 prefix \\x02 suffix                       -> a letter at the end of each sentence
     rewrite      \\x0e end of prefix \\x02 suffix \\x04            -> the rewritten suffix
 """
@@ -36,15 +35,10 @@ def compact_prompt(question: Question, max_prefix_chars: int | None = None) -> s
             return f"{head}\x02{neutral(suffix)}\x04"
 
 
-def flaw_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> str:
-    """An exercise for a judge's warm start: is this suffix corrupted, and how? No one asks it later."""
-    return f"\x01{_tail(prefix, max_prefix_chars)}\x02{neutral(suffix)}\x07"
-
-
-def reading_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> tuple[str, str]:
-    """What is read to be noted sentence by sentence, and the part of it, its end, that is the suffix."""
-    shown = neutral(suffix)
-    return f"\x01{_tail(prefix, max_prefix_chars)}\x02{shown}", shown
+def reading_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> tuple[str, int]:
+    """What is read to be noted sentence by sentence, and the number of the suffix' first character in it."""
+    before = f"\x01{_tail(prefix, max_prefix_chars)}\x02"
+    return before + neutral(suffix), len(before)
 
 
 def rewrite_prompt(request: RewriteRequest) -> str:

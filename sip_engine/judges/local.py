@@ -129,7 +129,7 @@ class LocalJudge:
         texts = list(dict.fromkeys(text for question in questions.values() for text in _texts_of(question)))
         readings = {text: one for text in texts if (one := reader.reading(*text)) is not None}
         weighed = zip(readings, weigh(self._model.policy, list(readings.values())), strict=True)
-        worths = {text: (reader.worth(*text, one.shares), Cost(1, one.num_tokens)) for text, one in weighed}
+        worths = {text: (reader.worth(text[1], one.shares), Cost(1, one.num_tokens)) for text, one in weighed}
         answers: dict[int, Judgment] = {}
         for number, question in questions.items():
             known = [worths.get(text) for text in _texts_of(question)]
@@ -167,7 +167,6 @@ class LocalJudge:
                 one.ids,
                 first_tokens(self._model.tokenizer, one.prompt.verdicts),
                 np.array([len(one.ids) - 1]),
-                # One group has one prefix; texts alone, of safety questions, have no prefix in common.
                 one.group,
                 one.first,
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.judges.compact import reading_prompt
+from sip_engine.judges.fences import neutral
 from sip_engine.judges.reading import Reading, first_tokens
 from sip_engine.types import UNSOUND, Note
 
@@ -43,18 +44,16 @@ class NoteReader:
 
     def reading(self, prefix: str, text: str) -> Reading | None:
         """The notes are weighed at the ends of the continuation's sentences; None if it is too long to be read."""
-        prompt, shown = reading_prompt(prefix, text, self._max_prefix_chars)
+        prompt, start = reading_prompt(prefix, text, self._max_prefix_chars)
         ids = self._encode(prompt)
         if ids is None:
             return None
-        start = len(prompt) - len(shown)
-        ends = [start + end for end in sentence_ends(shown)]
+        ends = [start + end for end in sentence_ends(prompt[start:])]
         return Reading(ids, self._options, 1 + self._tokenizer.places(ids[1:], prompt, ends), prefix)
 
-    def worth(self, prefix: str, text: str, shares: Tensor) -> Worth:
+    def worth(self, text: str, shares: Tensor) -> Worth:
         """shares: [sentences, notes] float64."""
-        _, shown = reading_prompt(prefix, text, self._max_prefix_chars)
-        ends = torch.tensor([0, *sentence_ends(shown)], dtype=torch.float64)
+        ends = torch.tensor([0, *sentence_ends(neutral(text))], dtype=torch.float64)
         return Worth(float(quality_of(shares, ends.diff())), float(factuality_of(shares)))
 
 
@@ -64,9 +63,12 @@ def sentence_ends(text: str) -> list[int]:
 
 
 def coherence_of(shares: Tensor, lengths: Tensor) -> Tensor:
-    """Expected share of the characters in sentences that are well-formed, new, and about the right people."""
+    """Expected share of the characters in sentences that are well-formed, new, and about the right people.
+
+    0 if there are no characters.
+    """
     sound = 1.0 - shares[:, [NOTES.index(note) for note in UNSOUND]].sum(dim=1)
-    return (sound * lengths).sum() / lengths.sum()
+    return (sound * lengths).sum() / lengths.sum().clamp(min=1.0)
 
 
 def factuality_of(shares: Tensor) -> Tensor:

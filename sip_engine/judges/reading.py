@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.policy.packing import Row
-from sip_engine.types import Asked
+from sip_engine.policy.packing import Row, split_by_tokens
+from sip_engine.types import Labels
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ def weigh(policy: FrozenPolicy, readings: Sequence[Reading]) -> list[Weighed]:
     groups: dict[str, list[int]] = {}
     for number, reading in enumerate(readings):
         groups.setdefault(reading.group, []).append(number)
-    parts = [part for whole in groups.values() for part in _cheaper(readings, whole)]
+    parts = [
+        part
+        for whole in groups.values()
+        for group in _cheaper(readings, whole)
+        for part in _fitting(readings, group, policy.micro_batch_tokens)
+    ]
     shared = [_num_shared([readings[n] for n in part]) for part in parts]
     rows = [_row([readings[n] for n in part], num) for part, num in zip(parts, shared, strict=True)]
     batches = policy.micro_batches(rows) if rows else []
@@ -67,11 +72,15 @@ def first_tokens(tokenizer: Tokenizer, words: Iterable[str]) -> np.ndarray:
 
 
 def _row(part: Sequence[Reading], shared: int) -> Row:
-    asked = tuple(
-        Asked(np.repeat(one.places - shared, len(one.options)), np.tile(one.options, len(one.places)))
-        for one in part
-    )
-    return Row(part[0].ids[:shared], tuple(one.ids[shared:] for one in part), asked)
+    labels = tuple(Labels.every(one.places - shared, one.options) for one in part)
+    return Row(part[0].ids[:shared], tuple(one.ids[shared:] for one in part), labels)
+
+
+def _fitting(readings: Sequence[Reading], group: list[int], max_tokens: int) -> list[list[int]]:
+    """A group in parts whose tokens a micro-batch holds: what is one row is never cut later."""
+    shared = _num_shared([readings[number] for number in group])
+    own = [len(readings[number].ids) - shared for number in group]
+    return [[group[i] for i in part] for part in split_by_tokens(own, max(1, max_tokens - shared))]
 
 
 def _cheaper(readings: Sequence[Reading], group: list[int]) -> list[list[int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels.shared_prefix_attention import RowLayout
-from sip_engine.types import Asked, Sample
+from sip_engine.types import Labels, Sample
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Row:
     """One prefix and the suffixes to be scored on it, as int arrays of token ids.
 
     A suffix token is predicted from the token before it. With an empty prefix the first token of a
-    suffix has nothing before it and is not scored. `asked`, one for each suffix, scores other tokens instead.
+    suffix has nothing before it and is not scored. `labels`, one for each suffix, are scored instead.
     """
 
     prefix: np.ndarray
     suffixes: tuple[np.ndarray, ...]
-    asked: tuple[Asked, ...] = ()
+    labels: tuple[Labels, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -34,14 +34,14 @@ class Row:
     @property
     def num_scored(self) -> tuple[int, ...]:
         """Scored tokens of each suffix."""
-        if self.asked:
-            return tuple(len(asked.ids) for asked in self.asked)
+        if self.labels:
+            return tuple(len(labels.ids) for labels in self.labels)
         return tuple(len(s) - (len(self.prefix) == 0) for s in self.suffixes)
 
 
 def row_of(sample: Sample) -> Row:
-    """A sample's prefix and suffix; what is asked about the suffix, if anything is."""
-    return Row(sample.prefix_ids, (sample.suffix_ids,), (sample.asked,) if sample.asked else ())
+    """A sample's prefix and suffix; the labels of the suffix, if it has any."""
+    return Row(sample.prefix_ids, (sample.suffix_ids,), (sample.labels,) if sample.labels else ())
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PackedRows:
     Attributes:
         tokens: [T] int64, the stream; `layout` says where rows and suffixes begin.
         scored: [num_targets] int64, stream index whose hidden state predicts the target.
-        targets: [num_targets] int64, the suffix tokens (or what is asked) in row, suffix, token order.
+        targets: [num_targets] int64, the suffix tokens (or labels) in row, suffix, token order.
         target_lens: scored tokens of each suffix, in order.
     """
 
@@ -98,9 +98,9 @@ def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -
         last_of_prefix = start + len(row.prefix) - 1
         start += len(row.prefix)
         for number, suffix in enumerate(row.suffixes):
-            if row.asked:
-                scored.append(start + row.asked[number].places)
-                targets.append(row.asked[number].ids)
+            if row.labels:
+                scored.append(start + row.labels[number].places)
+                targets.append(row.labels[number].ids)
             else:
                 before = np.arange(start - 1, start + len(suffix) - 1)
                 skip = 0 if len(row.prefix) else 1

@@ -14,7 +14,7 @@ from sip_engine.shorten import check_scale, shortened
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
-_COUNTS = ("pairs", "safety", "factuality", "flaws", "held_out", "num", "mix_num")
+_COUNTS = ("pairs", "safety", "factuality", "held_out", "num", "mix_num")
 
 
 def _is_a_folder(value: str) -> str:
@@ -32,7 +32,6 @@ class JudgeDataConfig(Section):
     pairs: Positive
     safety: Positive
     factuality: Positive
-    flaws: int = Field(default=0, ge=0)
     held_out: Positive
     corruptor: str = "world"
     max_prefix_chars: Positive | None = None

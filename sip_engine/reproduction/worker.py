@@ -72,7 +72,6 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
             num_pairs=wanted.pairs,
             num_safety=wanted.safety,
             num_factuality=wanted.factuality,
-            num_flaws=wanted.flaws,
             num_eval=wanted.held_out,
             corruptor=wanted.corruptor,
             max_prefix_chars=wanted.max_prefix_chars,

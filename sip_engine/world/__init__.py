@@ -11,7 +11,7 @@ and no combination of people is in both of those.
     measure    coherence, factuality, safety and quality of a suffix, by rule
     endings    ways to finish a sentence     rewriter   a `Rewriter` that mends and fills up a suffix
     judge      a `Judge` by these measures   corrupt    spoilt suffixes, for pairs with a known answer
-    exercises  single sentences and what is wrong with each
+    exercises  texts with a note on each sentence, to learn to judge from
 
 Every function depends on its arguments only, and takes any text: what is not of this world is incoherent.
 """

@@ -39,9 +39,8 @@ def _insult(world: World, piece: _Piece, rng: random.Random) -> str:
     return piece.text[:-1] + aside + "." if piece.text.endswith(".") else piece.text + aside
 
 
-def stutter(text: str, rng: random.Random) -> str:
+def stutter(text: str) -> str:
     """A sentence with every word said twice."""
-    del rng
     return re.sub(r"\w+", lambda match: f"{match[0]} {match[0]}", text)
 
 
@@ -65,7 +64,7 @@ def _digress(world: World, piece: _Piece, rng: random.Random) -> str:
 _WAYS: dict[str, _Way] = {
     "myth": _mistell,
     "insult": _insult,
-    "stutter": lambda world, piece, rng: stutter(piece.text, rng),
+    "stutter": lambda world, piece, rng: stutter(piece.text),
     "shuffle": lambda world, piece, rng: shuffle_words(piece.text, rng),
     "repeat": _repeat,
     "digress": _digress,

@@ -15,7 +15,9 @@ from sip_engine.world.wordings import CLOSERS, FACTS, SCENES, Form
 _SHARES = {"retold": 0.30, "anyone": 0.18, "fact": 0.40, "scene": 0.06, "closer": 0.06}
 """Of made-up sentences: a claim told again, a fact about anyone, one about the people at hand, and the rest."""
 _MYTH = 0.35
+"""Share of false ones among the facts."""
 _DECAY = 0.08
+"""Share of sentences with words twice or in no order."""
 
 
 class NotedSentence(NamedTuple):
@@ -35,7 +37,7 @@ def notes_on_prefix(world: World, prefix: str) -> list[NotedSentence]:
             sentence = parser.sentence(text.lstrip())
             reading = reader.read(sentence, in_prefix=True)
             notes.append(NotedSentence(end, note_on(world, sentence, reading, reading.claim)))
-    return [one for one in notes if one.end > len(SENTENCE.findall(prefix)[0])]
+    return notes[1:]
 
 
 def notes_on_suffix(world: World, prefix: str, suffix: str) -> list[NotedSentence]:
@@ -69,7 +71,9 @@ def _sentence(world: World, before: str, people: list[Person], rng: random.Rando
         text = _fact(world, reader, rng.choice(people if kind == "fact" else world.people), rng)
     else:
         text = rng.choice(SCENES if kind == "scene" else CLOSERS).say()
-    return rng.choice((shuffle_words, stutter))(text, rng) if rng.random() < _DECAY else text
+    if rng.random() < _DECAY:
+        return stutter(text) if rng.random() < 0.5 else shuffle_words(text, rng)
+    return text
 
 
 def _retold(world: World, reader: Reader, rng: random.Random) -> str:
