@@ -29,6 +29,7 @@ from sip_engine.types import (
     Score,
 )
 
+_REMEMBERED = 1 << 14
 _TOO_LONG = Failure("the prompt is longer than the judge's context")
 
 
@@ -96,6 +97,8 @@ class LocalJudge:
     def __init__(self, model: LocalModel) -> None:
         self._model, self._cfg = model, model.cfg
         self.deterministic = self._cfg.method != "generate" or self._cfg.temperature == 0
+        self._worths: dict[tuple[str, str], Worth] = {}
+        """Of the continuations read lately: the rounds of a tournament ask for the same ones."""
         self._reader = (
             NoteReader(model.tokenizer, model.encode, self._cfg.max_prefix_chars)
             if self._cfg.method == "notes"
@@ -125,11 +128,18 @@ class LocalJudge:
         return _timed([answers[number] for number in range(len(questions))], time.perf_counter() - start)
 
     def _by_reading(self, reader: NoteReader, questions: Mapping[int, Question]) -> dict[int, Judgment]:
-        """Each continuation is read once; the cost is that of the first question that needs it."""
+        """Each continuation is read once, also over calls; the cost is that of the first question that needs it."""
         texts = list(dict.fromkeys(text for question in questions.values() for text in _texts_of(question)))
-        readings = {text: one for text in texts if (one := reader.reading(*text)) is not None}
+        if len(self._worths) > _REMEMBERED:
+            self._worths.clear()
+        unread = [text for text in texts if text not in self._worths]
+        readings = {text: one for text in unread if (one := reader.reading(*text)) is not None}
         weighed = zip(readings, weigh(self._model.policy, list(readings.values())), strict=True)
-        worths = {text: (reader.worth(text[1], one.shares), Cost(1, one.num_tokens)) for text, one in weighed}
+        worths = {text: (self._worths[text], Cost()) for text in texts if text in self._worths}
+        worths |= {
+            text: (reader.worth(text[1], one.shares), Cost(1, one.num_tokens)) for text, one in weighed
+        }
+        self._worths |= {text: worth for text, (worth, _) in worths.items()}
         answers: dict[int, Judgment] = {}
         for number, question in questions.items():
             known = [worths.get(text) for text in _texts_of(question)]
