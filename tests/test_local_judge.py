@@ -156,6 +156,18 @@ def _noted_by_llama(policy: FrozenPolicy, prefix: str, text: str) -> tuple[float
     return sound / length * (1 + factuality) / 2, factuality
 
 
+def test_what_was_noted_is_not_read_again(policy: FrozenPolicy) -> None:
+    """The rounds of a tournament ask about the same texts."""
+    subject = judge(policy, method="notes")
+    pair = PairQuestion("the fox", " jumps.", " sleeps")
+    (first,) = subject.judge([pair])
+    again, new = subject.judge([pair, PairQuestion("the fox", " jumps.", " dog")])
+    assert isinstance(first, Score) and isinstance(again, Score) and isinstance(new, Score)
+    assert again.value == first.value and (first.cost.calls, again.cost.calls, new.cost.calls) == (2, 0, 1)
+    (other,) = subject.judge([PairQuestion("a dog", " jumps.", " sleeps")])
+    assert other.cost.calls == 2  # after another prefix the same words are another continuation
+
+
 def test_a_continuation_without_notes_is_a_missing_judgment(policy: FrozenPolicy) -> None:
     pairs = [PairQuestion("p", " dog", "zzz " * 60), PairQuestion("p", " dog", " fox")]
     lost, kept = judge(policy, method="notes").judge(pairs)
