@@ -20,8 +20,8 @@ from sip_engine.types import Labels
 class Reading:
     """A prompt [tokens] and what is to be weighed: the `options` [n] (token ids) after each of its `places` [m].
 
-    Readings of one `group` begin with the same text; it is read once for all of them. Where `first` is given and
-    those alike in it share more, they are read together instead.
+    Readings of one `group` begin with the same text; it is read once for all that weigh the same options. Where
+    `first` is given and those alike in it share more, they are read together instead.
     """
 
     ids: np.ndarray
@@ -41,9 +41,9 @@ class Weighed:
 
 def weigh(policy: FrozenPolicy, readings: Sequence[Reading]) -> list[Weighed]:
     """The options' probabilities against each other, for each reading, in order. Computed in float64."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, bytes], list[int]] = {}
     for number, reading in enumerate(readings):
-        groups.setdefault(reading.group, []).append(number)
+        groups.setdefault((reading.group, reading.options.tobytes()), []).append(number)
     parts = [
         part
         for whole in groups.values()
