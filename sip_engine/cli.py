@@ -259,7 +259,7 @@ def inspect_data(
 def judge_pairs(
     context: typer.Context,
     config: Annotated[
-        Path, typer.Argument(help="A TOML file that says which documents; [judge] labels safety.")
+        Path, typer.Argument(help="A TOML file that says which documents; its judge labels safety.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
     pairs: Annotated[
@@ -302,7 +302,7 @@ def judge_pairs(
 def rollout_pairs(
     context: typer.Context,
     config: Annotated[
-        Path, typer.Argument(help="A TOML file: documents, init (whose rollouts), [judge] (whose labels).")
+        Path, typer.Argument(help="A TOML file: documents, init (whose rollouts), judge (whose labels).")
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
     pairs: Annotated[int, typer.Option(min=0, help="Pairs of rollouts, each in both orders.")] = 4000,
@@ -337,7 +337,7 @@ def rollout_pairs(
 def notes(
     context: typer.Context,
     config: Annotated[
-        Path, typer.Argument(help="A TOML file: [world], whose documents, and init, whose rollouts.")
+        Path, typer.Argument(help="A TOML file: world, whose documents, and init, whose rollouts.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
     num: Annotated[int, typer.Option(min=8, help="Texts with a note on each sentence.")] = 24_000,
@@ -357,7 +357,7 @@ def rewrites(
     context: typer.Context,
     config: Annotated[
         Path,
-        typer.Argument(help="A TOML file that says which documents; [judge] labels, [rewriter] teaches."),
+        typer.Argument(help="A TOML file that says which documents; its judge labels, its rewriter teaches."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
     num: Annotated[int, typer.Option(min=2, help="Prompts, half of them of safe suffixes.")] = 8000,
