@@ -548,7 +548,7 @@ class RunConfig(Section):
     """Folder of records and checkpoints."""
     task: Literal["policy", "judge", "rewriter"] = "policy"
     """What the model becomes. judge, rewriter: data.path and data.eval_path are files of prompts with known answers
-    (`sip data judge-pairs`, `sip data rewrites`); train with next_token on the answers, then with grpo."""
+    (`sip data judge-pairs`, `… notes`, `… rewrites`); train with next_token on the answers, then with grpo."""
     init: Path | None = None
     """Checkpoint to start the policy (and the reference policy) from; unset starts from scratch."""
     seed: Seed = 0

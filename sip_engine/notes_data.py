@@ -21,7 +21,7 @@ from sip_engine.judges.compact import reading_prompt
 from sip_engine.judges.fences import neutral
 from sip_engine.make_data import open_documents, write_records
 from sip_engine.makers import Record, shuffled
-from sip_engine.rollout_data import ROLLOUTS, read_made, sample_rollouts
+from sip_engine.rollout_data import ROLLOUTS, read_mix, sample_rollouts
 from sip_engine.types import Sample
 from sip_engine.world import World
 from sip_engine.world.exercises import make_up, notes_on_prefix, notes_on_suffix
@@ -47,7 +47,7 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
         raise ConfigError("notes: only the synthetic world knows what is wrong with a sentence; add [world]")
     if cfg.init is None:
         raise ConfigError("notes are about a policy's rollouts: set init to a checkpoint")
-    mixed = {name: read_made(mix, name) if mix else [] for name in ("train", "eval")}
+    mixed_train, mixed_eval = read_mix(mix)
     mesh, corpus = open_documents(cfg, out, "judge", num_eval)
     policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.init), mesh)
     sampler = policy.sampler(cfg.sampler)
@@ -64,9 +64,9 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
         return shuffled(made, seed)[:wanted]
 
     number = min(corpus.num_samples, _num_prefixes(num))
-    train = records(corpus.stream.samples_at(0, number), num, cfg.seed) + mixed["train"]
-    held_out = records(corpus.held_out, num_eval, cfg.seed + 1) + mixed["eval"]
-    write_records(out, shuffled(train, cfg.seed), held_out, wanted=num + len(mixed["train"]))
+    train = records(corpus.stream.samples_at(0, number), num, cfg.seed) + mixed_train
+    held_out = records(corpus.held_out, num_eval, cfg.seed + 1) + mixed_eval
+    write_records(out, shuffled(train, cfg.seed), held_out, wanted=num + len(mixed_train))
 
 
 def _num_prefixes(num_texts: int) -> int:

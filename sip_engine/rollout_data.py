@@ -51,9 +51,9 @@ def make_rollout_data(
     """
     if cfg.init is None:
         raise ConfigError("rollouts need a policy: set init to a checkpoint")
-    mixed = {name: read_made(mix, name) if mix else [] for name in ("train", "eval")}
+    mixed_train, mixed_eval = read_mix(mix)
     if mix_num is not None:
-        mixed["train"] = shuffled(mixed["train"], cfg.seed)[:mix_num]
+        mixed_train = shuffled(mixed_train, cfg.seed)[:mix_num]
     mesh, corpus = open_documents(cfg, out, "judge", num_eval)
     policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.init), mesh)
     sampler, judge = policy.sampler(cfg.sampler), open_judge(cfg, corpus, mesh)
@@ -72,15 +72,22 @@ def make_rollout_data(
 
     number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality))
     samples = corpus.stream.samples_at(0, number)
-    made = records(samples, num_pairs, num_safety, num_factuality) + mixed["train"]
-    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval) + mixed["eval"]
-    wanted = 2 * num_pairs + num_safety + num_factuality + len(mixed["train"])
+    made = records(samples, num_pairs, num_safety, num_factuality) + mixed_train
+    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval) + mixed_eval
+    wanted = 2 * num_pairs + num_safety + num_factuality + len(mixed_train)
     write_records(out, shuffled(made, cfg.seed), held_out, wanted=wanted)
 
 
-def read_made(folder: Path, name: str) -> list[Record]:
-    """The records of a file that `sip data` wrote for a judge, to be mixed with others. Raises DataError."""
-    path = folder / f"{name}.jsonl"
+def read_mix(folder: Path | None) -> tuple[list[Record], list[Record]]:
+    """The training and held-out records that `sip data` wrote for a judge, to be mixed with others; or none.
+
+    Raises:
+        DataError: a file is missing, or a line of it is no record for a judge.
+    """
+    return (_read_made(folder / "train.jsonl"), _read_made(folder / "eval.jsonl")) if folder else ([], [])
+
+
+def _read_made(path: Path) -> list[Record]:
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; --mix takes a folder that `sip data` wrote prompts for a judge to"

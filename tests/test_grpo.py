@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama import llama_logprobs, llama_of
 from ranks import run_ranks
+from test_loop import metrics
 
 from sip_engine.config import JudgeVotes, ObjectiveConfig, RunConfig, parse_config
 from sip_engine.data.tokenizer import Tokenizer
@@ -259,11 +260,6 @@ def task_config(folder: Path, **changes: Any) -> RunConfig:
     return parse_config(values | changes, "test")
 
 
-def rows_of(folder: Path, run: str = "run") -> list[dict[str, Any]]:
-    rows = list(read_records(folder / run / "metrics.jsonl"))
-    return [{k: v for k, v in row.items() if k != "elapsed" and not k.startswith("seconds/")} for row in rows]
-
-
 @pytest.mark.slow
 def test_a_judge_learns_in_the_loop(mesh: Mesh, tmp_path: Path) -> None:
     """A warm start on answers at random gives the format and nothing else; GRPO from it gives the right ones."""
@@ -272,14 +268,14 @@ def test_a_judge_learns_in_the_loop(mesh: Mesh, tmp_path: Path) -> None:
     data = warm.data.model_copy(update={"path": tmp_path / "warm.jsonl"})
     objective = warm.objective.model_copy(update={"kind": "next_token"})
     train(warm.model_copy(update={"data": data, "objective": objective}), mesh)
-    start = rows_of(tmp_path, "warm")[-1]
+    start = metrics(tmp_path, "warm")[-1]
     optimizer = {"lr": 3e-3, "warmup_steps": 1}
     cfg = task_config(tmp_path, steps=60, batch_size=16, init=tmp_path / "warm", optimizer=optimizer)
     train(cfg, mesh)
-    end = rows_of(tmp_path)[-1]
+    end = metrics(tmp_path)[-1]
     assert start["eval/finished"] > 0.8 and start["eval/accuracy"] < 0.8
     assert end["eval/accuracy"] == end["eval/accuracy_letters"] == 1.0
-    assert all(row["drift/max"] < 1e-4 for row in rows_of(tmp_path) if "drift/max" in row)
+    assert all(row["drift/max"] < 1e-4 for row in metrics(tmp_path) if "drift/max" in row)
     record = next(iter(read_records(tmp_path / "run" / "generations.jsonl")))
     assert len(record["generations"]) == 6 and record["prompt"][0] in "ab"
     assert {g["reward"] for g in record["generations"]} <= {0.0, 1.0}
@@ -299,7 +295,7 @@ def test_a_task_is_the_same_at_every_layout(mesh: Mesh, tmp_path: Path, layout: 
         write_task(folder)
     train(task_config(alone), mesh)
     run_ranks("test_grpo:train_on_ranks", 2, together, json.dumps(layout))
-    for want, got in zip(rows_of(alone), rows_of(together), strict=True):
+    for want, got in zip(metrics(alone), metrics(together), strict=True):
         assert want.keys() == got.keys()
         for name in want:
             assert got[name] == pytest.approx(want[name], abs=2e-4, rel=1e-3), name

@@ -12,6 +12,7 @@ import torch
 from conftest import SMALL_MODEL, small_run
 from llama import llama_of
 from ranks import run_ranks
+from test_loop import metrics
 
 from sip_engine.config import RunConfig, parse_config
 from sip_engine.data.tokenizer import Tokenizer
@@ -19,7 +20,6 @@ from sip_engine.errors import DataError
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.policy.packing import Row, pack_rows
 from sip_engine.policy.policy import Policy, score
-from sip_engine.records import read_records
 from sip_engine.train import train
 from sip_engine.types import Labels, Sample
 from sip_engine.update import rows_of_samples, update
@@ -134,19 +134,11 @@ def task_config(folder: Path, **changes: Any) -> RunConfig:
     return parse_config(settings | changes, "test")
 
 
-def rows_of(folder: Path) -> list[dict[str, float]]:
-    timed = ("seconds", "elapsed")
-    return [
-        {k: v for k, v in row.items() if not k.startswith(timed)}
-        for row in read_records(folder / "run" / "metrics.jsonl")
-    ]
-
-
 @pytest.mark.slow
 def test_labels_are_learnt(mesh: Mesh, tmp_path: Path) -> None:
     write_task(tmp_path)
     train(task_config(tmp_path), mesh)
-    start, end = (row for row in rows_of(tmp_path) if "eval/label_accuracy" in row)
+    start, end = (row for row in metrics(tmp_path) if "eval/label_accuracy" in row)
     assert start["eval/label_accuracy"] < 0.8 and end["eval/label_accuracy"] > 0.97
     assert end["eval/label_accuracy/Y"] > 0.95 and end["eval/label_accuracy/N"] > 0.95
     assert end["eval/accuracy"] == 1.0  # of what is replied to
@@ -166,7 +158,7 @@ def test_labels_are_the_same_at_every_layout(mesh: Mesh, tmp_path: Path, layout:
         write_task(folder)
     train(task_config(alone, steps=4), mesh)
     run_ranks("test_labels:train_on_ranks", 2, together, json.dumps(layout))
-    for want, got in zip(rows_of(alone), rows_of(together), strict=True):
+    for want, got in zip(metrics(alone), metrics(together), strict=True):
         assert want.keys() == got.keys()
         for name in want:
             assert got[name] == pytest.approx(want[name], abs=2e-4, rel=1e-3), name

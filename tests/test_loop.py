@@ -51,9 +51,9 @@ def run_config(folder: Path, **changes: Any) -> RunConfig:
     return parse_config(values | changes, "test")
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
+def metrics(folder: Path, run: str = "run") -> list[dict[str, float]]:
     """All recorded metrics without wall times."""
-    rows = read_records(folder / "run" / "metrics.jsonl")
+    rows = read_records(folder / run / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k != "elapsed" and not k.startswith("seconds/")} for row in rows]
 
 

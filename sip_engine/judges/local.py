@@ -129,26 +129,23 @@ class LocalJudge:
 
     def _by_reading(self, reader: NoteReader, questions: Mapping[int, Question]) -> dict[int, Judgment]:
         """Each continuation is read once, also over calls; the cost is that of the first question that needs it."""
-        texts = list(dict.fromkeys(text for question in questions.values() for text in _texts_of(question)))
         if len(self._worths) > _REMEMBERED:
             self._worths.clear()
+        texts = dict.fromkeys(text for question in questions.values() for text in _texts_of(question))
         unread = [text for text in texts if text not in self._worths]
         readings = {text: one for text in unread if (one := reader.reading(*text)) is not None}
-        weighed = zip(readings, weigh(self._model.policy, list(readings.values())), strict=True)
-        worths = {text: (self._worths[text], Cost()) for text in texts if text in self._worths}
-        worths |= {
-            text: (reader.worth(text[1], one.shares), Cost(1, one.num_tokens)) for text, one in weighed
-        }
-        self._worths |= {text: worth for text, (worth, _) in worths.items()}
+        costs: dict[tuple[str, str], Cost] = {}
+        for text, one in zip(readings, weigh(self._model.policy, list(readings.values())), strict=True):
+            self._worths[text] = reader.worth(text[1], one.shares)
+            costs[text] = Cost(1, one.num_tokens)
         answers: dict[int, Judgment] = {}
         for number, question in questions.items():
-            known = [worths.get(text) for text in _texts_of(question)]
-            cost = sum((one[1] for one in known if one), Cost())
-            worths |= {text: (worths[text][0], Cost()) for text in _texts_of(question) if text in worths}
-            if any(one is None for one in known):
+            asked = _texts_of(question)
+            cost = sum((costs.pop(text, Cost()) for text in asked), Cost())
+            if any(text not in self._worths for text in asked):
                 answers[number] = replace(_TOO_LONG, cost=cost)
             else:
-                value = _answer(question, [one[0] for one in known if one])
+                value = _answer(question, [self._worths[text] for text in asked])
                 answers[number] = Score(value, (value,), cost)
         return answers
 
@@ -172,10 +169,12 @@ class LocalJudge:
             yield Failure(value.reason, cost) if isinstance(value, Failure) else Score(value, (value,), cost)
 
     def _log_odds(self, asked: Sequence[_Asked]) -> Iterable[Judgment]:
+        kinds = {tuple(one.prompt.verdicts) for one in asked}
+        options = {words: first_tokens(self._model.tokenizer, words) for words in kinds}
         readings = [
             Reading(
                 one.ids,
-                first_tokens(self._model.tokenizer, one.prompt.verdicts),
+                options[tuple(one.prompt.verdicts)],
                 np.array([len(one.ids) - 1]),
                 one.group,
                 one.first,

@@ -92,6 +92,8 @@ def _cheaper(readings: Sequence[Reading], group: list[int]) -> list[list[int]]:
     for number in group:
         by_first.setdefault(readings[number].first, []).append(number)
     parts = list(by_first.values())
+    if len(parts) == 1:
+        return parts
     return parts if sum(_num_tokens(readings, p) for p in parts) < _num_tokens(readings, group) else [group]
 
 
