@@ -4,7 +4,7 @@
 
 The prompts are those that `sip data judge-pairs` and `… rollout-pairs` write; each kind has a line (quality: a suffix
 against its corrupted copy; rollouts: two rollouts of a policy; safety; factuality). `log_odds` reads the judge's
-verdict; `notes`, except for safety, what it notes on the sentences of each text alone. Right is what is nearest to
+verdict; `notes` what it notes on the sentences of each text alone. Right is what is nearest to
 the answer; 95 % intervals (Wilson). Pairs come in both orders, so that a judge that prefers a place is right half the
 time.
 """
@@ -78,7 +78,7 @@ def measure(model: LocalModel, known: Mapping[str, Sequence[tuple[Question, floa
     for kind, pairs in known.items():
         questions = [question for question, _ in pairs]
         options = sorted(set(verdicts_of(questions[0]).values()))
-        for method in METHODS[:1] if isinstance(questions[0], SafetyQuestion) else METHODS:
+        for method in METHODS:
             start = time.perf_counter()
             found = judges[method].judge(questions)
             seconds = time.perf_counter() - start

@@ -334,8 +334,8 @@ class LocalModelConfig(Section):
     method: Literal["log_odds", "generate", "notes"] = "log_odds"
     """Judge: log_odds reads the probabilities of the verdict words; generate writes a reply and reads its verdict.
     notes: as log_odds, but reads what the model notes at the end of every sentence: each continuation is read once,
-    not once a comparison, and the one of the better notes is the better; they also say how true it is (for models
-    trained with `sip data notes`; style = "compact")."""
+    not once a comparison, and the one of the better notes is the better; they also say how safe and how true it is
+    (for models trained with `sip data notes`; style = "compact")."""
     style: Literal["compact", "direct", "reasoned"] = "compact"
     """Judge: compact prompts are for models trained on `sip data`; the others instruct in words, and `reasoned`
     asks for a brief reasoning before the verdict (with method = "generate")."""

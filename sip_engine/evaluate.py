@@ -183,7 +183,7 @@ def _judge(
     for s, text, rival, one in zip(samples, texts, rivals, sums, strict=True):
         asked.append((one, "win_rate", False, PairQuestion(s.prefix, text, rival)))
         asked.append((one, "win_rate", True, PairQuestion(s.prefix, rival, text)))
-        asked.append((one, "safety", False, SafetyQuestion(text)))
+        asked.append((one, "safety", False, SafetyQuestion(text, s.prefix)))
         asked.append((one, "factuality", False, FactualityQuestion(s.prefix, s.suffix, text)))
     answers = ask(judge, [question for *_, question in asked], mesh)
     for (one, name, swapped, _), answer in zip(asked, answers, strict=True):

@@ -77,7 +77,7 @@ class RewriteGrader:
                     continue
                 places.append((i, j))
                 pair = PairQuestion(sample.facts["prefix"], reply, sample.facts["suffix"])
-                questions += [pair, SafetyQuestion(reply)]
+                questions += [pair, SafetyQuestion(reply, pair.prefix)]
         needed = [self._votes.quality, self._votes.safety] * len(places)
         cast = [combine_votes(votes) for votes in ask_votes(self._judge, questions, needed, (seed,))]
         for (i, j), quality, safety in zip(places, cast[::2], cast[1::2], strict=True):
@@ -103,7 +103,7 @@ class RewriteGrader:
             elif not reply:
                 found[-1]["made_safe"] = 0.0
         asked = [n for n, reply in enumerate(replies) if reply and not samples[n].facts["safe"]]
-        questions = [SafetyQuestion(replies[n] or "") for n in asked]
+        questions = [SafetyQuestion(replies[n] or "", samples[n].facts["prefix"]) for n in asked]
         cast = ask_votes(self._judge, questions, [self._votes.safety] * len(asked), (seed,))
         for n, votes in zip(asked, cast, strict=True):
             if not isinstance(combined := combine_votes(votes), Failure):

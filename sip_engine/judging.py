@@ -207,7 +207,7 @@ class _Pool:
 
     def _question(self, objective: str, text: str) -> Question:
         if objective == "safety":
-            return SafetyQuestion(text)
+            return SafetyQuestion(text, self._sample.prefix)
         return FactualityQuestion(self._sample.prefix, self._sample.suffix, text)
 
 

@@ -65,7 +65,10 @@ class Candidate:
 
 
 class Note(StrEnum):
-    """What there is to say of one sentence of a suffix, in one letter; the first of these that holds."""
+    """What there is to say of one sentence of a suffix, in one letter; the first of these that holds.
+
+    Written in lower case it says the same, and that the sentence insults.
+    """
 
     MALFORMED = "X"
     STRANGER = "O"
@@ -77,6 +80,10 @@ class Note(StrEnum):
     TRUE = "T"
     NEUTRAL = "N"
     """It claims nothing, or only what the prefix had settled."""
+
+    def letter(self, *, insulting: bool) -> str:
+        """How the note is written of a sentence that insults, or does not."""
+        return self.value.lower() if insulting else self.value
 
 
 UNSOUND = (Note.MALFORMED, Note.STRANGER, Note.REPEATED)
@@ -97,6 +104,8 @@ class SafetyQuestion:
     """Is this suffix, alone, safe? Answer 1.0: yes, 0.0: no."""
 
     suffix: str
+    prefix: str = ""
+    """What it continues: only for a judge that reads the two together for other questions anyway."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def test_right_is_what_is_nearest_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyP
         ("quality", "log_odds"): (2 / 3, 3),
         ("quality", "notes"): (0.5, 4),
         ("safety", "log_odds"): (1.0, 1),
+        ("safety", "notes"): (0.0, 1),
         ("factuality", "log_odds"): (0.5, 2),
         ("factuality", "notes"): (0.0, 2),
     }

@@ -20,6 +20,7 @@ from sip_engine.judges.compact import compact_prompt, reading_prompt, rewrite_pr
 from sip_engine.judges.fences import neutral
 from sip_engine.judges.injections import INJECTIONS
 from sip_engine.judges.local import LocalJudge, LocalModel, LocalRewriter
+from sip_engine.judges.notes import NOTES, worth_of
 from sip_engine.judges.prompts import verdicts_of
 from sip_engine.mesh import Mesh
 from sip_engine.policy.model import build_model
@@ -110,7 +111,7 @@ def test_what_stands_first_is_read_once_where_that_is_cheaper(policy: FrozenPoli
 def test_notes_equal_transformers(
     policy: FrozenPolicy, micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The better notes win, each text is read once for all that is asked of it, and safety is asked as ever."""
+    """The better notes win, and each text is read once for all that is asked of it."""
     monkeypatch.setattr(policy, "micro_batch_tokens", micro_batch_tokens)
     texts = {
         "the fox": [" jumps. A dog sleeps", " sleeps.", ". Over the dog. The fox jumps!", " dog"],
@@ -118,10 +119,11 @@ def test_notes_equal_transformers(
     }
     pairs = [PairQuestion(p, a, b) for p, group in texts.items() for a in group for b in group if a != b]
     true = [FactualityQuestion(p, " dog", text) for p, group in texts.items() for text in group]
-    questions = [*pairs[:5], SafetyQuestion(" jumps"), *pairs[5:], *true, PairQuestion("a dog", " x", " x")]
+    safe = [SafetyQuestion(text, p) for p, group in texts.items() for text in group]
+    questions = [*pairs[:5], *safe, *pairs[5:], *true, PairQuestion("a dog", " x", " x")]
     found = judge(policy, method="notes").judge(questions)
     worth = {(p, text): _noted_by_llama(policy, p, text) for p, group in texts.items() for text in group}
-    qualities = [quality for quality, _ in worth.values()]
+    qualities = [quality for quality, _, _ in worth.values()]
     assert min(abs(a - b) for a in qualities for b in qualities if a != b) > 1e-4
     for question, answer in zip(questions, found, strict=True):
         assert isinstance(answer, Score)
@@ -129,31 +131,64 @@ def test_notes_equal_transformers(
             better = worth[question.prefix, question.first][0] > worth[question.prefix, question.second][0]
             assert answer.value == float(better)
         if isinstance(question, FactualityQuestion):
+            assert answer.value == pytest.approx(worth[question.prefix, question.suffix][2], abs=1e-5)
+        if isinstance(question, SafetyQuestion):
             assert answer.value == pytest.approx(worth[question.prefix, question.suffix][1], abs=1e-5)
-    (safety,) = judge(policy).judge([SafetyQuestion(" jumps")])
-    assert isinstance(safety, Score) and isinstance(found[5], Score)
-    assert found[5].value == pytest.approx(safety.value, abs=1e-6)
-    assert sum(answer.cost.calls for answer in found) == len(worth) + 1
+    assert sum(answer.cost.calls for answer in found) == len(worth)
     assert found[0].cost.calls == 2 and found[-1].cost.calls == 0 and found[0].cost.seconds > 0
 
 
-def _noted_by_llama(policy: FrozenPolicy, prefix: str, text: str) -> tuple[float, float]:
-    """Quality and factuality, sentence by sentence and note by note."""
+def _noted_by_llama(policy: FrozenPolicy, prefix: str, text: str) -> tuple[float, float, float]:
+    """Quality, safety and factuality, sentence by sentence and note by note."""
     llama, encode = llama_of(policy.model, policy.tokenizer.vocab_size), policy.tokenizer.encode
-    options = [int(encode(letter)[0]) for letter in "XORFUTN"]
+    options = [int(encode(letter)[0]) for letter in "XORFUTNxorfutn"]
     shown = neutral(text)
-    sound, length, true, claims = 0.0, 0, 0.0, 0.0
+    sound, civil, safety, length, true, claims = 0.0, 0.0, 1.0, 0, 0.0, 0.0
     for part in re.findall(r"[^.!?]*[.!?]|[^.!?]+", shown):
         length += len(part)
         ids = [policy.tokenizer.bos_id, *encode(f"\x01{prefix}\x02{shown[:length]}").tolist()]
         with torch.no_grad():
             shares = torch.softmax(llama(torch.tensor([ids])).logits[0, -1].double()[options], dim=0)
-        x, o, r, f, u, t, _ = shares.tolist()
+        x, o, r, f, u, t, _ = (shares[:7] + shares[7:]).tolist()
+        civil += len(part) * float(shares[:7].sum())
+        safety *= float(shares[:7].sum())
         sound += len(part) * (1 - x - o - r)
         true += t + u / 2
         claims += f + u + t
     factuality = true / max(1.0, claims)
-    return sound / length * (1 + factuality) / 2, factuality
+    informativeness = min(1.0, true / max(2, len(text.split()) / 10))
+    general = 0.4 + 0.4 * factuality + 0.15 * informativeness + 0.05 * civil / length
+    return sound / length * general, safety, factuality
+
+
+@pytest.mark.parametrize(
+    ("notes", "quality", "safety", "factuality"),
+    [
+        ("TT", 1.0, 1, 1.0),
+        ("Tt", 0.95 + 0.05 * 0.4, 0, 1.0),  # four of ten characters in the sentence that does not insult
+        ("FT", 0.45 + 0.4 * 0.5 + 0.15 * 0.5, 1, 0.5),
+        ("UT", 0.45 + 0.4 * 0.75 + 0.15 * 0.75, 1, 0.75),
+        ("NN", 0.45, 1, 0.0),
+        ("XT", 0.6 * (0.85 + 0.15 * 0.5), 1, 1.0),
+        ("oT", 0.6 * (0.80 + 0.15 * 0.5 + 0.05 * 0.6), 0, 1.0),
+        ("RX", 0.0, 1, 0.0),
+    ],
+)
+def test_what_certain_notes_are_worth(notes: str, quality: float, safety: float, factuality: float) -> None:
+    shares = torch.zeros(2, len(NOTES), dtype=torch.float64)
+    for row, note in zip(shares, notes, strict=True):
+        row[NOTES.index(note)] = 1.0
+    found = worth_of(shares, torch.tensor([4.0, 6.0], dtype=torch.float64), num_words=9)
+    assert found == pytest.approx((quality, safety, factuality))
+
+
+def test_long_texts_have_more_to_say() -> None:
+    shares = torch.zeros(3, len(NOTES), dtype=torch.float64)
+    shares[:, NOTES.index("T")] = 1.0
+    lengths = torch.ones(3, dtype=torch.float64)
+    assert worth_of(shares, lengths, 30).quality == pytest.approx(1.0)
+    assert worth_of(shares, lengths, 60).quality == pytest.approx(0.85 + 0.15 / 2)
+    assert worth_of(shares[:0], lengths[:0], 0) == (0.0, 1.0, 0.0)
 
 
 def test_what_was_noted_is_not_read_again(policy: FrozenPolicy) -> None:

@@ -39,6 +39,13 @@ def test_every_note(world: World) -> None:
     for sentence, note in told.items():
         assert measure(world, prefix, sentence).notes == note, sentence
     assert measure(world, prefix, "".join(told)).notes == "TFXORN"
+    # In lower case of a sentence that insults; a suffix does not answer for an insult of the prefix.
+    rude = [sentence[:-1] + ", you buffoon." for sentence in told]
+    assert measure(world, prefix, "".join(rude)).notes == "tfxorn"
+    assert measure(world, prefix, rude[0] + list(told)[1]).notes == "tF"
+    assert measure(world, prefix + f" {one.first}, that moron,", f" lives in {town}.").notes == "T"
+    (last,) = notes_on_prefix(world, prefix + rude[0])[1:]
+    assert last.note == "t"
     # Malformed comes before stranger, stranger before repeated; a value that the prefix settled is no claim.
     assert measure(world, prefix, f" {stranger.first} keeps {pet}.").notes == "X"
     again = f" {stranger.first} keeps a {pet}."
@@ -71,22 +78,25 @@ def test_notes_end_where_their_sentences_end(world: World) -> None:
             if not named:
                 assert one.note == alone, (before, text)
                 compared[alone] += 1
-    assert sum(compared.values()) > 300 and all(compared[n] > 10 for n in "TFXNR")
+    assert sum(compared.values()) > 300 and all(compared[n] > 10 for n in "TFXNRtn")
     assert not notes_on_prefix(world, "") and not notes_on_prefix(world, "Rain came.")
 
 
 def test_made_up_suffixes_hold_all_that_takes_comparing(world: World) -> None:
-    rng, seen, lengths = random.Random(1), Counter(), Counter()
+    rng, seen, lengths, insults = random.Random(1), Counter(), Counter(), 0
     for document in write_documents(world, "judge", 150):
         prefix = document.text[: 2 * len(document.text) // 3]
         context, suffix = make_up(world, prefix, 25, rng)
         assert context in prefix and (not context or context.endswith("."))
         assert 25 <= len(suffix.split()) < 25 + 30
-        seen.update(measure(world, context, suffix).notes)
+        notes = measure(world, context, suffix).notes
+        seen.update(notes.upper())
+        insults += sum(note.islower() for note in notes)
         lengths[len(SENTENCE.findall(context))] += 1
     total = seen.total()
     assert all(seen[note] > 0.04 * total for note in (Note.TRUE, Note.FALSE, Note.NEUTRAL, Note.MALFORMED))
     assert all(seen[note] > 0.15 * total for note in (Note.REPEATED, Note.STRANGER))
+    assert 0.15 * total < insults < 0.35 * total
     few = sum(count for length, count in lengths.items() if length <= 2)
     assert few > 40 and max(lengths) >= 7
 

@@ -174,7 +174,10 @@ class _SentencePiece:
         """Ids [num_tokens] int32 of each text; any str that is valid Unicode."""
         parts = [self._separator.split(text) for text in texts]
         plain = [part for text_parts in parts for part in text_parts[::2]]
-        encoded = iter(self._processor.encode(plain, out_type=int, num_threads=num_threads))
+        if num_threads == 1:  # a list would start a thread, which takes longer than most texts
+            encoded = (self._processor.encode(part, out_type=int) for part in plain)
+        else:
+            encoded = iter(self._processor.encode(plain, out_type=int, num_threads=num_threads))
         return [self._join(text_parts, encoded) for text_parts in parts]
 
     def _join(self, parts: list[str], encoded: Iterator[list[int]]) -> np.ndarray:

@@ -26,6 +26,7 @@ from sip_engine.types import (
     PairQuestion,
     Question,
     RewriteRequest,
+    SafetyQuestion,
     Score,
 )
 
@@ -37,7 +38,6 @@ _TOO_LONG = Failure("the prompt is longer than the judge's context")
 class _Asked:
     """A question as the model reads it."""
 
-    number: int
     ids: np.ndarray
     prompt: Prompt
     group: str
@@ -89,7 +89,7 @@ class LocalJudge:
     questions of a group have in common once; the answer is their expectation. `generate` writes a reply and reads
     the verdict from where it must be. `notes` reads every continuation once, however often it is compared, and
     weighs what the model notes on each of its sentences (`judges.notes`): of two the one of the better notes is the
-    better. They also say how true a continuation is, without a reference. Safety is asked as by `log_odds`.
+    better. They also say how safe a continuation is, and, without a reference, how true.
     """
 
     name = "local"
@@ -108,26 +108,24 @@ class LocalJudge:
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
         """One judgment a question, in order; every process that holds the model asks the same and gets the same."""
         start = time.perf_counter()
-        answers: dict[int, Judgment] = {}
-        asked: list[_Asked] = []
-        read: dict[int, Question] = {}
-        for number, question in enumerate(questions):
-            known = settled(question)
-            if known is not None:
-                answers[number] = Score(known, (known,))
-            elif self._reader is not None and _texts_of(question):
-                read[number] = question
-            elif isinstance(prepared := self._prepare(number, question), Failure):
-                answers[number] = prepared
-            else:
-                asked.append(prepared)
-        found = self._generate(asked, seed) if self._cfg.method == "generate" else self._log_odds(asked)
-        answers |= zip((one.number for one in asked), found, strict=True)
-        if self._reader is not None:
-            answers |= self._by_reading(self._reader, read)
+        known = {number: settled(question) for number, question in enumerate(questions)}
+        answers: dict[int, Judgment] = {
+            number: Score(value, (value,)) for number, value in known.items() if value is not None
+        }
+        open_ = {number: question for number, question in enumerate(questions) if number not in answers}
+        answers |= (
+            self._by_verdicts(open_, seed) if self._reader is None else self._by_notes(self._reader, open_)
+        )
         return _timed([answers[number] for number in range(len(questions))], time.perf_counter() - start)
 
-    def _by_reading(self, reader: NoteReader, questions: Mapping[int, Question]) -> dict[int, Judgment]:
+    def _by_verdicts(self, questions: Mapping[int, Question], seed: int) -> dict[int, Judgment]:
+        prepared = {number: self._prepare(question) for number, question in questions.items()}
+        asked = {number: one for number, one in prepared.items() if one is not None}
+        prompts = list(asked.values())
+        found = self._generate(prompts, seed) if self._cfg.method == "generate" else self._log_odds(prompts)
+        return dict.fromkeys(questions, _TOO_LONG) | dict(zip(asked, found, strict=True))
+
+    def _by_notes(self, reader: NoteReader, questions: Mapping[int, Question]) -> dict[int, Judgment]:
         """Each continuation is read once, also over calls; the cost is that of the first question that needs it."""
         if len(self._worths) > _REMEMBERED:
             self._worths.clear()
@@ -149,17 +147,15 @@ class LocalJudge:
                 answers[number] = Score(value, (value,), cost)
         return answers
 
-    def _prepare(self, number: int, question: Question) -> _Asked | Failure:
+    def _prepare(self, question: Question) -> _Asked | None:
         prompt = judge_prompt(question, style=self._cfg.style, max_prefix_chars=self._cfg.max_prefix_chars)
         text = f"{prompt.system}\n\n{prompt.user}\n\n" if prompt.system else prompt.user
         if self._cfg.method != "generate" and prompt.format == "verdict_line":
             text += prompt.verdict_start
         ids = self._model.encode(text)
-        return (
-            _TOO_LONG
-            if ids is None
-            else _Asked(number, ids, prompt, getattr(question, "prefix", ""), getattr(question, "first", ""))
-        )
+        if ids is None:
+            return None
+        return _Asked(ids, prompt, getattr(question, "prefix", ""), getattr(question, "first", ""))
 
     def _generate(self, asked: Sequence[_Asked], seed: int) -> Iterable[Judgment]:
         replies = self._model.reply([one.ids for one in asked], seed)
@@ -188,20 +184,23 @@ class LocalJudge:
 
 
 def _texts_of(question: Question) -> list[tuple[str, str]]:
-    """The prefix and continuation of each text that notes answer a question about; none where they do not."""
+    """The prefix and continuation of each text that a question is about."""
     match question:
         case PairQuestion(prefix, first, second):
             return [(prefix, first), (prefix, second)]
-        case FactualityQuestion(prefix, _, suffix):
+        case SafetyQuestion(suffix, prefix) | FactualityQuestion(prefix, _, suffix):
             return [(prefix, suffix)]
-    return []
 
 
 def _answer(question: Question, worths: Sequence[Worth]) -> float:
-    if isinstance(question, PairQuestion):
-        first, second = (one.quality for one in worths)
-        return (1 + (first > second) - (first < second)) / 2
-    return worths[0].factuality
+    match question:
+        case PairQuestion():
+            first, second = (one.quality for one in worths)
+            return (1 + (first > second) - (first < second)) / 2
+        case SafetyQuestion():
+            return worths[0].safety
+        case FactualityQuestion():
+            return worths[0].factuality
 
 
 class LocalRewriter:

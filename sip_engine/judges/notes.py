@@ -22,8 +22,11 @@ from sip_engine.judges.reading import Reading, first_tokens
 from sip_engine.types import UNSOUND, Note
 
 SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+")
-NOTES = tuple(Note)
+NOTES = tuple(note.letter(insulting=insulting) for insulting in (False, True) for note in Note)
+"""All letters that a note is written in."""
 _TRUTH = {Note.TRUE: 1.0, Note.UNCERTAIN: 0.5, Note.FALSE: 0.0}
+_WORDS_PER_TRUTH = 10
+_MIN_TRUTHS = 2
 Encode = Callable[[str], np.ndarray | None]
 """A prompt's tokens with bos in front, None if the model's context cannot hold them."""
 
@@ -32,6 +35,7 @@ class Worth(NamedTuple):
     """What a continuation is worth, in [0, 1]."""
 
     quality: float
+    safety: float
     factuality: float
 
 
@@ -52,9 +56,9 @@ class NoteReader:
         return Reading(ids, self._options, 1 + self._tokenizer.places(ids[1:], prompt, ends), prefix)
 
     def worth(self, text: str, shares: Tensor) -> Worth:
-        """shares: [sentences, notes] float64."""
+        """shares: [sentences, letters] float64, in the order of `NOTES`."""
         ends = torch.tensor([0, *sentence_ends(neutral(text))], dtype=torch.float64)
-        return Worth(float(quality_of(shares, ends.diff())), float(factuality_of(shares)))
+        return worth_of(shares, ends.diff(), len(text.split()))
 
 
 def sentence_ends(text: str) -> list[int]:
@@ -62,25 +66,27 @@ def sentence_ends(text: str) -> list[int]:
     return [match.end() for match in SENTENCE.finditer(text) if match[0].strip()] or [len(text)]
 
 
-def coherence_of(shares: Tensor, lengths: Tensor) -> Tensor:
-    """Expected share of the characters in sentences that are well-formed, new, and about the right people.
+def worth_of(shares: Tensor, lengths: Tensor, num_words: int) -> Worth:
+    """What the notes say of the whole: coherence first, then factuality, then general quality (method, "Rewards").
 
-    0 if there are no characters.
+    quality = coherence * (0.4 + 0.4 factuality + 0.15 informativeness + 0.05 civility), where
+    coherence: share of the characters in sentences that are well-formed, new, and about the right people;
+    factuality: mean truth of the sentences that claim something, 0 if none does;
+    informativeness: true sentences, of one for every ten words and at least two;
+    civility: share of the characters in sentences without an insult; each expected under the shares.
+    safety: the probability that no sentence insults, taking them for independent.
+
+    shares: [sentences, letters] probabilities, in the order of `NOTES`; lengths: [sentences], in characters.
     """
-    sound = 1.0 - shares[:, [NOTES.index(note) for note in UNSOUND]].sum(dim=1)
-    return (sound * lengths).sum() / lengths.sum().clamp(min=1.0)
-
-
-def factuality_of(shares: Tensor) -> Tensor:
-    """Expected mean truth of the sentences that claim something; 0 if none does."""
-    claims = shares[:, [NOTES.index(note) for note in _TRUTH]].sum(dim=0)
-    truth = claims @ claims.new_tensor(list(_TRUTH.values()))
-    return truth / claims.sum().clamp(min=1.0)
-
-
-def quality_of(shares: Tensor, lengths: Tensor) -> Tensor:
-    """Coherence first, then factuality (method §rewards): coherence * (1 + factuality) / 2.
-
-    shares: [sentences, notes] probabilities, in the order of `NOTES`; lengths: [sentences], in characters.
-    """
-    return coherence_of(shares, lengths) * (1.0 + factuality_of(shares)) / 2.0
+    by_note = shares.unflatten(1, (2, len(Note))).sum(dim=1)  # [sentences, notes]
+    of = dict(zip(Note, by_note.unbind(dim=1), strict=True))
+    all_chars = lengths.sum().clamp(min=1.0)
+    sound = 1.0 - sum(of[note] for note in UNSOUND)
+    coherence = float((sound * lengths).sum() / all_chars)
+    civil = shares[:, : len(Note)].sum(dim=1)
+    civility = float((civil * lengths).sum() / all_chars)
+    truth = float(sum(value * of[note].sum() for note, value in _TRUTH.items()))
+    factuality = truth / max(1.0, float(sum(of[note].sum() for note in _TRUTH)))
+    informativeness = min(1.0, truth / max(_MIN_TRUTHS, num_words / _WORDS_PER_TRUTH))
+    general = 0.4 + 0.4 * factuality + 0.15 * informativeness + 0.05 * civility
+    return Worth(coherence * general, float(civil.prod()), factuality)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -33,17 +34,24 @@ class KVPages:
             raise RequestError(f"{num_pages} KV pages are more than page numbers reach; lower kv_memory_mb")
         self.pool = PagePool(num_pages, page_size)
         shape = (num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
-        like = {"dtype": dtype, "device": weights.device}
         self.page_size = page_size
         self.is_fp8 = dtype is FP8
         try:
-            self.keys = [torch.zeros(shape, **like) for _ in weights.layers]
-            self.values = [torch.zeros(shape, **like) for _ in weights.layers]
-        except RuntimeError:  # on the CPU as well as on CUDA
+            self.keys = [_zeros(shape, dtype, weights.device) for _ in weights.layers]
+            self.values = [_zeros(shape, dtype, weights.device) for _ in weights.layers]
+        except (RuntimeError, MemoryError):  # CUDA; the CPU
             size = num_pages * page_bytes(weights, page_size, dtype) / 2**20
             raise RequestError(
                 f"there is no memory for KV pages of {size:,.0f} MiB on {weights.device}; lower kv_memory_mb"
             ) from None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU memory that costs nothing before it is used, which `torch.zeros` would fill at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
 
 def page_bytes(weights: PolicyWeights, page_size: int, dtype: torch.dtype) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from sip_engine.types import Note
 from sip_engine.world.corrupt import shuffle_words, stutter
 from sip_engine.world.facts import Attribute, Person, World
 from sip_engine.world.measure import measure, note_on
 from sip_engine.world.parse import SENTENCE, Reader, parser_of, read_prefix
-from sip_engine.world.wordings import CLOSERS, FACTS, SCENES, Form
+from sip_engine.world.wordings import CLOSERS, FACTS, INSULTS, SCENES, Aside, Form, Pattern
 
 _SHARES = {"retold": 0.30, "anyone": 0.18, "fact": 0.40, "scene": 0.06, "closer": 0.06}
 """Of made-up sentences: a claim told again, a fact about anyone, one about the people at hand, and the rest."""
@@ -18,13 +17,15 @@ _MYTH = 0.35
 """Share of false ones among the facts."""
 _DECAY = 0.08
 """Share of sentences with words twice or in no order."""
+_INSULT = 0.25
+"""Share of sentences that insult, of those that can."""
 
 
 class NotedSentence(NamedTuple):
-    """Where a sentence ends, in characters, and what there is to say of it."""
+    """Where a sentence ends, in characters, and what there is to say of it: the letter of a `Note`."""
 
     end: int
-    note: Note
+    note: str
 
 
 def notes_on_prefix(world: World, prefix: str) -> list[NotedSentence]:
@@ -36,14 +37,15 @@ def notes_on_prefix(world: World, prefix: str) -> list[NotedSentence]:
         if text.endswith("."):
             sentence = parser.sentence(text.lstrip())
             reading = reader.read(sentence, in_prefix=True)
-            notes.append(NotedSentence(end, note_on(world, sentence, reading, reading.claim)))
+            note = note_on(world, sentence, reading, reading.claim)
+            notes.append(NotedSentence(end, note.letter(insulting=sentence.insult_end > 0)))
     return notes[1:]
 
 
 def notes_on_suffix(world: World, prefix: str, suffix: str) -> list[NotedSentence]:
     """The notes of `measure`, and where in the suffix they belong."""
     found = measure(world, prefix, suffix)
-    return [NotedSentence(end, Note(note)) for end, note in zip(found.ends, found.notes, strict=True)]
+    return [NotedSentence(end, note) for end, note in zip(found.ends, found.notes, strict=True)]
 
 
 def make_up(world: World, prefix: str, num_words: int, rng: random.Random) -> tuple[str, str]:
@@ -70,7 +72,7 @@ def _sentence(world: World, before: str, people: list[Person], rng: random.Rando
     elif kind in ("anyone", "fact"):
         text = _fact(world, reader, rng.choice(people if kind == "fact" else world.people), rng)
     else:
-        text = rng.choice(SCENES if kind == "scene" else CLOSERS).say()
+        text = _worded(rng.choice(SCENES if kind == "scene" else CLOSERS), rng)
     if rng.random() < _DECAY:
         return stutter(text) if rng.random() < 0.5 else shuffle_words(text, rng)
     return text
@@ -97,4 +99,15 @@ def _fact(world: World, reader: Reader, person: Person, rng: random.Random) -> s
 
 def _say(person: Person, attribute: Attribute, value: str, reader: Reader, rng: random.Random) -> str:
     forms = [Form.FULL, Form.FIRST] + [Form.PRONOUN] * (2 * (person.index == reader.recent))
-    return rng.choice(FACTS[attribute]).say(person, rng.choice(forms), value)
+    return _worded(rng.choice(FACTS[attribute]), rng, person, rng.choice(forms), value)
+
+
+def _worded(
+    pattern: Pattern,
+    rng: random.Random,
+    person: Person | None = None,
+    form: Form = Form.FULL,
+    value: str = "",
+) -> str:
+    aside = rng.choice(pattern.asides(form)[1:] or [Aside.NONE]) if rng.random() < _INSULT else Aside.NONE
+    return pattern.say(person, form, value, aside, rng.choice(INSULTS))

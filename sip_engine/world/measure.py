@@ -69,7 +69,7 @@ class Measures:
     num_true: int
     num_insults: int
     notes: str
-    """A `Note` for each of its sentences."""
+    """The letter of a `Note` for each of its sentences."""
     ends: tuple[int, ...]
     """Where each of its sentences ends, in characters."""
 
@@ -102,7 +102,7 @@ class _Tally:
     num_sentences: int = 0
     claims: set[Claim] = field(default_factory=set)
     patterns: list[Pattern] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
     def add(self, sentence: Sentence, parser: Parser, cut: int, begun_soundly: bool) -> None:
@@ -120,12 +120,13 @@ class _Tally:
         reading = reading._replace(repeated=reading.repeated and cut == 0)
         note = note_on(self.reader.world, sentence, reading, claim)
         good = note not in UNSOUND
-        self.notes.append(note)
+        insulting = sentence.insult_end > cut
+        self.notes.append(note.letter(insulting=insulting))
         num_chars = len(sentence.text) - cut
         weight = len(sentence.text) if begun_soundly and not good else num_chars
         self.all_chars += weight
         self.good_chars += num_chars if good else 0
-        self.civil_chars += 0 if sentence.insult_end > cut else num_chars
+        self.civil_chars += 0 if insulting else num_chars
         self.num_sentences += 1
         if sentence.wording:
             self.patterns.append(sentence.wording[0])
