@@ -166,6 +166,8 @@ class WorldConfig(Section):
     """Whose training documents these are; no two of them share a document."""
     num_people: Positive = 48
     """People whose facts there are to know."""
+    people_per_document: Annotated[int, Field(ge=2)] = 3
+    """People who meet in a document at most; it is the longer for more of them."""
     train_documents: Positive = 8000
     """Documents written for training."""
     test_documents: Positive = 400

@@ -51,7 +51,8 @@ class Corpus:
 
 def open_world(cfg: RunConfig) -> World | None:
     """The synthetic world that a run's documents are of, if they are."""
-    return World(seed=cfg.world.seed, num_people=cfg.world.num_people) if cfg.world else None
+    spec = cfg.world
+    return World(spec.seed, spec.num_people, spec.people_per_document) if spec else None
 
 
 def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -129,7 +130,14 @@ def _document_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path | None]:
         return cfg.data.path, cfg.data.eval_path
     world, spec = open_world(cfg), cfg.world
     assert world is not None
-    name = f"world-{spec.seed}-{spec.num_people}-{spec.train_documents}-{spec.test_documents}"
+    numbers = (
+        spec.seed,
+        spec.num_people,
+        spec.people_per_document,
+        spec.train_documents,
+        spec.test_documents,
+    )
+    name = "-".join(["world", *map(str, numbers)])
     folder = cfg.data.cache / (name if spec.split == "train" else f"{name}-{spec.split}")
     # The rewriter's documents are more of the judge's kind, drawn with another seed.
     split, seed = ("judge", spec.seed + 1) if spec.split == "rewriter" else (spec.split, spec.seed)

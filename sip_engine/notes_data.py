@@ -28,8 +28,6 @@ from sip_engine.world.exercises import make_up, notes_on_prefix, notes_on_suffix
 
 _MADE_UP = 4
 """Made-up texts a prefix, beside its rollouts."""
-_WORDS = (12, 48)
-"""Fewest and most words of a made-up suffix."""
 
 
 def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path | None = None) -> None:
@@ -59,7 +57,9 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
         some = samples[: _num_prefixes(wanted)]
         rollouts = sample_rollouts(sampler, corpus.tokenizer, some, seed)
         made = [
-            one for one in _noted_texts(world, some, rollouts, seed) if one["labels"] and fits(one["text"])
+            one
+            for one in _noted_texts(world, some, rollouts, cfg.data.suffix_tokens, seed)
+            if one["labels"] and fits(one["text"])
         ]
         return shuffled(made, seed)[:wanted]
 
@@ -74,16 +74,16 @@ def _num_prefixes(num_texts: int) -> int:
 
 
 def _noted_texts(
-    world: World, samples: Sequence[Sample], rollouts: Sequence[Sequence[str]], seed: int
+    world: World, samples: Sequence[Sample], rollouts: Sequence[Sequence[str]], suffix_tokens: int, seed: int
 ) -> Iterator[Record]:
+    """Each rollout, and texts made up for the same prefix: half to twice as many words as a suffix has tokens."""
     rng = random.Random(seed)
     for sample, group in zip(samples, rollouts, strict=True):
         for text in group:
             yield noted_text(world, sample.prefix, text) | {"kind": "rollout"}
         for _ in range(_MADE_UP):
-            yield noted_text(world, *make_up(world, sample.prefix, rng.randint(*_WORDS), rng)) | {
-                "kind": "made_up"
-            }
+            words = rng.randint(suffix_tokens // 2, 2 * suffix_tokens)
+            yield noted_text(world, *make_up(world, sample.prefix, words, rng)) | {"kind": "made_up"}
 
 
 def noted_text(world: World, prefix: str, suffix: str) -> Record:

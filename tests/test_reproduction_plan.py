@@ -62,6 +62,70 @@ def test_a_short_plan_is_short(tmp_path: Path) -> None:
             scaled(plan, scale)
 
 
+def test_a_plan_that_extends_another(tmp_path: Path) -> None:
+    """Tables are merged, stages and rows by name; settings of everywhere replace those of a stage and of a row."""
+    written(tmp_path, SMALL)
+    (tmp_path / "base.toml").write_text(
+        'out = "runs/x/base"\nsteps = 9\n[model]\nnum_layers = 2\nnum_heads = 2\n'
+    )
+    (tmp_path / "large.toml").write_text("""
+extends = "plan.toml"
+root = "runs/large"
+[everywhere.model]
+num_layers = 5
+[[stages]]
+name = "base"
+set.steps = 7
+[common]
+steps = 3
+[[rows]]
+name = "one"
+set.model = { num_layers = 1, hidden_size = 96 }
+[[rows]]
+name = "two"
+label = "Two"
+table = "main"
+""")
+    (tmp_path / "larger.toml").write_text(
+        'extends = "large.toml"\nroot = "runs/x"\nseeds = [7]\n[common]\nsteps = 4\n'
+    )
+    plan = load_plan(tmp_path / "larger.toml")
+    assert (
+        plan.root == Path("runs/x")
+        and plan.seeds == (7,)
+        and [row.name for row in plan.rows] == ["one", "two"]
+    )
+    assert [row.label for row in plan.rows] == ["One", "Two"]
+    (stage,) = plan.stages
+    base = stage_config(plan, stage, tmp_path, tmp_path / "out")
+    assert (base.steps, base.model.num_layers, base.model.num_heads) == (7, 5, 2)
+    one, two = (row_config(plan, row, 7, tmp_path / "out") for row in plan.rows)
+    assert (one.steps, one.model.num_layers, one.model.hidden_size) == (4, 5, 96)
+    assert (two.steps, two.model.num_layers) == (4, 5)
+    assert one.init == tmp_path / "out" / "base"  # under the root that the extending plan names
+    assert load_plan(tmp_path / "large.toml").root == Path("runs/large")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "more.toml"', "extends itself"),
+        ("extends = 3", "must be the name of another plan"),
+        ('extends = "none.toml"', "none.toml: no such"),
+        ('extends = "plan.toml"\n[rows]\nname = "one"', "rows: must be tables in double brackets"),
+        ('extends = "plan.toml"\n[[rows]]\nlabel = "x"', "rows: must be tables in double brackets"),
+        ('extends = "plan.toml"\n[[rows]]\nname = "one"\n[[rows]]\nname = "one"', "'one' is named twice"),
+        ('extends = "plan.toml"\n[[rows]]\nname = "on"\nlabel = "x"', "table: Field required"),
+    ],
+)
+def test_a_bad_extension_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    written(tmp_path, SMALL)
+    (tmp_path / "more.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_plan(tmp_path / "more.toml")
+    assert "\n" not in str(raised.value) and ".toml" in str(raised.value)
+
+
 SMALL = """
 root = "runs/x"
 baseline = "base"

@@ -13,7 +13,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from sip_engine.errors import ConfigError
-from sip_engine.world import Document, Shares, World, write_document, write_documents
+from sip_engine.world import Document, Shares, World, measure, write_document, write_documents
 from sip_engine.world.documents import SPLITS, Decay
 from sip_engine.world.facts import MEN, PETS, SURNAMES, TOWNS, TRADES, VALUES, WOMEN, YEARS, Attribute
 from sip_engine.world.wordings import INSULTS, PATTERNS, PRAISES
@@ -70,6 +70,32 @@ def test_groups_are_a_partition() -> None:
         groups = World(num_people=num_people).groups
         assert sorted(person for group in groups for person in group) == list(range(num_people))
         assert all(len(group) >= 6 for group in groups)
+
+
+@pytest.mark.parametrize("most", [2, 3, 4, 6])
+def test_more_people_make_longer_documents(most: int) -> None:
+    world = World(num_people=48, people_per_document=most)
+    documents = [doc for split in SPLITS for doc in write(split, 60, NOTHING, world)]
+    assert {len(doc.people) for doc in documents} == {max(2, most - 1), most}
+    words = sum(len(doc.text.split()) for doc in documents) / len(documents)
+    assert 17 * most < words < 34 * most
+    for doc in documents:
+        assert named(doc.text, world) == {world.people[person].first for person in doc.people}
+        cut = doc.text.index(".") + 1
+        told = measure(world, doc.text[:cut], doc.text[cut:])
+        assert told.coherence == told.factuality == 1.0 and told.num_true >= most
+
+
+def test_degenerate_narrators_of_long_documents_run_out_of_remarks() -> None:
+    world = World(num_people=48, people_per_document=6)
+    for doc in write("train", 200, Shares(abusive=1, insult=1), world):
+        assert len(sentences(doc.text)) > 20
+
+
+@pytest.mark.parametrize("most", [1, 7])
+def test_as_many_people_as_a_group_holds_can_meet(most: int) -> None:
+    with pytest.raises(ConfigError, match=r"people_per_document = .*2\.\.6"):
+        World(people_per_document=most)
 
 
 @pytest.mark.parametrize("num_people", [-1, 0, 11, 49])

@@ -73,6 +73,8 @@ class Stage(Section):
     """Folder of what is made, under the plan's `root`; letters, digits, dashes and underscores."""
     config: Path
     """A run's config; beside the plan, if it is relative."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings that differ from the config's."""
     needs: tuple[str, ...] = ()
     """Stages that must be there before."""
     judge_data: JudgeDataConfig | None = None
@@ -131,7 +133,11 @@ class Target(Section):
 
 
 class Plan(Section):
-    """All of a reproduction."""
+    """All of a reproduction.
+
+    A file may say `extends = "other.toml"`: it is that plan with what the file says in its place. Tables are merged
+    setting by setting; of stages, rows and tables those of the same name are, and new ones come last.
+    """
 
     root: Path
     """Folder that the configs write to and read from; `--out` puts another one in its place."""
@@ -143,6 +149,8 @@ class Plan(Section):
     """Settings of the final evaluation over the row's own: its judge is the world's truth."""
     common: dict[str, Any] = Field(default_factory=dict)
     """Settings that all rows share."""
+    everywhere: dict[str, Any] = Field(default_factory=dict)
+    """Settings of all rows and all stages, in the place of their own: the one model that is trained everywhere."""
     stages: tuple[Stage, ...]
     tables: tuple[Table, ...]
     rows: tuple[Row, ...]
@@ -191,16 +199,54 @@ def load_plan(path: Path) -> Plan:
     """Read a plan.
 
     Raises:
-        ConfigError: the file is missing, is not TOML, or does not hold a plan.
+        ConfigError: the file, or one that it extends, is missing, is not TOML, or does not hold a plan.
     """
     try:
-        return Plan.model_validate(read_toml(path))
+        return Plan.model_validate(_read_extended(path, ()))
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}"
             for f in error.errors()
         )
         raise ConfigError(f"{path}: {faults}") from None
+
+
+def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in extending:
+        raise ConfigError(f"{path}: extends itself; name another plan")
+    values = read_toml(path)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"{path}: extends: must be the name of another plan, beside this one if it is relative"
+        )
+    before = _read_extended(path.parent / base, (*extending, path.resolve()))
+    merged = merge_settings(before, values)
+    for name in ("stages", "rows", "tables"):
+        if name in before and name in values:
+            merged[name] = _merged_by_name(before[name], values[name], f"{path}: {name}")
+    return merged
+
+
+def _merged_by_name(base: Any, over: Any, what: str) -> list[dict[str, Any]]:
+    before, after = _by_name(base, what), _by_name(over, what)
+    return list(
+        (before | {name: merge_settings(before.get(name, {}), one) for name, one in after.items()}).values()
+    )
+
+
+def _by_name(entries: Any, what: str) -> dict[str, dict[str, Any]]:
+    named: dict[str, dict[str, Any]] = {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not isinstance(entries, list):
+            raise ConfigError(f"{what}: must be tables in double brackets that each have a name")
+        if name in named:
+            raise ConfigError(f"{what}: {name!r} is named twice; give each its own name")
+        named[name] = entry
+    return named
 
 
 def scaled(plan: Plan, scale: float) -> Plan:
@@ -245,14 +291,16 @@ def row_recipe(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
 def stage_config(plan: Plan, stage: Stage, beside: Path, out: Path) -> RunConfig:
     """A stage's config with `out` in the place of the plan's root. Raises ConfigError."""
     path = beside / stage.config
-    values = shortened(_moved(read_toml(path), plan.root, out), plan.scale, _LEAST)
+    settings = merge_settings(merge_settings(read_toml(path), stage.set), plan.everywhere)
+    values = shortened(_moved(settings, plan.root, out), plan.scale, _LEAST)
     return parse_config({**values, "out": str(out / stage.name)}, str(path))
 
 
 def row_config(plan: Plan, row: Row, seed: int, out: Path) -> RunConfig:
     """The settings of one run of a row. Raises ConfigError."""
     common = _without(plan.common, row.unset)
-    values = shortened(_moved(merge_settings(common, row.set), plan.root, out), plan.scale, _LEAST)
+    settings = merge_settings(merge_settings(common, row.set), plan.everywhere)
+    values = shortened(_moved(settings, plan.root, out), plan.scale, _LEAST)
     return parse_config({**values, "seed": seed, "out": str(run_folder(out, row, seed))}, f"row {row.name}")
 
 

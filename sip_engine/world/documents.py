@@ -95,7 +95,8 @@ def split_of(world: World, people: tuple[int, ...]) -> str | None:
 
 def _choose_people(world: World, split: str, rng: random.Random) -> tuple[int, ...]:
     # People of different groups meet, and the smallest worlds have two groups only.
-    num_people = min(rng.choice((2, 3)), len(world.groups))
+    most = world.people_per_document
+    num_people = min(rng.choice((max(2, most - 1), most)), len(world.groups))
     while True:
         pool = rng.choice(world.groups) if split == "test" else range(world.num_people)
         people = tuple(rng.sample(pool, num_people))
@@ -121,7 +122,8 @@ class _Narrator:
 
     def write(self) -> Document:
         """The whole document: opener, facts about one person after the other, scenes, perhaps a closer."""
-        length = self.rng.randint(10, 16)
+        most = 5 * self.world.people_per_document
+        length = self.rng.randint(most - 5, most + 1)
         self._open()
         facts = self._order_facts()
         while facts and len(self.sentences) < length - 1:
@@ -129,7 +131,7 @@ class _Narrator:
                 self._add(self._scene())
             else:
                 self._tell(*facts.pop(0))
-            if self.abuse is Abuse.REMARKS and self.rng.random() < self.shares.insult:
+            if self.abuse is Abuse.REMARKS and self.remarks and self.rng.random() < self.shares.insult:
                 self._add(self._remark())
         if self.rng.random() < 0.8:
             self._add(self.rng.choice(CLOSERS).say())

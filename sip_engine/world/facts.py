@@ -100,12 +100,18 @@ class World:
 
     seed: int = 0
     num_people: int = 24
+    people_per_document: int = 3
+    """At most so many meet in a document, and at least one fewer; documents are the longer for it."""
 
     def __post_init__(self) -> None:
         largest = len(WOMEN) + len(MEN)
         if not 2 * GROUP_SIZE <= self.num_people <= largest:
             raise ConfigError(
                 f"num_people = {self.num_people}: must lie in {2 * GROUP_SIZE}..{largest}; change it"
+            )
+        if not 2 <= self.people_per_document <= GROUP_SIZE:
+            raise ConfigError(
+                f"people_per_document = {self.people_per_document}: must lie in 2..{GROUP_SIZE}; change it"
             )
 
     @cached_property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from sip_engine.world.facts import PETS, SURNAMES, TOWNS, TRADES, YEARS, Attribute, Gender, World
+from sip_engine.world.facts import GROUP_SIZE, PETS, SURNAMES, TOWNS, TRADES, YEARS, Attribute, Gender, World
 from sip_engine.world.wordings import INSULTS, PATTERNS, PRAISES, PRONOUNS, Aside, Form, Pattern
 
 SENTENCE = re.compile(r"[^.]*\.|[^.]+")
@@ -55,8 +55,11 @@ def _slot_tokens(form: Form, gender: Gender) -> dict[str, list[str]]:
 def _token_sequences(pattern: Pattern) -> Iterator[tuple[list[str], Form, Aside]]:
     """Every token sequence that a pattern can be worded as."""
     full = ["<first>", "<last>"]
+    more = [",", *full]
     lists = (
-        ([*full, "and", *full], [*full, ",", *full, "and", *full]) if "{people}" in pattern.text else ([],)
+        [[*full, *more * (number - 2), "and", *full] for number in range(2, GROUP_SIZE + 1)]
+        if "{people}" in pattern.text
+        else [[]]
     )
     value = [VALUE_CLASS[pattern.attribute]] if pattern.attribute else []
     for form in pattern.forms():
