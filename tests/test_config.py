@@ -16,11 +16,13 @@ from sip_engine.errors import ConfigError
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-PLAN = CONFIGS / "world" / "reproduction.toml"  # of several runs; see test_reproduction_plan.py
+PLANS = {
+    CONFIGS / "world" / f"{name}.toml" for name in ("reproduction", "large")
+}  # see test_reproduction_plan.py
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(CONFIGS.rglob("*.toml")) - {PLAN}), ids=lambda p: str(p.relative_to(CONFIGS))
+    "path", sorted(set(CONFIGS.rglob("*.toml")) - PLANS), ids=lambda p: str(p.relative_to(CONFIGS))
 )
 def test_every_example_parses_and_survives_a_round_trip(path: Path) -> None:
     values = tomllib.loads(path.read_text())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sip_engine.config import ModelConfig
 from sip_engine.errors import ConfigError
 from sip_engine.reproduction.plan import (
     load_plan,
@@ -19,8 +20,9 @@ from sip_engine.reproduction.plan import (
 PLAN = Path(__file__).parents[1] / "configs" / "world" / "reproduction.toml"
 
 
-def test_every_stage_and_row_of_the_shipped_plan_is_a_run(tmp_path: Path) -> None:
-    plan = load_plan(PLAN)
+@pytest.mark.parametrize("name", ["reproduction", "large"])
+def test_every_stage_and_row_of_a_shipped_plan_is_a_run(tmp_path: Path, name: str) -> None:
+    plan = load_plan(PLAN.with_name(f"{name}.toml"))
     for stage in plan.stages:
         assert stage_config(plan, stage, PLAN.parent, tmp_path).out == tmp_path / stage.name
     for row in plan.rows:
@@ -35,6 +37,24 @@ def test_every_stage_and_row_of_the_shipped_plan_is_a_run(tmp_path: Path) -> Non
     runs = {row.name: row_config(plan, row, 1, tmp_path) for row in plan.rows}
     by_truth = {name for name, cfg in runs.items() if cfg.needs_judge and cfg.judge.backend == "world"}
     assert by_truth == {"truth_8", "truth_16"}  # all others by the judge that is trained here
+
+
+def test_the_large_plan_is_large(tmp_path: Path) -> None:
+    """As large everywhere, or what one stage makes does not fit into the next."""
+    plan = load_plan(PLAN.with_name("large.toml"))
+    stages = {stage.name: stage_config(plan, stage, PLAN.parent, tmp_path) for stage in plan.stages}
+    runs = [row_config(plan, row, 1, tmp_path) for row in plan.rows]
+    (model,) = {cfg.model.model_dump_json() for cfg in (*stages.values(), *runs)}
+    assert len({cfg.world.model_dump_json() for cfg in (*stages.values(), *runs) if cfg.world}) == 1
+    layer = 2 * 768 * (768 + 4 * 64) + 3 * 768 * 2048
+    assert ModelConfig.model_validate_json(model).num_layers * layer > 100_000_000
+    of_documents = [*runs, *(stages[name] for name in ("base", "judge_data", "judge_rollouts", "notes"))]
+    (data,) = {cfg.data.model_copy(update={"tokenizer": None}).model_dump_json() for cfg in of_documents}
+    assert '"suffix_tokens":128' in data
+    # A question holds a prefix and two suffixes, three for factuality, and room for the answer.
+    context = stages["judge"].model.max_context
+    assert context >= 256 + 3 * 128 + stages["judge"].data.suffix_tokens + 8
+    assert all(stages[n].data.max_prefix_tokens + stages[n].data.suffix_tokens <= context for n in stages)
 
 
 def test_the_evaluation_is_checked_with_the_rows_and_moves_with_out(tmp_path: Path) -> None:
@@ -70,7 +90,7 @@ def test_a_plan_that_extends_another(tmp_path: Path) -> None:
     )
     (tmp_path / "large.toml").write_text("""
 extends = "plan.toml"
-root = "runs/large"
+out = "runs/large"
 [everywhere.model]
 num_layers = 5
 [[stages]]
@@ -86,9 +106,7 @@ name = "two"
 label = "Two"
 table = "main"
 """)
-    (tmp_path / "larger.toml").write_text(
-        'extends = "large.toml"\nroot = "runs/x"\nseeds = [7]\n[common]\nsteps = 4\n'
-    )
+    (tmp_path / "larger.toml").write_text('extends = "large.toml"\nseeds = [7]\n[common]\nsteps = 4\n')
     plan = load_plan(tmp_path / "larger.toml")
     assert (
         plan.root == Path("runs/x")
@@ -102,8 +120,8 @@ table = "main"
     one, two = (row_config(plan, row, 7, tmp_path / "out") for row in plan.rows)
     assert (one.steps, one.model.num_layers, one.model.hidden_size) == (4, 5, 96)
     assert (two.steps, two.model.num_layers) == (4, 5)
-    assert one.init == tmp_path / "out" / "base"  # under the root that the extending plan names
-    assert load_plan(tmp_path / "large.toml").root == Path("runs/large")
+    assert one.init == tmp_path / "out" / "base"  # under the root that the extended plan names
+    assert plan.out == Path("runs/large")
 
 
 @pytest.mark.parametrize(

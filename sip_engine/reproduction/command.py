@@ -107,7 +107,7 @@ def reproduce(
     """Do what is missing of a plan's stages and rows, and write the page; returns its path.
 
     Args:
-        out: in the place of the plan's root. seeds, rows: all of the plan's where empty.
+        out: in the place of the plan's. seeds, rows: all of the plan's where empty.
         jobs: processes at once; 0 is one a core, or one where there is a GPU.
         scale: share of all steps and data; below 1 the figures mean nothing.
 
@@ -116,7 +116,7 @@ def reproduce(
         RowsFailedError: at the end, if some jobs failed. The page says which.
     """
     plan = scaled(load_plan(path), scale)
-    out = plan.root if out is None else out
+    out = out or plan.out or plan.root
     check_writable(out, folder=True)
     chosen = _chosen(plan, seeds, rows)
     runs = list(_row_jobs(chosen, path, out, scale))

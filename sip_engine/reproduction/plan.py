@@ -140,7 +140,9 @@ class Plan(Section):
     """
 
     root: Path
-    """Folder that the configs write to and read from; `--out` puts another one in its place."""
+    """Folder that the configs write to and read from; `out` and `--out` put another one in its place."""
+    out: Path | None = None
+    """Folder to write to and read from; unset: `root`."""
     seeds: tuple[Seed, ...] = (1, 2, 3)
     """Seeds of every row."""
     baseline: str
