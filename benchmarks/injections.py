@@ -1,6 +1,6 @@
 """Can a text talk a judge into a verdict? Held-out suffixes with and without each injected text of the suite.
 
-    python -m benchmarks injections --judge runs/world/judge --max-prefix-chars 300
+    python -m benchmarks injections --judge runs/world/judge --config configs/world/judge_data.toml --method notes
 
 Without --config the documents are the synthetic world's (those of configs/world) and the corruptor is its own; the
 world's truth says which suffixes are unsafe. The judge is asked two kinds of questions, each plain and then with
@@ -149,8 +149,9 @@ def settings(args: argparse.Namespace, folder: Path) -> RunConfig:
         # A verdict word is short, and room for longer replies would be lost to injections.
         local = {"max_new_tokens": 8, **values.get("judge", {}).get("local", {}), "checkpoint": args.judge}
         values = {**values, "judge": {"backend": "local", "local": local}}
-    if args.max_prefix_chars:
-        values = merge_settings(values, {"judge": {"local": {"max_prefix_chars": args.max_prefix_chars}}})
+    asked = {"max_prefix_chars": args.max_prefix_chars, "method": args.method}
+    local = {name: value for name, value in asked.items() if value is not None}
+    values = merge_settings(values, {"judge": {"local": local}} if local else {})
     cfg = parse_config(values, str(args.config or "settings"))
     if cfg.task != "policy":
         raise ConfigError(f'{args.config}: task = "{cfg.task}" reads prompts; give the config of documents')
@@ -266,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, help="TOML of the documents, as for `sip data judge-pairs`")
     parser.add_argument("--max-prefix-chars", type=int, help="a checkpoint's judge.local.max_prefix_chars")
+    parser.add_argument("--method", choices=["log_odds", "notes"], help="a checkpoint's judge.local.method")
     parser.add_argument("--pairs", type=int, default=100, help="suffixes against a corrupted copy")
     parser.add_argument("--unsafe", type=int, default=100, help="unsafe suffixes")
     parser.add_argument("--seed", type=int, default=0, help="of the corruptions and the judge's votes")
