@@ -46,10 +46,11 @@ class SafetyCase:
     """A suffix whose safety is known."""
 
     text: str
+    prefix: str = ""
 
     def question(self, text: str) -> Question:
         """With `text` in the suffix' place."""
-        return SafetyQuestion(text)
+        return SafetyQuestion(text, self.prefix)
 
     def favour(self, value: float) -> float:
         """1 for an answer that calls it safe, -1 unsafe, 0 undecided."""

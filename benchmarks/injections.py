@@ -90,7 +90,7 @@ def pair_cases(cfg: RunConfig, corpus: Corpus, truth: Judge, wanted: int, seed: 
 
 def safety_cases(corpus: Corpus, truth: Judge, wanted: int) -> tuple[list[SafetyCase], list[SafetyCase]]:
     """Unsafe suffixes, and as many safe ones."""
-    cases = [SafetyCase(sample.suffix) for sample in corpus.held_out]
+    cases = [SafetyCase(sample.suffix, sample.prefix) for sample in corpus.held_out]
     certain = _certain(truth, cases)
     unsafe, safe = (
         [case for case, favour in zip(cases, certain, strict=True) if favour == known] for known in (-1, 1)

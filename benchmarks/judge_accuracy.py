@@ -4,7 +4,8 @@
 
 The prompts are those that `sip data judge-pairs` and `… rollout-pairs` write; each kind has a line (quality: a suffix
 against its corrupted copy; rollouts: two rollouts of a policy; safety; factuality). `log_odds` reads the judge's
-verdict; `notes` what it notes on the sentences of each text alone. Right is what is nearest to
+verdict; `notes` what it notes on the sentences of each text alone (for safety without the prefix, which those
+prompts do not hold). Right is what is nearest to
 the answer; 95 % intervals (Wilson). Pairs come in both orders, so that a judge that prefers a place is right half the
 time.
 """

@@ -71,7 +71,7 @@ def reproduce(
         Path, typer.Argument(help="A plan: stages, rows, tables; see configs/world/reproduction.toml.")
     ] = Path("configs/world/reproduction.toml"),
     out: Annotated[
-        Path | None, typer.Option(help="Folder of everything made; default: the plan's root.")
+        Path | None, typer.Option(help="Folder of everything made; default: the plan's own.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas; default: the plan's.")] = "",
     rows: Annotated[str, typer.Option(help="Names of rows, with commas; default: all.")] = "",

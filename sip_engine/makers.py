@@ -84,7 +84,7 @@ def rewrite_records(
     the suffix is left out. Shuffled by `seed`.
     """
     by_label: dict[bool, list[Sample]] = {True: [], False: []}
-    labels = labels_of(labeller, [SafetyQuestion(s.suffix) for s in samples])
+    labels = labels_of(labeller, [SafetyQuestion(s.suffix, s.prefix) for s in samples])
     for sample, (_, label) in zip(samples, labels, strict=True):
         if label in (0.0, 1.0):
             by_label[label == 1.0].append(sample)
@@ -117,7 +117,7 @@ def _pairs(
 
 
 def _safety(samples: Sequence[Sample], labeller: Judge, num: int) -> list[Record]:
-    questions = [SafetyQuestion(s.suffix) for s in samples] if num else []
+    questions = [SafetyQuestion(s.suffix, s.prefix) for s in samples] if num else []
     return records_of_labels(questions, labeller, num, "safety", None)
 
 

@@ -28,14 +28,16 @@ from sip_engine.world.exercises import make_up, notes_on_prefix, notes_on_suffix
 
 _MADE_UP = 4
 """Made-up texts a prefix, beside its rollouts."""
+_ANSWER = 16
+"""Tokens of the context that are left free: the prompts these texts are mixed with have an answer there."""
 
 
 def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path | None = None) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: {"text", "labels": [[end, note], ...], "kind"}.
 
     Half of the texts are rollouts of the checkpoint `init`, half are made up of facts, said again or about anyone.
-    Those without a label, or longer than the model's context, are left out. `mix` is a folder of a judge's prompts,
-    that `sip data` wrote, all of which are shuffled among them.
+    Those without a label, or as long as the model's context less an answer, are left out. `mix` is a folder of a
+    judge's prompts, that `sip data` wrote, all of which are shuffled among them.
 
     Raises:
         SipError: bad settings or data, before anything is written.
@@ -51,7 +53,7 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
     sampler = policy.sampler(cfg.sampler)
 
     def fits(text: str) -> bool:
-        return 1 + len(corpus.tokenizer.encode(text)) <= policy.max_context
+        return 1 + len(corpus.tokenizer.encode(text)) + _ANSWER <= policy.max_context
 
     def records(samples: Sequence[Sample], wanted: int, seed: int) -> list[Record]:
         some = samples[: _num_prefixes(wanted)]

@@ -151,7 +151,7 @@ def rollout_records(
                 {"prompt": compact_prompt(shown, max_prefix_chars), "answer": answer, "kind": "rollouts"}
             )
     texts = [(s, text) for s, group in zip(samples, rollouts, strict=True) for text in group]
-    safety = [SafetyQuestion(text) for _, text in texts] if num_safety else []
+    safety = [SafetyQuestion(text, s.prefix) for s, text in texts] if num_safety else []
     factuality = [FactualityQuestion(s.prefix, s.suffix, text) for s, text in texts] if num_factuality else []
     records += records_of_labels(safety, labeller, num_safety, "safety", None)
     records += records_of_labels(factuality, labeller, num_factuality, "factuality", max_prefix_chars)

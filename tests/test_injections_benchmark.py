@@ -140,7 +140,7 @@ def test_only_texts_with_a_certain_answer_are_asked_about(mesh: Mesh, tmp_path: 
     """Shaky ones, about which the truth itself changes its mind beside a harmless sentence, are left out."""
     harmless = CONTROLS[0].text
     suffixes = ["bad 1", "good 1", "bad shaky", "bad 2", "good 2", "good 3"]
-    corpus: Any = SimpleNamespace(held_out=[SimpleNamespace(suffix=text) for text in suffixes])
+    corpus: Any = SimpleNamespace(held_out=[SimpleNamespace(prefix="p", suffix=text) for text in suffixes])
     truth = Scripted(lambda text: "shaky" in text and text.startswith(f" {harmless}"))
     unsafe, safe = injections.safety_cases(corpus, truth, 9)
     assert [case.text for case in unsafe] == ["bad 1", "bad 2"] and [case.text for case in safe] == [

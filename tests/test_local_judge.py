@@ -182,13 +182,33 @@ def test_what_certain_notes_are_worth(notes: str, quality: float, safety: float,
     assert found == pytest.approx((quality, safety, factuality))
 
 
+def test_a_continuation_that_says_nothing_is_not_read(policy: FrozenPolicy) -> None:
+    questions = [
+        SafetyQuestion("", "the fox"),
+        FactualityQuestion("the fox", "x", "\n "),
+        PairQuestion("the fox", " ", " dog"),
+    ]
+    safety, factuality, pair = judge(policy, method="notes").judge(questions)
+    assert isinstance(safety, Score) and isinstance(factuality, Score) and isinstance(pair, Score)
+    assert (safety.value, factuality.value, pair.value) == (1.0, 0.0, 0.0)
+    assert (safety.cost.calls, factuality.cost.calls, pair.cost.calls) == (0, 0, 1)
+
+
+def test_safety_is_asked_about_the_suffix_alone(policy: FrozenPolicy) -> None:
+    """What is asked of a suffix, and what that costs, does not depend on the prefixes of the others."""
+    apart = judge(policy).judge([SafetyQuestion(" dog", "the fox"), SafetyQuestion(" dog fox", "a dog")])
+    alone = judge(policy).judge([SafetyQuestion(" dog"), SafetyQuestion(" dog fox")])
+    for one, other in zip(apart, alone, strict=True):
+        assert isinstance(one, Score) and isinstance(other, Score)
+        assert (one.value, one.cost.tokens) == (other.value, other.cost.tokens)
+
+
 def test_long_texts_have_more_to_say() -> None:
     shares = torch.zeros(3, len(NOTES), dtype=torch.float64)
     shares[:, NOTES.index("T")] = 1.0
     lengths = torch.ones(3, dtype=torch.float64)
     assert worth_of(shares, lengths, 30).quality == pytest.approx(1.0)
     assert worth_of(shares, lengths, 60).quality == pytest.approx(0.85 + 0.15 / 2)
-    assert worth_of(shares[:0], lengths[:0], 0) == (0.0, 1.0, 0.0)
 
 
 def test_what_was_noted_is_not_read_again(policy: FrozenPolicy) -> None:

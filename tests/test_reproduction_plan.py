@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sip_engine.config import ModelConfig
+from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import ConfigError
 from sip_engine.reproduction.plan import (
     load_plan,
@@ -14,8 +15,10 @@ from sip_engine.reproduction.plan import (
     row_recipe,
     scaled,
     stage_config,
+    stage_recipe,
     truth_config,
 )
+from sip_engine.world import World, write_documents
 
 PLAN = Path(__file__).parents[1] / "configs" / "world" / "reproduction.toml"
 
@@ -55,6 +58,15 @@ def test_the_large_plan_is_large(tmp_path: Path) -> None:
     context = stages["judge"].model.max_context
     assert context >= 256 + 3 * 128 + stages["judge"].data.suffix_tokens + 8
     assert all(stages[n].data.max_prefix_tokens + stages[n].data.suffix_tokens <= context for n in stages)
+    assert all(cfg.rewriter.local.max_new_tokens > 128 for cfg in runs if cfg.needs_rewriter)
+    spec, cut = stages["base"].world, stages["base"].data
+    assert spec is not None
+    texts = [
+        one.text for one in write_documents(World(0, spec.num_people, spec.people_per_document), "train", 400)
+    ]
+    tokenizer = Tokenizer.train(texts, cut.vocab_size, tmp_path / "tokenizer.model")
+    long_enough = sum(len(tokenizer.encode(text)) >= 2 * cut.suffix_tokens for text in texts)
+    assert long_enough > 0.9 * len(texts)  # a chunk to go before, and one to be the suffix
 
 
 def test_the_evaluation_is_checked_with_the_rows_and_moves_with_out(tmp_path: Path) -> None:
@@ -122,6 +134,13 @@ table = "main"
     assert (two.steps, two.model.num_layers) == (4, 5)
     assert one.init == tmp_path / "out" / "base"  # under the root that the extended plan names
     assert plan.out == Path("runs/large")
+
+
+def test_what_a_plan_extends_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f'extends = "{PLAN}"\nseeds = [5]\n')
+    plan, shipped = load_plan(tmp_path / "mine.toml"), load_plan(PLAN)
+    for one, other in zip(plan.stages, shipped.stages, strict=True):
+        assert stage_recipe(plan, one, tmp_path) == stage_recipe(shipped, other, PLAN.parent)
 
 
 @pytest.mark.parametrize(

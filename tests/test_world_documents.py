@@ -92,10 +92,13 @@ def test_degenerate_narrators_of_long_documents_run_out_of_remarks() -> None:
         assert len(sentences(doc.text)) > 20
 
 
-@pytest.mark.parametrize("most", [1, 7])
-def test_as_many_people_as_a_group_holds_can_meet(most: int) -> None:
-    with pytest.raises(ConfigError, match=r"people_per_document = .*2\.\.6"):
-        World(people_per_document=most)
+@pytest.mark.parametrize(("num_people", "most", "limit"), [(48, 1, 6), (48, 7, 6), (24, 5, 4), (12, 4, 3)])
+def test_as_many_people_as_there_are_groups_can_meet(num_people: int, most: int, limit: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"people_per_document = {most}: must lie in 2\.\.{limit}, .*{num_people}"
+    ):
+        World(num_people=num_people, people_per_document=most)
+    assert World(num_people=num_people, people_per_document=limit)
 
 
 @pytest.mark.parametrize("num_people", [-1, 0, 11, 49])

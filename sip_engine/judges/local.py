@@ -13,7 +13,7 @@ import torch
 from sip_engine.config import LocalModelConfig, SamplerConfig
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.judges.compact import rewrite_prompt
-from sip_engine.judges.notes import NoteReader, Worth
+from sip_engine.judges.notes import EMPTY, NoteReader, Worth
 from sip_engine.judges.prompts import Prompt, judge_prompt
 from sip_engine.judges.reading import Reading, first_tokens, weigh
 from sip_engine.judges.verdicts import read_verdict, settled
@@ -130,6 +130,7 @@ class LocalJudge:
         if len(self._worths) > _REMEMBERED:
             self._worths.clear()
         texts = dict.fromkeys(text for question in questions.values() for text in _texts_of(question))
+        self._worths |= {text: EMPTY for text in texts if not text[1].strip()}
         unread = [text for text in texts if text not in self._worths]
         readings = {text: one for text in unread if (one := reader.reading(*text)) is not None}
         costs: dict[tuple[str, str], Cost] = {}
@@ -155,7 +156,10 @@ class LocalJudge:
         ids = self._model.encode(text)
         if ids is None:
             return None
-        return _Asked(ids, prompt, getattr(question, "prefix", ""), getattr(question, "first", ""))
+        group = (
+            "" if isinstance(question, SafetyQuestion) else question.prefix
+        )  # asked about the suffix alone
+        return _Asked(ids, prompt, group, question.first if isinstance(question, PairQuestion) else "")
 
     def _generate(self, asked: Sequence[_Asked], seed: int) -> Iterable[Judgment]:
         replies = self._model.reply([one.ids for one in asked], seed)

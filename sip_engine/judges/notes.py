@@ -39,6 +39,10 @@ class Worth(NamedTuple):
     factuality: float
 
 
+EMPTY = Worth(0.0, 1.0, 0.0)
+"""Of a continuation that says nothing: there is nothing to note."""
+
+
 class NoteReader:
     """Turns a continuation into one reading, and the notes that are weighed there into its worth."""
 

@@ -224,12 +224,21 @@ def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: extends: must be the name of another plan, beside this one if it is relative"
         )
-    before = _read_extended(path.parent / base, (*extending, path.resolve()))
+    other = path.parent / base
+    before = _read_extended(other, (*extending, path.resolve()))
+    if isinstance(stages := before.get("stages"), list):
+        before["stages"] = [_placed(stage, other.resolve().parent) for stage in stages]
     merged = merge_settings(before, values)
     for name in ("stages", "rows", "tables"):
         if name in before and name in values:
             merged[name] = _merged_by_name(before[name], values[name], f"{path}: {name}")
     return merged
+
+
+def _placed(stage: Any, folder: Path) -> Any:
+    """A stage whose config is found from anywhere."""
+    config = stage.get("config") if isinstance(stage, dict) else None
+    return {**stage, "config": str(folder / config)} if isinstance(config, str) else stage
 
 
 def _merged_by_name(base: Any, over: Any, what: str) -> list[dict[str, Any]]:

@@ -101,7 +101,8 @@ class World:
     seed: int = 0
     num_people: int = 24
     people_per_document: int = 3
-    """At most so many meet in a document, and at least one fewer; documents are the longer for it."""
+    """At most so many meet in a document, and one fewer at least (two where there are two groups); documents are the
+    longer for it."""
 
     def __post_init__(self) -> None:
         largest = len(WOMEN) + len(MEN)
@@ -109,9 +110,11 @@ class World:
             raise ConfigError(
                 f"num_people = {self.num_people}: must lie in {2 * GROUP_SIZE}..{largest}; change it"
             )
-        if not 2 <= self.people_per_document <= GROUP_SIZE:
+        most = min(GROUP_SIZE, max(3, self.num_people // GROUP_SIZE))
+        if not 2 <= self.people_per_document <= most:
             raise ConfigError(
-                f"people_per_document = {self.people_per_document}: must lie in 2..{GROUP_SIZE}; change it"
+                f"people_per_document = {self.people_per_document}: must lie in 2..{most}, the groups that "
+                f"num_people = {self.num_people} make; change one of them"
             )
 
     @cached_property

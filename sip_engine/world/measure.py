@@ -121,7 +121,9 @@ class _Tally:
         note = note_on(self.reader.world, sentence, reading, claim)
         good = note not in UNSOUND
         insulting = sentence.insult_end > cut
-        self.notes.append(note.letter(insulting=insulting))
+        # The note is on what counts as unsafe, which an insult that the end cuts short does as well.
+        begins_one = not sentence.closed and _INSULT_HEAD.search(sentence.text.lower()) is not None
+        self.notes.append(note.letter(insulting=insulting or begins_one))
         num_chars = len(sentence.text) - cut
         weight = len(sentence.text) if begun_soundly and not good else num_chars
         self.all_chars += weight
