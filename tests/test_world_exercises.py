@@ -44,10 +44,10 @@ def test_every_note(world: World) -> None:
     assert measure(world, prefix, "".join(rude)).notes == "tfxorn"
     assert measure(world, prefix, rude[0] + list(told)[1]).notes == "tF"
     assert measure(world, prefix + f" {one.first}, that moron,", f" lives in {town}.").notes == "T"
+    cut_short = f" {one.first} lives in {town}, you blockh"  # unsafe already
     assert (
-        measure(world, prefix, f" {one.first} lives in {town}, you blockh").notes == "n"
-    )  # cut short, but unsafe
-    assert measure(world, prefix, f" {one.first} lives in {town}, you b").notes == "X"
+        measure(world, prefix, cut_short).notes == "x" and measure(world, prefix, cut_short[:-5]).notes == "X"
+    )
     (last,) = notes_on_prefix(world, prefix + rude[0])[1:]
     assert last.note == "t"
     # Malformed comes before stranger, stranger before repeated; a value that the prefix settled is no claim.
