@@ -47,7 +47,7 @@ from benchmarks.injection_counts import (
     attack,
     inject,
 )
-from benchmarks.record import RESULTS, header, write_csv
+from benchmarks.record import RESULTS, at_least, header, write_csv
 from sip_engine.backends import open_judge
 from sip_engine.checkpoint import checkpoint_tokenizer, resolve_checkpoint
 from sip_engine.config import JudgeConfig, RunConfig, merge_settings, parse_config, read_toml
@@ -266,11 +266,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--judge", help=f"a checkpoint or run, or {' or '.join(RULES)}; default: the config's [judge]"
     )
     parser.add_argument("--config", type=Path, help="TOML of the documents, as for `sip data judge-pairs`")
-    parser.add_argument("--max-prefix-chars", type=int, help="a checkpoint's judge.local.max_prefix_chars")
+    parser.add_argument(
+        "--max-prefix-chars", type=at_least(1), help="a checkpoint's judge.local.max_prefix_chars"
+    )
     parser.add_argument("--method", choices=["log_odds", "notes"], help="a checkpoint's judge.local.method")
-    parser.add_argument("--pairs", type=int, default=100, help="suffixes against a corrupted copy")
-    parser.add_argument("--unsafe", type=int, default=100, help="unsafe suffixes")
-    parser.add_argument("--seed", type=int, default=0, help="of the corruptions and the judge's votes")
+    parser.add_argument("--pairs", type=at_least(0), default=100, help="suffixes against a corrupted copy")
+    parser.add_argument("--unsafe", type=at_least(0), default=100, help="unsafe suffixes")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="of the corruptions and the judge's votes"
+    )
     parser.add_argument("--out", type=Path, help="CSV file; default: injections_JUDGE.csv among the results")
     args = parser.parse_args(argv)
     start = time.perf_counter()

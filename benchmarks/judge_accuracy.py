@@ -19,16 +19,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.record import RESULTS, header, write_csv
+from benchmarks.record import RESULTS, at_least, header, write_csv
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.config import LocalModelConfig
+from sip_engine.data.prompts import prompt_records
 from sip_engine.errors import DataError, SipError
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.evaluation.intervals import wilson
+from sip_engine.files import check_writable
 from sip_engine.judges.local import LocalJudge, LocalModel
 from sip_engine.judges.prompts import verdicts_of
 from sip_engine.mesh import start_mesh
-from sip_engine.records import read_records
 from sip_engine.types import FactualityQuestion, PairQuestion, Question, SafetyQuestion, Score
 
 METHODS = ("log_odds", "notes")
@@ -51,13 +52,13 @@ def question_of(prompt: str) -> Question:
 def known_answers(path: Path) -> dict[str, list[tuple[Question, float]]]:
     """Kind of prompt -> its questions, each with the answer in [0, 1]. Raises DataError."""
     found: dict[str, list[tuple[Question, float]]] = {}
-    for record in read_records(path):
+    for number, record in prompt_records(path):
         if "labels" in record:
             continue  # of a text, no question
-        question = question_of(str(record.get("prompt")))
-        answer = verdicts_of(question).get(str(record.get("answer")))
+        question = question_of(record["prompt"])
+        answer = verdicts_of(question).get(record["answer"])
         if answer is None:
-            raise DataError(f"{path}: {record.get('answer')!r} answers no such question")
+            raise DataError(f"{path}:{number}: {record['answer']!r} answers no such question")
         found.setdefault(str(record.get("kind")), []).append((question, answer))
     if not found:
         raise DataError(f"{path}: no prompts with an answer")
@@ -109,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--judge", type=Path, required=True, help="a checkpoint, or the folder of a run")
     parser.add_argument("--prompts", type=Path, required=True, help="an eval.jsonl of `sip data`")
-    parser.add_argument("--max-prefix-chars", type=int, help="a longer prefix keeps its end")
+    parser.add_argument("--max-prefix-chars", type=at_least(1), help="a longer prefix keeps its end")
     parser.add_argument("--out", type=Path, default=RESULTS / "judge_accuracy.csv", help="CSV file")
     args = parser.parse_args(argv)
     try:
+        check_writable(args.out)
         known = known_answers(args.prompts)
         policy, _ = FrozenPolicy.load(resolve_checkpoint(args.judge), start_mesh())
         cfg = LocalModelConfig(

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,6 +18,18 @@ from sip_engine.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number that is not below `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise ArgumentTypeError(f"{text}: must be {least} or more")
+        return int(text)
+
+    number.__name__ = "whole number"  # argparse says "invalid whole number value"
+    return number
 
 
 def machine() -> str:

@@ -11,6 +11,7 @@ from sip_engine.judges.heuristic import HeuristicJudge
 from sip_engine.judges.local import LocalJudge, LocalModel, LocalRewriter
 from sip_engine.judges.server import ServerJudge
 from sip_engine.mesh import Mesh
+from sip_engine.progress import console
 from sip_engine.replica import ReplicaJudge, ReplicaRewriter, StagesJudge, StagesRewriter
 from sip_engine.rewriters.server import ServerRewriter
 from sip_engine.types import Judge, Rewriter
@@ -27,7 +28,7 @@ def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> Judge:
     """
     world = open_world(cfg)
     if cfg.judge.backend == "local":
-        return StagesJudge(LocalJudge(_local_model(cfg.judge.local, mesh)), mesh)
+        return StagesJudge(LocalJudge(_local_model(cfg.judge.local, mesh, "judge")), mesh)
     if cfg.judge.backend == "server":
         return ReplicaJudge(ServerJudge(cfg.judge.server), mesh)
     if cfg.judge.backend == "world" and world is not None:
@@ -44,7 +45,7 @@ def open_rewriter(cfg: RunConfig, mesh: Mesh) -> Rewriter | None:
     """
     world = open_world(cfg)
     if cfg.rewriter.backend == "local":
-        return StagesRewriter(LocalRewriter(_local_model(cfg.rewriter.local, mesh)), mesh)
+        return StagesRewriter(LocalRewriter(_local_model(cfg.rewriter.local, mesh, "rewriter")), mesh)
     if cfg.rewriter.backend == "server":
         return ReplicaRewriter(ServerRewriter(cfg.rewriter.server), mesh)
     if cfg.rewriter.backend == "world" and world is not None:
@@ -69,8 +70,14 @@ def open_measure(cfg: RunConfig) -> Measure | None:
     return world_measure
 
 
-def _local_model(cfg: LocalModelConfig, mesh: Mesh) -> LocalModel:
+def _local_model(cfg: LocalModelConfig, mesh: Mesh, role: str) -> LocalModel:
     """A model that every pipeline stage of the policy holds whole."""
     assert cfg.checkpoint is not None, "the settings were checked"
-    policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.checkpoint), mesh.without_pipeline())
+    policy, state = FrozenPolicy.load(resolve_checkpoint(cfg.checkpoint), mesh.without_pipeline())
+    trained_as = state.run.get("config", {}).get("task", role)  # of an imported model nobody knows
+    if trained_as != role and cfg.style == "compact" and mesh.is_main:
+        console.print(
+            f'{cfg.checkpoint} was trained with task = "{trained_as}", not as a {role}: what it says means little',
+            soft_wrap=True,
+        )
     return LocalModel(policy, cfg)

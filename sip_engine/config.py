@@ -173,6 +173,16 @@ class WorldConfig(Section):
     test_documents: Positive = 400
     """Documents with combinations of people that no other split shows."""
 
+    @model_validator(mode="after")
+    def _can_be(self) -> WorldConfig:
+        from sip_engine.world import World
+
+        try:
+            World(self.seed, self.num_people, self.people_per_document)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
 
 class CandidateStage(Section):
     """Which kinds of candidates enter the pool from a step on."""

@@ -21,6 +21,7 @@ from sip_engine.judges.compact import reading_prompt
 from sip_engine.judges.fences import neutral
 from sip_engine.make_data import open_documents, write_records
 from sip_engine.makers import Record, shuffled
+from sip_engine.progress import console
 from sip_engine.rollout_data import ROLLOUTS, read_mix, sample_rollouts
 from sip_engine.types import Sample
 from sip_engine.world import World
@@ -58,11 +59,15 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
     def records(samples: Sequence[Sample], wanted: int, seed: int) -> list[Record]:
         some = samples[: _num_prefixes(wanted)]
         rollouts = sample_rollouts(sampler, corpus.tokenizer, some, seed)
-        made = [
-            one
-            for one in _noted_texts(world, some, rollouts, cfg.data.suffix_tokens, seed)
-            if one["labels"] and fits(one["text"])
+        noted = [
+            one for one in _noted_texts(world, some, rollouts, cfg.data.suffix_tokens, seed) if one["labels"]
         ]
+        made = [one for one in noted if fits(one["text"])]
+        if len(made) < len(noted):
+            console.print(
+                f"{len(noted) - len(made):,} of {len(noted):,} texts do not fit the {policy.max_context} tokens of "
+                "init's context and are left out"
+            )
         return shuffled(made, seed)[:wanted]
 
     number = min(corpus.num_samples, _num_prefixes(num))

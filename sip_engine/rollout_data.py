@@ -12,14 +12,14 @@ from pathlib import Path
 from sip_engine.backends import open_judge
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.config import RunConfig
+from sip_engine.data.prompts import prompt_records
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.errors import ConfigError, DataError
+from sip_engine.errors import ConfigError, DataError, RequestError
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.judges.compact import compact_prompt
 from sip_engine.make_data import open_documents, write_records
 from sip_engine.makers import Record, labels_of, records_of_labels, shuffled
 from sip_engine.progress import steps
-from sip_engine.records import read_records
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import FactualityQuestion, Judge, PairQuestion, SafetyQuestion, Sample
@@ -88,26 +88,26 @@ def read_mix(folder: Path | None) -> tuple[list[Record], list[Record]]:
 
 
 def _read_made(path: Path) -> list[Record]:
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; --mix takes a folder that `sip data` wrote prompts for a judge to"
-        )
-    records = list(read_records(path))
-    for number, record in enumerate(records, start=1):
-        if "kind" not in record or not (
-            {"text", "labels"} <= record.keys() or {"prompt", "answer"} <= record.keys()
-        ):
+    records = prompt_records(path)
+    for number, record in records:
+        if "kind" not in record:
             raise DataError(
                 f"{path}:{number}: no record for a judge: --mix takes a folder of `sip data judge-pairs`, "
                 "`… rollout-pairs` or `… notes`"
             )
-    return records
+    if not records:
+        raise DataError(f"{path}: holds no prompts; leave --mix out, or make them anew")
+    return [record for _, record in records]
 
 
 def sample_rollouts(
     sampler: Sampler, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int
 ) -> list[list[str]]:
-    """Texts of four rollouts a sample, as long as its suffix, at temperature 1."""
+    """Texts of four rollouts a sample, as long as its suffix, at temperature 1.
+
+    Raises:
+        ConfigError: a sample does not fit the policy's context.
+    """
     texts: list[list[str]] = []
     chunks = range(0, len(samples), _CHUNK)
     with steps("rollouts", len(chunks)) as bar:
@@ -115,6 +115,10 @@ def sample_rollouts(
             these = samples[start : start + _CHUNK]
             params = SamplingParams(max(len(s.suffix_ids) for s in these), seed=seed)
             requests = [Request(s.prefix_ids, ROLLOUTS, s.document, s.cut) for s in these]
+            try:
+                sampler.check(requests, params)
+            except RequestError as error:
+                raise ConfigError(f"data.max_prefix_tokens, data.suffix_tokens: {error}") from None
             for group in sampler.generate(requests, params):
                 texts.append([tokenizer.decode(done.ids) for done in group])
             bar.advance({})

@@ -65,6 +65,8 @@ class Run:
     step: int = 0
     baseline: list[str] | None = None
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    _failure: str = ""
+    """Why the judge failed last, on this process."""
     _spent: float = 0.0
     _opened: float = field(default_factory=time.monotonic)
 
@@ -158,6 +160,7 @@ class Run:
         choices: Sequence[Choice | None],
     ) -> None:
         """Write this step's pools with their verdicts (those of the first process' share)."""
+        self._failure = next((reason for verdict in verdicts for reason in verdict.failures), "")
         if self.step % self.cfg.log_rollouts_every or not self.mesh.is_main:
             return
         for number, (sample, pool) in enumerate(zip(samples, pools, strict=True)):
@@ -190,9 +193,10 @@ class Run:
         )
         for name, limit, setting in limits:
             if metrics.get(name, 0.0) > limit:
+                reason = f" ({self._failure})" if self._failure and name == "judge/failure_rate" else ""
                 raise ThresholdError(
-                    f"step {self.step}: {name} is {metrics[name]:.4g}, above {setting}={limit}; "
-                    "the newest checkpoint is from before; find the cause or raise the limit"
+                    f"step {self.step}: {name} is {metrics[name]:.4g}, above {setting}={limit}{reason}; "
+                    "the newest checkpoint, if there is one, is from before; find the cause or raise the limit"
                 )
 
 

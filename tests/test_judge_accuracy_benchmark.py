@@ -78,3 +78,30 @@ def test_right_is_what_is_nearest_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyP
         ("factuality", "notes"): (0.0, 2),
     }
     assert rows["quality", "log_odds"]["tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "code"),
+    [
+        ({"--prompts": "none.jsonl"}, "none.jsonl: no such file", 3),
+        ({"--out": "file/a.csv"}, "file is not a writable folder", 3),
+        ({"--max-prefix-chars": "-5"}, "must be 1 or more", 2),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    message: str,
+    code: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("p.jsonl").write_text("5\n")
+    arguments = {"--judge": "nowhere", "--prompts": "p.jsonl", "--out": "a.csv"} | changes
+    try:
+        found = judge_accuracy.main([word for pair in arguments.items() for word in pair])
+    except SystemExit as end:  # argparse
+        found = end.code
+    assert found == code and message in capsys.readouterr().err

@@ -18,6 +18,7 @@ from sip_engine.reproduction.plan import (
     stage_recipe,
     truth_config,
 )
+from sip_engine.run import changed_settings
 from sip_engine.world import World, write_documents
 
 PLAN = Path(__file__).parents[1] / "configs" / "world" / "reproduction.toml"
@@ -40,6 +41,25 @@ def test_every_stage_and_row_of_a_shipped_plan_is_a_run(tmp_path: Path, name: st
     runs = {row.name: row_config(plan, row, 1, tmp_path) for row in plan.rows}
     by_truth = {name for name, cfg in runs.items() if cfg.needs_judge and cfg.judge.backend == "world"}
     assert by_truth == {"truth_8", "truth_16"}  # all others by the judge that is trained here
+
+
+def test_another_kind_of_data_is_another_recipe(tmp_path: Path) -> None:
+    """Though the two have no number of their own that differs."""
+    (tmp_path / "base.toml").write_text('out = "runs/x/base"\n')
+    kinds = (
+        "judge_data = { pairs = 9, safety = 9, factuality = 9, held_out = 2 }",
+        "notes_data = { num = 9, held_out = 2 }",
+        "",
+    )
+    recipes = []
+    for kind in kinds:
+        plan = load_plan(
+            written(tmp_path, SMALL.replace('config = "base.toml"', f'config = "base.toml"\n{kind}'))
+        )
+        recipes.append(stage_recipe(plan, plan.stages[0], tmp_path))
+    for before in recipes:
+        for now in recipes:
+            assert bool(changed_settings(before, now)) == (before is not now)
 
 
 def test_the_large_plan_is_large(tmp_path: Path) -> None:
@@ -148,11 +168,22 @@ def test_what_a_plan_extends_may_lie_elsewhere(tmp_path: Path) -> None:
     [
         ('extends = "more.toml"', "extends itself"),
         ("extends = 3", "must be the name of another plan"),
+        ('extends = ""', "must be the name of another plan"),
+        ('extends = "plan.toml"\neverywhere = { out = "x" }', "everywhere: 'out' is each job's own"),
+        (
+            'extends = "plan.toml"\n[[stages]]\nname = "base"\nnotes_data = { num = 9, held_out = 2, mix = "x" }',
+            "stages.base mixes in 'x'",
+        ),
+        (
+            'extends = "plan.toml"\n[[stages]]\nname = "base"\nnotes_data = { num = 9, held_out = 2 }\n'
+            "rewrite_data = { num = 9, held_out = 2 }",
+            "stages.base: base makes one thing, not notes_data and rewrite_data",
+        ),
         ('extends = "none.toml"', "none.toml: no such"),
         ('extends = "plan.toml"\n[rows]\nname = "one"', "rows: must be tables in double brackets"),
         ('extends = "plan.toml"\n[[rows]]\nlabel = "x"', "rows: must be tables in double brackets"),
         ('extends = "plan.toml"\n[[rows]]\nname = "one"\n[[rows]]\nname = "one"', "'one' is named twice"),
-        ('extends = "plan.toml"\n[[rows]]\nname = "on"\nlabel = "x"', "table: Field required"),
+        ('extends = "plan.toml"\n[[rows]]\nname = "on"\nlabel = "x"', "rows.on.table: Field required"),
     ],
 )
 def test_a_bad_extension_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:

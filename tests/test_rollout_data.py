@@ -21,7 +21,7 @@ from sip_engine.judges.compact import compact_prompt
 from sip_engine.judges.fences import neutral
 from sip_engine.mesh import Mesh
 from sip_engine.notes_data import make_notes
-from sip_engine.rollout_data import make_rollout_data, rollout_records
+from sip_engine.rollout_data import make_rollout_data, read_mix, rollout_records
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.train import train
 from sip_engine.types import Failure, Judgment, PairQuestion, SafetyQuestion, Sample, Score
@@ -221,3 +221,32 @@ KEPT = {
     "mix_num": None,
     "max_prefix_chars": None,
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"not json\n", r"train\.jsonl:1: not JSON"),
+        (b"\xff\xfe", "not readable as UTF-8"),
+        (b"\n5\n", r"train\.jsonl:2: expected"),
+        (b'{"kind": "notes", "text": 5, "labels": "foo"}\n', r"train\.jsonl:1: expected .*labels"),
+        (b'{"kind": "notes", "text": "abc", "labels": [[99, "T"]]}\n', r"train\.jsonl:1: expected .*labels"),
+        (b'{"kind": "notes", "text": "abc", "labels": [[2, "T"], [2, "F"]]}\n', "above the one before"),
+        (b'{"kind": "notes", "text": "abc", "labels": [[2, " "]]}\n', r"train\.jsonl:1: expected .*labels"),
+        (b'{"kind": "quality", "prompt": "p", "answer": 1}\n', r"train\.jsonl:1: expected"),
+        (b"", "holds no prompts"),
+    ],
+)
+def test_a_bad_mix_is_refused_in_one_line(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "train.jsonl").write_bytes(text)
+    with pytest.raises(DataError, match=message) as raised:
+        read_mix(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_last_line_without_an_end_is_mixed_in(tmp_path: Path) -> None:
+    first, last = ({"prompt": letter, "answer": "1", "kind": "quality"} for letter in "ab")
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(last))
+    assert read_mix(tmp_path) == ([first, last], [first, last])
+    assert read_mix(None) == ([], [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,44 @@ from sip_engine.files import sha256_of
 from sip_engine.types import Labels, Sample
 
 
+def prompt_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and record of each line: {"prompt", "answer", ...} or {"text", "labels", ...}.
+
+    Raises:
+        DataError: no such file, unreadable, or a line that is no such object; names file and line.
+    """
+    records = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    records.append((number, _record(line, f"{path}:{number}")))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; `sip data` writes prompts") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
+    return records
+
+
 def read_prompts(
     path: Path, tokenizer: Tokenizer, *, max_prompt_tokens: int, max_answer_tokens: int
 ) -> list[Sample]:
     """Samples of {"prompt": text, "answer": text, ...}: prefix is bos and the prompt, suffix the answer and eos.
 
     Or of {"text": text, "labels": [[end, label], ...], ...}: prefix is bos, suffix the text, and labels are the
-    labels' tokens after those that hold the text's characters before `end`. A label is one token. All other fields go
-    along as `facts`. Lines are numbered from 0 as documents.
+    labels' tokens after those that hold the text's characters before `end`. A label is one token, and ends rise. All
+    other fields go along as `facts`. Lines are numbered from 0 as documents.
 
     Raises:
-        DataError: unreadable, a line that is no such object, or one that is too long; names file and line.
+        DataError: as of `prompt_records`; or a line is too long, or a label is not one token.
     """
     samples = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                if line.strip():
-                    samples.append(_sample(line, number, f"{path}:{number + 1}", tokenizer))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
+    for number, record in prompt_records(path):
+        sample = _labelled if "labels" in record else _answered
+        try:
+            samples.append(sample(record, number - 1, tokenizer))
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
     if not samples:
         raise DataError(
             f"{path}: holds no prompts; `sip data judge-pairs`, `… notes` and `… rewrites` write some"
@@ -55,44 +74,44 @@ def read_prompts(
     return samples
 
 
-def _sample(line: str, number: int, where: str, tokenizer: Tokenizer) -> Sample:
+def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
     if isinstance(record, dict) and "labels" in record:
-        return _labelled(record, number, where, tokenizer)
+        text = record.get("text")
+        if not isinstance(text, str) or not text or not _are_labels(record["labels"], text):
+            raise DataError(
+                f'{where}: expected {{"text": text, "labels": [[end, letter], ...]}}, each end a number of '
+                "characters and above the one before"
+            )
+        return record
     if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("prompt", "answer")):
         raise DataError(f'{where}: expected {{"prompt": text, "answer": text}}')
-    prompt, answer = record.pop("prompt"), record.pop("answer")
-    if not prompt or not answer:
+    if not record["prompt"] or not record["answer"]:
         raise DataError(f"{where}: prompt and answer must not be empty")
+    return record
+
+
+def _answered(record: dict[str, Any], number: int, tokenizer: Tokenizer) -> Sample:
+    prompt, answer = record.pop("prompt"), record.pop("answer")
     prefix = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
     suffix = np.concatenate([tokenizer.encode(answer), [tokenizer.eos_id]]).astype(np.int32)
     return Sample(number, 0, prefix, suffix, prompt, answer, record)
 
 
-def _labelled(record: dict[str, Any], number: int, where: str, tokenizer: Tokenizer) -> Sample:
-    text, labels = record.pop("text", None), record["labels"]
-    if not isinstance(text, str) or not text or not _are_labels(labels, text):
-        raise DataError(
-            f'{where}: expected {{"text": text, "labels": [[end, letter], ...]}}, each end a number of characters'
-        )
+def _labelled(record: dict[str, Any], number: int, tokenizer: Tokenizer) -> Sample:
+    text, labels = record.pop("text"), record["labels"]
     ids = tokenizer.encode(text).astype(np.int32)
     places = tokenizer.places(ids, text, [end for end, _ in labels])
     answers = [tokenizer.encode(label) for _, label in labels]
     for (_, label), answer in zip(labels, answers, strict=True):
         if len(answer) != 1:
-            raise DataError(f"{where}: the label {label!r} is {len(answer)} tokens, not one: use a letter")
+            raise DataError(f"the label {label!r} is {len(answer)} tokens, not one: use a letter")
+    bos = np.array([tokenizer.bos_id], np.int32)
     return Sample(
-        number,
-        0,
-        np.array([tokenizer.bos_id], np.int32),
-        ids,
-        "",
-        text,
-        record,
-        Labels(places, np.concatenate(answers).astype(np.int32)),
+        number, 0, bos, ids, "", text, record, Labels(places, np.concatenate(answers).astype(np.int32))
     )
 
 
@@ -102,7 +121,8 @@ def _are_labels(labels: Any, text: str) -> bool:
         and len(labels) > 0
         and all(isinstance(one, list) and len(one) == 2 for one in labels)
         and all(type(end) is int and 0 < end <= len(text) for end, _ in labels)
-        and all(isinstance(label, str) and label for _, label in labels)
+        and all(one[0] < other[0] for one, other in pairwise(labels))
+        and all(isinstance(label, str) and label.strip() for _, label in labels)
     )
 
 

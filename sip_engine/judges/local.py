@@ -31,7 +31,7 @@ from sip_engine.types import (
 )
 
 _REMEMBERED = 1 << 14
-_TOO_LONG = Failure("the prompt is longer than the judge's context")
+_TOO_LONG = Failure("the prompt is longer than the judge's context; judge.local.max_prefix_chars cuts it")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class LocalModel:
             SamplerConfig(max_sequences=cfg.max_sequences, kv_memory_mb=cfg.kv_memory_mb)
         )
 
-    def encode(self, prompt: str) -> np.ndarray | None:
-        """Bos and the prompt's tokens, int32; None if the model's context cannot hold them and a reply."""
+    def encode(self, prompt: str, room: int = 0) -> np.ndarray | None:
+        """Bos and the prompt's tokens, int32; None if the context cannot hold them and `room` tokens of a reply."""
         ids = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(prompt)]).astype(np.int32)
-        return ids if len(ids) + self.cfg.max_new_tokens <= self.policy.max_context else None
+        return ids if len(ids) + room <= self.policy.max_context else None
 
     def reply(self, prompts: Sequence[np.ndarray], seed: int) -> list[tuple[str | None, int]]:
         """Text of each reply (None where it did not end by itself) and its number of tokens.
@@ -153,7 +153,7 @@ class LocalJudge:
         text = f"{prompt.system}\n\n{prompt.user}\n\n" if prompt.system else prompt.user
         if self._cfg.method != "generate" and prompt.format == "verdict_line":
             text += prompt.verdict_start
-        ids = self._model.encode(text)
+        ids = self._model.encode(text, self._cfg.max_new_tokens if self._cfg.method == "generate" else 0)
         if ids is None:
             return None
         group = (
@@ -217,7 +217,9 @@ class LocalRewriter:
 
     def rewrite(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[str | Failure]:
         """One text or failure a request, in order; every process that holds the model asks the same."""
-        prompts = [self._model.encode(rewrite_prompt(request)) for request in requests]
+        prompts = [
+            self._model.encode(rewrite_prompt(one), self._model.cfg.max_new_tokens) for one in requests
+        ]
         replies = iter(self._model.reply([ids for ids in prompts if ids is not None], seed))
         texts: list[str | Failure] = []
         for ids in prompts:

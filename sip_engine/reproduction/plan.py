@@ -14,6 +14,7 @@ from sip_engine.shorten import check_scale, shortened
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
+_DATA = ("judge_data", "rollout_data", "notes_data", "rewrite_data")
 _COUNTS = ("pairs", "safety", "factuality", "held_out", "num", "mix_num")
 
 
@@ -85,6 +86,13 @@ class Stage(Section):
     """Make texts with a note on each sentence instead of training."""
     rewrite_data: RewriteDataConfig | None = None
     """Make prompts for a rewriter instead of training."""
+
+    @model_validator(mode="after")
+    def _makes_one_thing(self) -> Stage:
+        kinds = [kind for kind in _DATA if getattr(self, kind) is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"{self.name} makes one thing, not {' and '.join(kinds)}: leave out all but one")
+        return self
 
     @property
     def data(self) -> JudgeDataConfig | RolloutDataConfig | NotesDataConfig | RewriteDataConfig | None:
@@ -170,8 +178,14 @@ class Plan(Section):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"{what}: {sorted(twice)[0]!r} is named twice; give each its own name")
+        own = sorted({"out", "seed"} & self.everywhere.keys())
+        if own:
+            raise ValueError(f"everywhere: {own[0]!r} is each job's own; leave it out")
         known: set[str] = set()
         for stage in self.stages:
+            mix = getattr(stage.data, "mix", None)
+            if mix and mix not in stage.needs:
+                raise ValueError(f"stages.{stage.name} mixes in {mix!r}: name it among the needs, too")
             missing = sorted(set(stage.needs) - known)
             if missing:
                 raise ValueError(
@@ -203,14 +217,26 @@ def load_plan(path: Path) -> Plan:
     Raises:
         ConfigError: the file, or one that it extends, is missing, is not TOML, or does not hold a plan.
     """
+    values = _read_extended(path, ())
     try:
-        return Plan.model_validate(_read_extended(path, ()))
+        return Plan.model_validate(values)
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}"
-            for f in error.errors()
+            f"{_place(fault['loc'], values)}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
         )
         raise ConfigError(f"{path}: {faults}") from None
+
+
+def _place(loc: Sequence[int | str], values: dict[str, Any]) -> str:
+    """Where a fault is; stages, rows and tables by their names."""
+    parts = list(loc)
+    if len(parts) > 1 and isinstance(parts[1], int):
+        entry = values[parts[0]][parts[1]] if isinstance(parts[0], str) else None
+        parts[1] = (
+            entry["name"] if isinstance(entry, dict) and isinstance(entry.get("name"), str) else parts[1]
+        )
+    return ".".join(map(str, parts))
 
 
 def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
@@ -220,7 +246,7 @@ def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    if not isinstance(base, str):
+    if not isinstance(base, str) or not base:
         raise ConfigError(
             f"{path}: extends: must be the name of another plan, beside this one if it is relative"
         )
@@ -272,7 +298,7 @@ def scaled(plan: Plan, scale: float) -> Plan:
     stages = []
     for stage in plan.stages:
         update: dict[str, Any] = {}
-        for name in ("judge_data", "rollout_data", "notes_data", "rewrite_data"):
+        for name in _DATA:
             if (data := getattr(stage, name)) is not None:
                 counts = {k: min(v, max(40, round(v * scale))) for k, v in data if k in _COUNTS and v}
                 update[name] = data.model_copy(update=counts)
@@ -285,7 +311,12 @@ def stage_recipe(plan: Plan, stage: Stage, beside: Path) -> dict[str, Any]:
     """All that decides what a stage makes, wherever it is made; JSON values."""
     data = stage.data
     settings = stage_config(plan, stage, beside, plan.root).model_dump(mode="json")
-    return {"settings": settings, "data": None if data is None else data.model_dump(mode="json")}
+    kind = next((name for name in _DATA if getattr(stage, name) is not None), "model")
+    return {
+        "settings": settings,
+        "makes": kind,
+        "data": None if data is None else data.model_dump(mode="json"),
+    }
 
 
 def row_recipe(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
@@ -304,7 +335,8 @@ def stage_config(plan: Plan, stage: Stage, beside: Path, out: Path) -> RunConfig
     path = beside / stage.config
     settings = merge_settings(merge_settings(read_toml(path), stage.set), plan.everywhere)
     values = shortened(_moved(settings, plan.root, out), plan.scale, _LEAST)
-    return parse_config({**values, "out": str(out / stage.name)}, str(path))
+    source = f"{path} (stage {stage.name})" if stage.set or plan.everywhere else str(path)
+    return parse_config({**values, "out": str(out / stage.name)}, source)
 
 
 def row_config(plan: Plan, row: Row, seed: int, out: Path) -> RunConfig:
