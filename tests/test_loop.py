@@ -143,6 +143,19 @@ def test_drift_beyond_its_limit_stops_the_run(mesh: Mesh, tmp_path: Path) -> Non
         train(run_config(tmp_path, max_drift=1e-12), mesh)
 
 
+def test_a_judge_that_fails_stops_the_run_and_says_why(
+    mesh: Mesh, single: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Its context does not hold the longer prompts; and it is a policy."""
+    local = {"checkpoint": str(single / "run")}
+    judge = {"backend": "local", "local": local, "max_failure_rate": 0.0}
+    with pytest.raises(
+        ThresholdError, match=r"above judge.max_failure_rate=0.0 \(quality: the prompt is longer"
+    ):
+        train(run_config(tmp_path, judge=judge), mesh)
+    assert 'was trained with task = "policy", not as a judge' in capfd.readouterr().err
+
+
 OBJECTIVES = [
     ("rf_nll", {}),
     ("next_token", {}),
