@@ -57,8 +57,8 @@ class StagesJudge:
         """
         groups: dict[Hashable, list[int]] = {}
         for number, question in enumerate(questions):
-            prefix = getattr(question, "prefix", None)
-            groups.setdefault(number if prefix is None else (type(question), prefix), []).append(number)
+            key = (type(question), question.prefix) if question.prefix else number
+            groups.setdefault(key, []).append(number)
         sizes = [_group_size([questions[number] for number in group]) for group in groups.values()]
         shares = share_out(list(groups.values()), sizes, self._mesh.pp.size)
         return on_stages(
@@ -119,7 +119,7 @@ def on_stages(mesh: Mesh, shares: Sequence[list[int]], ask: Callable[[list[int]]
 def _group_size(group: Sequence[Question]) -> int:
     """Characters of questions on one prefix, which counts once."""
     texts = [[text for name, text in vars(question).items() if name != "prefix"] for question in group]
-    return len(getattr(group[0], "prefix", "")) + sum(len(text) for each in texts for text in each)
+    return len(group[0].prefix) + sum(len(text) for each in texts for text in each)
 
 
 def on_leader(mesh: Mesh, ask: Callable[[], T]) -> T:

@@ -179,7 +179,7 @@ def break_down(folder: Path) -> None:
     whole = [SafetyQuestion("a longer one"), PairQuestion("p", "a", "b")]
     with pytest.raises(NonFiniteError, match="found on rank 1"):
         judge.judge([whole[0], SafetyQuestion(" broken")])
-    assert [s.value for s in cast(list[Score], judge.judge(whole))] == [1.0, 3.0]
+    assert [s.value for s in cast(list[Score], judge.judge(whole))] == [2.0, 3.0]
     with pytest.raises(NonFiniteError, match="found on rank 0"):
         rewriter.rewrite([RewriteRequest("", " a"), RewriteRequest("", " broken")])
     assert rewriter.rewrite([RewriteRequest("", " a"), RewriteRequest("", " longer")]) == [" A", " LONGER"]
