@@ -188,12 +188,12 @@ class Run:
             ThresholdError: on every process alike, naming the figure, its limit and the setting.
         """
         limits = (
-            ("judge/failure_rate", self.cfg.judge.max_failure_rate, "judge.max_failure_rate"),
-            ("drift/mean", self.cfg.max_drift, "max_drift"),
+            ("judge/failure_rate", self.cfg.judge.max_failure_rate, "judge.max_failure_rate", self._failure),
+            ("drift/mean", self.cfg.max_drift, "max_drift", ""),
         )
-        for name, limit, setting in limits:
+        for name, limit, setting, cause in limits:
             if metrics.get(name, 0.0) > limit:
-                reason = f" ({self._failure})" if self._failure and name == "judge/failure_rate" else ""
+                reason = f" ({cause})" if cause else ""
                 raise ThresholdError(
                     f"step {self.step}: {name} is {metrics[name]:.4g}, above {setting}={limit}{reason}; "
                     "the newest checkpoint, if there is one, is from before; find the cause or raise the limit"

@@ -95,6 +95,11 @@ class Stage(Section):
         return self
 
     @property
+    def makes(self) -> str:
+        """The kind of data it makes, or "model"."""
+        return next((kind for kind in _DATA if getattr(self, kind) is not None), "model")
+
+    @property
     def data(self) -> JudgeDataConfig | RolloutDataConfig | NotesDataConfig | RewriteDataConfig | None:
         """What it makes instead of training."""
         return self.judge_data or self.rollout_data or self.notes_data or self.rewrite_data
@@ -311,10 +316,9 @@ def stage_recipe(plan: Plan, stage: Stage, beside: Path) -> dict[str, Any]:
     """All that decides what a stage makes, wherever it is made; JSON values."""
     data = stage.data
     settings = stage_config(plan, stage, beside, plan.root).model_dump(mode="json")
-    kind = next((name for name in _DATA if getattr(stage, name) is not None), "model")
     return {
         "settings": settings,
-        "makes": kind,
+        "makes": stage.makes,
         "data": None if data is None else data.model_dump(mode="json"),
     }
 
