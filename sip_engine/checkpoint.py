@@ -33,6 +33,8 @@ from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 
 FORMAT = 1
+MANIFEST = "manifest.json"
+"""File of a checkpoint that names the content of all others, written last."""
 _EXTRA_STATE = "_extra_state"
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -148,7 +150,7 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return path
     for folder in (path / "checkpoints", path):
         newest = latest_checkpoint(folder)
@@ -241,12 +243,12 @@ def _raw_state(path: Path) -> dict[str, Any]:
 def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
-    write_json(folder / "manifest.json", entries)
+    write_json(folder / MANIFEST, entries)
 
 
 def _verify(path: Path) -> None:
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise CheckpointError(
             f"{path}: not a checkpoint (no readable manifest.json); give a step_* folder"
@@ -256,7 +258,7 @@ def _verify(path: Path) -> None:
         {"state.json", "tokenizer.model"} <= entries.keys() and any(n.startswith("sharded/") for n in entries)
     ):
         raise CheckpointError(
-            f"{path}/manifest.json: does not list a checkpoint's files; copy the checkpoint anew"
+            f"{path}/{MANIFEST}: does not list a checkpoint's files; copy the checkpoint anew"
         )
     for name, entry in entries.items():
         file, stated = path / name, entry if isinstance(entry, dict) else {}
@@ -268,7 +270,7 @@ def _verify(path: Path) -> None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if (p / "manifest.json").is_file())
+    return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).is_file())
 
 
 class _quiet_megatron:

@@ -24,7 +24,9 @@ from test_loop import metrics, run_config
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.config import parse_config
 from sip_engine.corpus import open_corpus
+from sip_engine.errors import DataError
 from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
+from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.evaluation.results import comparison_table
 from sip_engine.generate import load_policy
 from sip_engine.judges.heuristic import HeuristicJudge
@@ -188,6 +190,46 @@ def test_a_policy_against_itself_wins_half(runs: Path, tmp_path: Path) -> None:
         assert (figure["value"], figure["low"], figure["high"]) == (0.5, 0.5, 0.5)
     for gains in (found["gains"]["held_out"], found["gains"]["held_out_difference"]):
         assert all(gain["value"] == gain["low"] == gain["high"] == 0 for gain in gains.values())
+
+
+def test_a_kept_baseline_is_asked_once(
+    runs: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same results with it as without; other weights or other questions are another baseline."""
+    loaded: list[Path] = []
+    load = FrozenPolicy.load
+
+    def counted(path: Path, mesh: Mesh) -> Any:
+        loaded.append(path)
+        return load(path, mesh)
+
+    monkeypatch.setattr(FrozenPolicy, "load", counted)
+    kept, asked_again = tmp_path / "kept", []
+    for name, change in (
+        ("first", {}),
+        ("again", {}),
+        ("fewer", {"eval": {"num_prefixes": 5}}),
+        ("other judge", {"judge": {"backend": "world"}}),
+        ("other weights", {"baseline": runs / "better" / "run"}),
+    ):
+        settings, _ = recorded_settings(runs / "better" / "run")
+        baseline = change.pop("baseline", runs / "base" / "run")
+        out = tmp_path / name
+        before = len(loaded)
+        evaluate_checkpoint(
+            runs / "better" / "run", out, {**settings, **change}, baseline=baseline, kept=kept
+        )
+        asked_again.append(len(loaded) - before)
+        if not change and baseline == runs / "base" / "run":
+            for file in ("eval.json", "continuations.jsonl"):
+                assert (out / file).read_bytes() == (results / file).read_bytes()
+    assert asked_again == [2, 1, 2, 2, 2] and len(list(kept.iterdir())) == 4
+
+    for file in kept.iterdir():
+        file.write_text('{"figures": {}}')
+    with pytest.raises(DataError, match="not a kept evaluation"):
+        evaluated(runs, tmp_path / "damaged", kept=kept)
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_command_with_sets_prints_a_table(sip: Sip, runs: Path) -> None:  # noqa: F811

@@ -16,6 +16,7 @@ from sip_engine.evaluate import Evaluation, Measure, ask, evaluate, interleave
 from sip_engine.evaluation.answers import SetAnswers, answer_set
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.evaluation.harness import check_harness, run_tasks
+from sip_engine.evaluation.kept import kept_evaluation
 from sip_engine.evaluation.results import comparison_table, to_json
 from sip_engine.evaluation.sets import EvalSet, load_set
 from sip_engine.files import check_writable, write_json, write_jsonl
@@ -66,6 +67,7 @@ def evaluate_checkpoint(
     limit: int | None = None,
     max_new_tokens: int | None = None,
     tensor_parallel: int = 1,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint (and a baseline) into `out`; returns what eval.json holds.
 
@@ -73,10 +75,13 @@ def evaluate_checkpoint(
         settings: a run's settings, of which documents, judge, sampler and evaluation are read; `source` names them.
         sets: NAME=PATH each, see `evaluation.sets`. limit: items of each set and lm-eval task.
         max_new_tokens: length of answers to sets; None is the length of a suffix.
+        kept: folder of baselines' evaluations (`evaluation.kept`): one that is there is not made again. For
+            held-out prefixes only, not with sets or tasks.
 
     Raises:
         CheckpointError, ConfigError, DataError, RequestError: bad input, in one line; no results are written then.
     """
+    assert kept is None or not (sets or tasks), "only answers to held-out prefixes are kept"
     check_writable(out, folder=True)
     path = resolve_checkpoint(checkpoint)
     rival = resolve_checkpoint(baseline) if baseline else None
@@ -94,7 +99,7 @@ def evaluate_checkpoint(
     corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(path))
     judge, measure = open_judge(cfg, corpus, mesh), open_measure(cfg)
     asked = Questions(cfg, corpus.held_out, judge, measure, loaded, tasks, task_path, limit, length)
-    base = _ask(rival, asked, mesh, None) if rival is not None else None
+    base = _ask_baseline(rival, asked, mesh, kept) if rival is not None else None
     ours = _ask(path, asked, mesh, base)
     safe = _safe_prefixes(judge, corpus.held_out, mesh)
     results = to_json(ours, base, judge.name, safe, knows_coherence=measure is not None)
@@ -181,6 +186,20 @@ def _ask(checkpoint: Path, asked: Questions, mesh: Mesh, base: PolicyResults | N
     if asked.tasks:
         tasks = run_tasks(policy, sampler, asked.tasks, limit=asked.limit, task_path=asked.task_path)
     return PolicyResults(checkpoint, state.step, held_out, sets, tasks)
+
+
+def _ask_baseline(checkpoint: Path, asked: Questions, mesh: Mesh, kept: Path | None) -> PolicyResults:
+    if kept is None:
+        return _ask(checkpoint, asked, mesh, None)
+    held_out = kept_evaluation(
+        kept,
+        checkpoint,
+        asked.cfg,
+        asked.samples,
+        mesh,
+        lambda: _ask(checkpoint, asked, mesh, None).held_out,
+    )
+    return PolicyResults(checkpoint, read_state(checkpoint).step, held_out)
 
 
 def _safe_prefixes(judge: Judge, samples: Sequence[Sample], mesh: Mesh) -> list[bool | None]:

@@ -37,7 +37,7 @@ from sip_engine.reproduction.plan import (
 from sip_engine.rollout_data import make_rollout_data
 from sip_engine.train import train
 
-STAGE_RESULT, RESULT = "stage.json", "result.json"
+STAGE_RESULT, RESULT, BASELINES = "stage.json", "result.json", "baselines"
 _JUDGED = ("calls_per_prefix", "tokens_per_prefix", "failure_rate")
 _HELD_OUT = (
     "win_rate",
@@ -112,6 +112,7 @@ def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
         truth_config(plan, cfg, out),
         source=f"row {row.name}",
         baseline=out / plan.baseline,
+        kept=out / BASELINES,
     )
     result = {
         "recipe": row_recipe(plan, row, seed),
