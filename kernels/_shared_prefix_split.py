@@ -1,8 +1,9 @@
 """Shared-prefix attention on a CPU by torch's flash attention, in three unmasked parts that are joined.
 
-The definition pads a row's prefix and all its suffixes into one square mask, most of which is empty when a row has
-many suffixes. Here the prefix attends to itself (causal), all suffixes of a row together to the prefix, and each
-suffix to itself (causal). The two parts of a suffix are joined by log-sum-exp,
+The definition pads all rows to the longest, and a row's prefix and suffixes into one square mask, most of which is
+empty when there are many. Here a row with one suffix is one causal part. Else the prefix attends to itself (causal),
+all suffixes of a row together to the prefix, and each suffix to itself (causal). The two parts of a suffix are joined
+by log-sum-exp,
 
     lse = log(exp(lse_1) + exp(lse_2)),   out = sum_i exp(lse_i - lse) out_i,
 
@@ -57,6 +58,9 @@ def _build(layout: RowLayout) -> Iterator[Part]:
         starts = [start for start, *_ in run]
         first, count, total = starts[0], len(starts), sum(suffixes)
         stride = prefix + total
+        if len(suffixes) <= 1:  # a suffix alone goes on from its prefix as if it were part of it
+            yield Part(first, count, stride, (0, stride), (0, stride), True)
+            continue
         if prefix:
             yield Part(first, count, stride, (0, prefix), (0, prefix), True)
         if count == 1 and total and len(set(suffixes)) == 1:

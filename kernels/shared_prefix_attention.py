@@ -78,10 +78,9 @@ def shared_prefix_attention(
         q_THD, k_TGD, v_TGD: of one dtype and device. "triton" copies q unless it is contiguous; k and v
             may be views with a last stride of 1.
         layout: its tables are built when first needed and serve every later call.
-        impl: "reference", in any floating dtype; "split", likewise, on a CPU, without masked blocks; "triton", in
-            16 or 32 bits and head dims up to 128, with deterministic gradients; "flash", flash-attn 2.7 or 2.8
-            where it is installed, in 16 bits. By default "triton" on CUDA; elsewhere "split" where rows have
-            several suffixes, else "reference".
+        impl: "reference", in any floating dtype; "split", likewise, on a CPU, without padding and masked blocks;
+            "triton", in 16 or 32 bits and head dims up to 128, with deterministic gradients; "flash", flash-attn
+            2.7 or 2.8 where it is installed, in 16 bits. By default "triton" on CUDA, "split" elsewhere.
 
     Raises:
         ValueError: the stream's length is not the layout's, the heads do not divide, or `impl` is unknown or
@@ -98,5 +97,5 @@ def shared_prefix_attention(
     if not q_THD.dtype == k_TGD.dtype == v_TGD.dtype:
         raise ValueError(f"q is {q_THD.dtype}, k {k_TGD.dtype} and v {v_TGD.dtype}: give them one dtype")
     if impl is None and not q_THD.is_cuda:
-        impl = "reference" if layout.is_causal else "split"
+        impl = "split"
     return IMPLS[resolve_impl(impl, q_THD, tuple(IMPLS))](q_THD, k_TGD, v_TGD, layout, scale)

@@ -15,11 +15,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from sip_engine.config import ModelConfig
@@ -67,7 +71,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "sharded").mkdir(parents=True)
     mesh.barrier()
-    with megatron_device(), _quiet_megatron():
+    with megatron_device(), _quiet_megatron(), _results_in_process():
         dist_checkpointing.save(_sharded(policy, reference, loading=False), str(temporary / "sharded"))
     mesh.barrier()
     if mesh.is_main:
@@ -271,6 +275,20 @@ def _verify(path: Path) -> None:
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).is_file())
+
+
+@contextmanager
+def _results_in_process() -> Iterator[None]:
+    """Megatron passes on what it wrote through a process of its own, which a save that waits does not need.
+
+    Starting that process takes seconds, since it imports torch and the program's main module.
+    """
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
 
 
 class _quiet_megatron:
