@@ -50,13 +50,14 @@ from benchmarks.injection_counts import (
 from benchmarks.record import RESULTS, at_least, header, write_csv
 from sip_engine.backends import open_judge
 from sip_engine.checkpoint import checkpoint_tokenizer, resolve_checkpoint
-from sip_engine.config import JudgeConfig, RunConfig, merge_settings, parse_config, read_toml
+from sip_engine.config import JudgeConfig, RunConfig
 from sip_engine.corpus import Corpus, open_corpus, open_world
 from sip_engine.corruptors import RuleCorruptor, WorldCorruptor
 from sip_engine.errors import ConfigError, SipError
 from sip_engine.judges.injections import INJECTIONS
 from sip_engine.makers import cut_text
 from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.settings import merge_settings, parse_config, read_toml
 from sip_engine.types import Failure, Judge, RewriteRequest
 
 RULES = ("world", "heuristic")

@@ -195,8 +195,8 @@ def eval_(
 
     Every setting can be overridden: `--eval.num_prefixes 500`. `sip settings` lists them.
     """
-    from sip_engine.config import merge_settings, read_toml
     from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
+    from sip_engine.settings import merge_settings, read_toml
 
     settings, source = (read_toml(config), str(config)) if config else recorded_settings(checkpoint)
     evaluate_checkpoint(
@@ -384,7 +384,7 @@ def report(
 @app.command()
 def settings() -> None:
     """List every setting of a config with its type, default and meaning."""
-    from sip_engine.config import describe_settings
+    from sip_engine.settings import describe_settings
 
     typer.echo(describe_settings())
 
@@ -400,7 +400,7 @@ def _parse_seed(text: str) -> int:
 
 def _read_config(config: Path, context: typer.Context) -> RunConfig:
     """A config file with the command line's overrides."""
-    from sip_engine.config import merge_settings, parse_config, read_toml
+    from sip_engine.settings import merge_settings, parse_config, read_toml
 
     return parse_config(merge_settings(read_toml(config), _parse_overrides(context.args)), str(config))
 

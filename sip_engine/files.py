@@ -1,14 +1,15 @@
-"""Writing that leaves nothing half-written: temporary file, fsync, rename."""
+"""Writing that leaves nothing half-written (temporary file, fsync, rename), and folders with one writer."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sip_engine.errors import DataError
 
@@ -27,6 +28,33 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if (above != path.absolute() and not above.is_dir()) or not os.access(above, os.W_OK):
         raise DataError(f"{path}: cannot be written, {above} is not a writable folder; choose another path")
+
+
+def lock_folder(folder: Path) -> IO[str] | None:
+    """Make a folder ours alone (`.lock` in it); None where another process holds it.
+
+    It stays ours until the file is closed, here and in every process that inherits it. A file system without locks
+    lets everyone in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError:
+        pass
+    return lock
+
+
+def release_folder(folder: Path, lock: IO[str]) -> None:
+    """Let go of what `lock_folder` gave; a folder in which nothing came to be is removed."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
+    lock.close()
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from sip_engine.backends import open_judge, open_rewriter
 from sip_engine.checkpoint import checkpoint_tokenizer, resolve_checkpoint
-from sip_engine.config import RunConfig, merge_settings, parse_config
+from sip_engine.config import RunConfig
 from sip_engine.corpus import Corpus, open_corpus, open_world
 from sip_engine.corruptors import Corruptor, CountingCorruptor, RuleCorruptor, WorldCorruptor
 from sip_engine.corruptors_server import ServerCorruptor
@@ -17,6 +17,7 @@ from sip_engine.files import check_writable, write_jsonl
 from sip_engine.makers import Record, judge_records, rewrite_records
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.progress import console
+from sip_engine.settings import merge_settings, parse_config
 from sip_engine.types import Sample
 
 _SPARE, _FEWEST = 4, 1000

@@ -8,13 +8,14 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from sip_engine.config import RunConfig, parse_config, read_toml
+from sip_engine.config import RunConfig
 from sip_engine.errors import ConfigError
 from sip_engine.files import write_json
 from sip_engine.mesh import start_mesh
 from sip_engine.progress import console
 from sip_engine.records import METRICS, read_records
 from sip_engine.report import write_report
+from sip_engine.settings import parse_config, read_toml
 from sip_engine.shorten import check_scale, shortened
 from sip_engine.train import train
 

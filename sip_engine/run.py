@@ -25,7 +25,7 @@ from sip_engine.corpus import Corpus, open_corpus
 from sip_engine.errors import ConfigError, ThresholdError
 from sip_engine.evaluate import Evaluation, Measure, evaluate
 from sip_engine.evaluate_task import evaluate_task
-from sip_engine.files import check_writable, write_json, write_jsonl
+from sip_engine.files import check_writable, lock_folder, release_folder, write_json, write_jsonl
 from sip_engine.graders import Grader, RewriteGrader, VerdictGrader
 from sip_engine.judging import Verdict
 from sip_engine.mesh import Mesh
@@ -39,6 +39,7 @@ from sip_engine.progress import console
 from sip_engine.records import Records, read_records
 from sip_engine.sampler.requests import Completion, Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
+from sip_engine.settings import changed_settings
 from sip_engine.types import Candidate, Judge, Rewriter, Sample
 
 BASELINE = "baseline.jsonl"
@@ -202,7 +203,7 @@ class Run:
 
 @contextmanager
 def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
-    """Build all parts of a run and restore its newest checkpoint, if it has one.
+    """Build all parts of a run and restore its newest checkpoint, if it has one; its folder is ours meanwhile.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything of the run is written.
@@ -212,6 +213,15 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
             f"batch_size={cfg.batch_size} is below the {mesh.dp.size} data-parallel processes; raise it"
         )
     check_writable(cfg.out, folder=True)
+    with _sole_writer(cfg.out, mesh):
+        run = _build(cfg, mesh)
+        try:
+            yield run
+        finally:
+            run.records.close()
+
+
+def _build(cfg: RunConfig, mesh: Mesh) -> Run:
     opened, spent = time.monotonic(), 0.0
     init = resolve_checkpoint(cfg.init) if cfg.init else None
     resume = mesh.broadcast(latest_checkpoint(cfg.out / "checkpoints"))
@@ -266,22 +276,22 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
             f"[bold]{cfg.out}[/]: {found}; {corpus.description}",
             soft_wrap=True,
         )
+    return run
+
+
+@contextmanager
+def _sole_writer(folder: Path, mesh: Mesh) -> Iterator[None]:
+    """Hold a run's folder on the main process; all raise ConfigError where another run is at work in it."""
+    lock = lock_folder(folder) if mesh.is_main else None
+    if mesh.broadcast(lock is None):
+        raise ConfigError(
+            f"{folder}: another run is at work there; wait for it, stop it, or choose another --out"
+        )
     try:
-        yield run
+        yield
     finally:
-        records.close()
-
-
-def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
-    """`name old -> new` of every setting that differs; nothing when there is no `before`."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [name for name in now if name in before]
-        return [
-            c
-            for name in names
-            for c in changed_settings(before[name], now[name], f"{path}.{name}".lstrip("."))
-        ]
-    return [] if (before is None and not path) or before == now else [f"{path} {before} -> {now}"]
+        if lock is not None:
+            release_folder(folder, lock)
 
 
 def _grader(cfg: RunConfig, judge: Judge | None) -> Grader | None:

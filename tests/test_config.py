@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from sip_engine.config import RunConfig, describe_settings, load_config, parse_config
+from sip_engine.config import RunConfig
 from sip_engine.errors import ConfigError
+from sip_engine.settings import describe_settings, load_config, parse_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -22,7 +22,6 @@ from test_eval_sets import MC, QA, RTP
 from test_loop import metrics, run_config
 
 from sip_engine.checkpoint import resolve_checkpoint
-from sip_engine.config import parse_config
 from sip_engine.corpus import open_corpus
 from sip_engine.errors import DataError
 from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
@@ -31,6 +30,7 @@ from sip_engine.evaluation.results import comparison_table
 from sip_engine.generate import load_policy
 from sip_engine.judges.heuristic import HeuristicJudge
 from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.settings import parse_config
 from sip_engine.train import train
 from sip_engine.types import FactualityQuestion, PairQuestion, SafetyQuestion, Score
 from sip_engine.world import World, WorldJudge, measure
@@ -205,22 +205,19 @@ def test_a_kept_baseline_is_asked_once(
 
     monkeypatch.setattr(FrozenPolicy, "load", counted)
     kept, asked_again = tmp_path / "kept", []
-    for name, change in (
-        ("first", {}),
-        ("again", {}),
-        ("fewer", {"eval": {"num_prefixes": 5}}),
-        ("other judge", {"judge": {"backend": "world"}}),
-        ("other weights", {"baseline": runs / "better" / "run"}),
+    base, better = runs / "base" / "run", runs / "better" / "run"
+    for name, change, baseline in (
+        ("first", {}, base),
+        ("again", {}, base),
+        ("fewer", {"eval": {"num_prefixes": 5}}, base),
+        ("other judge", {"judge": {"backend": "world"}}, base),
+        ("other weights", {}, better),
     ):
-        settings, _ = recorded_settings(runs / "better" / "run")
-        baseline = change.pop("baseline", runs / "base" / "run")
-        out = tmp_path / name
-        before = len(loaded)
-        evaluate_checkpoint(
-            runs / "better" / "run", out, {**settings, **change}, baseline=baseline, kept=kept
-        )
+        settings, _ = recorded_settings(better)
+        out, before = tmp_path / name, len(loaded)
+        evaluate_checkpoint(better, out, {**settings, **change}, baseline=baseline, kept=kept)
         asked_again.append(len(loaded) - before)
-        if not change and baseline == runs / "base" / "run":
+        if name in ("first", "again"):
             for file in ("eval.json", "continuations.jsonl"):
                 assert (out / file).read_bytes() == (results / file).read_bytes()
     assert asked_again == [2, 1, 2, 2, 2] and len(list(kept.iterdir())) == 4

@@ -16,7 +16,7 @@ from llama import llama_logprobs, llama_of
 from ranks import run_ranks
 from test_loop import metrics
 
-from sip_engine.config import JudgeVotes, ObjectiveConfig, RunConfig, parse_config
+from sip_engine.config import JudgeVotes, ObjectiveConfig, RunConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import DataError
 from sip_engine.graders import RewriteGrader, VerdictGrader, word_overlap
@@ -26,6 +26,7 @@ from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 from sip_engine.records import read_records
 from sip_engine.sampler.requests import Completion
+from sip_engine.settings import parse_config
 from sip_engine.train import train
 from sip_engine.types import Failure, PairQuestion, SafetyQuestion, Sample, Score
 from sip_engine.update import rows_of_generations, update

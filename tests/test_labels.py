@@ -14,12 +14,13 @@ from llama import llama_of
 from ranks import run_ranks
 from test_loop import metrics
 
-from sip_engine.config import RunConfig, parse_config
+from sip_engine.config import RunConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import DataError
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.policy.packing import Row, pack_rows
 from sip_engine.policy.policy import Policy, score
+from sip_engine.settings import parse_config
 from sip_engine.train import train
 from sip_engine.types import Labels, Sample
 from sip_engine.update import rows_of_samples, update

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from sip_engine.config import RunConfig, parse_config
-from sip_engine.errors import CheckpointError, ThresholdError
+from sip_engine.config import RunConfig
+from sip_engine.errors import CheckpointError, ConfigError, ThresholdError
+from sip_engine.files import lock_folder, release_folder
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.records import read_records
+from sip_engine.settings import parse_config
 from sip_engine.train import train
 
 STEPS = 4
@@ -97,6 +99,21 @@ def test_the_same_run_again_records_the_same(mesh: Mesh, single: Path, tmp_path:
     train(run_config(tmp_path), mesh)
     assert metrics(tmp_path) == metrics(single)
     assert pools(tmp_path) == pools(single)
+
+
+def test_a_folder_has_one_writer(mesh: Mesh, tmp_path: Path) -> None:
+    """A second run is refused while the first is at work, and leaves nothing of its own."""
+    cfg = run_config(tmp_path, steps=1, checkpoint={"every": 0}, eval={"generate": False, "num_prefixes": 2})
+    lock = lock_folder(cfg.out)
+    assert lock is not None
+    with pytest.raises(ConfigError, match="another run is at work there"):
+        train(cfg, mesh)
+    assert [p.name for p in cfg.out.iterdir()] == [".lock"]
+    release_folder(cfg.out, lock)
+    assert not cfg.out.exists()
+
+    train(cfg, mesh)
+    assert lock_folder(cfg.out) is not None, "a run that has ended holds nothing"
 
 
 @pytest.mark.parametrize("stop_at", [2, 3])

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sip_engine.config import parse_config
 from sip_engine.corpus import Corpus, open_corpus
 from sip_engine.corruptors import RuleCorruptor, WorldCorruptor
 from sip_engine.data.prompts import read_prompts
@@ -20,6 +19,7 @@ from sip_engine.judges.compact import compact_prompt
 from sip_engine.make_data import make_judge_data, make_rewrite_data, write_records
 from sip_engine.makers import LABEL_VOTES, judge_records, records_of_labels, rewrite_records
 from sip_engine.mesh import Mesh
+from sip_engine.settings import parse_config
 from sip_engine.types import (
     FactualityQuestion,
     Failure,

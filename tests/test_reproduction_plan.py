@@ -18,7 +18,7 @@ from sip_engine.reproduction.plan import (
     stage_recipe,
     truth_config,
 )
-from sip_engine.run import changed_settings
+from sip_engine.settings import changed_settings
 from sip_engine.world import World, write_documents
 
 PLAN = Path(__file__).parents[1] / "configs" / "world" / "reproduction.toml"

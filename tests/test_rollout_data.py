@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sip_engine.backends import open_judge
-from sip_engine.config import RunConfig, parse_config
+from sip_engine.config import RunConfig
 from sip_engine.corpus import Corpus, open_corpus
 from sip_engine.data.prompts import read_prompts
 from sip_engine.errors import ConfigError, DataError
@@ -23,6 +23,7 @@ from sip_engine.mesh import Mesh
 from sip_engine.notes_data import make_notes
 from sip_engine.rollout_data import make_rollout_data, read_mix, rollout_records
 from sip_engine.sampler.requests import Request, SamplingParams
+from sip_engine.settings import parse_config
 from sip_engine.train import train
 from sip_engine.types import Failure, Judgment, PairQuestion, SafetyQuestion, Sample, Score
 from sip_engine.world import World, measure

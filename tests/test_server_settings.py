@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from sip_engine.config import RunConfig, parse_config
+from sip_engine.config import RunConfig
 from sip_engine.errors import ConfigError
+from sip_engine.settings import parse_config
 
 SERVER = {"url": "http://127.0.0.1:1/v1", "model": "m"}
 

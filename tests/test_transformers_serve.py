@@ -16,7 +16,7 @@ import pytest
 from conftest import SMALL_MODEL
 
 from sip_engine.checkpoint import resolve_checkpoint
-from sip_engine.config import JudgeServerConfig, LocalModelConfig, parse_config
+from sip_engine.config import JudgeServerConfig, LocalModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.huggingface.exporting import export_model
@@ -24,6 +24,7 @@ from sip_engine.judges.compact import compact_prompt
 from sip_engine.judges.local import LocalJudge, LocalModel
 from sip_engine.judges.server import ServerJudge
 from sip_engine.mesh import Mesh
+from sip_engine.settings import parse_config
 from sip_engine.train import train
 from sip_engine.types import PairQuestion, Question, SafetyQuestion, Score
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sip_engine.backends import open_judge, open_measure
 from sip_engine.checkpoint import checkpoint_tokenizer, read_state, resolve_checkpoint
-from sip_engine.config import RunConfig, parse_config
+from sip_engine.config import RunConfig
 from sip_engine.corpus import open_corpus
 from sip_engine.errors import CheckpointError, ConfigError
 from sip_engine.evaluate import Evaluation, Measure, ask, evaluate, interleave
@@ -23,6 +23,7 @@ from sip_engine.files import check_writable, write_json, write_jsonl
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.progress import console
 from sip_engine.sampler.requests import SamplingParams, check_params
+from sip_engine.settings import parse_config
 from sip_engine.types import Failure, Judge, SafetyQuestion, Sample
 
 RESULTS, CONTINUATIONS = "eval.json", "continuations.jsonl"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from typing import IO, Any
 import torch
 
 from sip_engine.errors import ConfigError, DataError, SipError
-from sip_engine.files import check_writable, read_json
+from sip_engine.files import check_writable, lock_folder, read_json
 from sip_engine.progress import console, steps
 from sip_engine.report.load import CONFIG
 from sip_engine.reproduction.page import write_page
@@ -34,7 +33,7 @@ from sip_engine.reproduction.plan import (
     stages_of,
 )
 from sip_engine.reproduction.worker import RESULT, STAGE_RESULT, fingerprints
-from sip_engine.run import changed_settings
+from sip_engine.settings import changed_settings
 
 LOG, PAGE = "log.txt", "reproduction.html"
 _PATHS = ("out", "init", "path", "eval_path", "cache", "tokenizer", "checkpoint")
@@ -159,14 +158,12 @@ def _alone(out: Path) -> Iterator[int]:
     Gives the lock's file descriptor. A process that inherits it keeps the folder locked, so that jobs that outlive
     this process (SIGKILL) are not started twice.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{out}: another `sip reproduce`, or a job that it left, is at work there; wait for it, or stop it"
-            ) from None
+    lock = lock_folder(out)
+    if lock is None:
+        raise ConfigError(
+            f"{out}: another `sip reproduce`, or a job that it left, is at work there; wait for it, or stop it"
+        )
+    with lock:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield lock.fileno()

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from sip_engine.config import Positive, RunConfig, Section, Seed, merge_settings, parse_config, read_toml
+from sip_engine.config import Positive, RunConfig, Section, Seed
 from sip_engine.errors import ConfigError
+from sip_engine.settings import merge_settings, parse_config, read_toml
 from sip_engine.shorten import check_scale, shortened
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
