@@ -21,9 +21,11 @@ from test_cli import Sip, fails, read_jsonl, sip, write_jsonl, write_texts  # no
 from test_eval_sets import MC, QA, RTP
 from test_loop import metrics, run_config
 
+from sip_engine.backends import open_judge
 from sip_engine.checkpoint import resolve_checkpoint
 from sip_engine.corpus import open_corpus
 from sip_engine.errors import DataError
+from sip_engine.evaluation import command
 from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.evaluation.results import comparison_table
@@ -32,7 +34,7 @@ from sip_engine.judges.heuristic import HeuristicJudge
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.settings import parse_config
 from sip_engine.train import train
-from sip_engine.types import FactualityQuestion, PairQuestion, SafetyQuestion, Score
+from sip_engine.types import FactualityQuestion, Failure, PairQuestion, SafetyQuestion, Score
 from sip_engine.world import World, WorldJudge, measure
 
 
@@ -190,6 +192,35 @@ def test_a_policy_against_itself_wins_half(runs: Path, tmp_path: Path) -> None:
         assert (figure["value"], figure["low"], figure["high"]) == (0.5, 0.5, 0.5)
     for gains in (found["gains"]["held_out"], found["gains"]["held_out_difference"]):
         assert all(gain["value"] == gain["low"] == gain["high"] == 0 for gain in gains.values())
+
+
+def test_failures_of_the_judge_are_told_with_their_reason(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sleepy:
+        """Answers nothing about factuality, and stumbles over one pair."""
+
+        def __init__(self, *arguments: Any) -> None:
+            self._judge = open_judge(*arguments)
+            self.name = self._judge.name
+
+        def judge(self, questions: Any, *, seed: int = 0) -> Any:
+            answers = self._judge.judge(questions, seed=seed)
+            pair = next((n for n, q in enumerate(questions) if isinstance(q, PairQuestion)), None)
+            for number, question in enumerate(questions):
+                if isinstance(question, FactualityQuestion):
+                    answers[number] = Failure("asleep")
+                elif number == pair:
+                    answers[number] = Failure("tripped")
+            return answers
+
+    monkeypatch.setattr(command, "open_judge", Sleepy)
+    found = evaluated(runs, tmp_path, baseline=None)
+    # 12 prefixes: two orders of a pair, safety, factuality; and each prefix' own safety.
+    line = "The heuristic judge failed at 13 of 60 answers, which count for nothing; 12 of them: asleep"
+    assert line in found["notes"]
+    monkeypatch.undo()
+    assert not any("failed" in note for note in evaluated(runs, tmp_path, baseline=None)["notes"])
 
 
 def test_a_kept_baseline_is_asked_once(

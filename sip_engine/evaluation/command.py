@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.progress import console
 from sip_engine.sampler.requests import SamplingParams, check_params
 from sip_engine.settings import parse_config
-from sip_engine.types import Failure, Judge, SafetyQuestion, Sample
+from sip_engine.types import Failure, Judge, Judgment, Question, SafetyQuestion, Sample
 
 RESULTS, CONTINUATIONS = "eval.json", "continuations.jsonl"
 
@@ -53,6 +54,32 @@ class PolicyResults:
     held_out: Evaluation
     sets: list[SetAnswers] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class CountedJudge:
+    """Passes questions on to a judge, and counts why it failed."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.name, self._judge = judge.name, judge
+        self.asked, self.failures = 0, Counter[str]()
+
+    def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
+        answers = self._judge.judge(questions, seed=seed)
+        self.asked += len(answers)
+        self.failures.update(answer.reason for answer in answers if isinstance(answer, Failure))
+        return answers
+
+    def notes(self, mesh: Mesh) -> list[str]:
+        """A line on the failures of all replicas, if there were any."""
+        parts = mesh.gather_replicas((self.asked, self.failures))
+        failures = sum((found for _, found in parts), Counter[str]())
+        if not failures:
+            return []
+        (reason, times), asked = failures.most_common(1)[0], sum(n for n, _ in parts)
+        share = f"{failures.total()} of {asked} answers"
+        return [
+            f"The {self.name} judge failed at {share}, which count for nothing; {times} of them: {reason}"
+        ]
 
 
 def evaluate_checkpoint(
@@ -98,12 +125,13 @@ def evaluate_checkpoint(
     if tasks:
         check_harness(mesh)
     corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(path))
-    judge, measure = open_judge(cfg, corpus, mesh), open_measure(cfg)
+    judge, measure = CountedJudge(open_judge(cfg, corpus, mesh)), open_measure(cfg)
     asked = Questions(cfg, corpus.held_out, judge, measure, loaded, tasks, task_path, limit, length)
     base = _ask_baseline(rival, asked, mesh, kept) if rival is not None else None
     ours = _ask(path, asked, mesh, base)
     safe = _safe_prefixes(judge, corpus.held_out, mesh)
     results = to_json(ours, base, judge.name, safe, knows_coherence=measure is not None)
+    results["notes"] += judge.notes(mesh)
     if mesh.is_main:
         write_jsonl(out / CONTINUATIONS, _rows(asked, ours, base))
         write_json(out / RESULTS, results)

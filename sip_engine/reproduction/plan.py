@@ -341,7 +341,7 @@ def stage_config(plan: Plan, stage: Stage, beside: Path, out: Path) -> RunConfig
     settings = merge_settings(merge_settings(read_toml(path), stage.set), plan.everywhere)
     values = shortened(_moved(settings, plan.root, out), plan.scale, _LEAST)
     source = f"{path} (stage {stage.name})" if stage.set or plan.everywhere else str(path)
-    return parse_config({**values, "out": str(out / stage.name)}, source)
+    return parse_config({**values, "out": str(out / stage.name)}, source + _everywhere(plan))
 
 
 def row_config(plan: Plan, row: Row, seed: int, out: Path) -> RunConfig:
@@ -349,7 +349,14 @@ def row_config(plan: Plan, row: Row, seed: int, out: Path) -> RunConfig:
     common = _without(plan.common, row.unset)
     settings = merge_settings(merge_settings(common, row.set), plan.everywhere)
     values = shortened(_moved(settings, plan.root, out), plan.scale, _LEAST)
-    return parse_config({**values, "seed": seed, "out": str(run_folder(out, row, seed))}, f"row {row.name}")
+    return parse_config(
+        {**values, "seed": seed, "out": str(run_folder(out, row, seed))},
+        f"row {row.name}" + _everywhere(plan),
+    )
+
+
+def _everywhere(plan: Plan) -> str:
+    return ", with the plan's `everywhere`" if plan.everywhere else ""
 
 
 def truth_config(plan: Plan, cfg: RunConfig, out: Path) -> dict[str, Any]:
