@@ -8,7 +8,8 @@ by log-sum-exp,
     lse = log(exp(lse_1) + exp(lse_2)),   out = sum_i exp(lse_i - lse) out_i,
 
 and the backward pass of each part is fed the joint out and lse, so that it finds its share of the joint gradients.
-Nothing is padded or copied: consecutive rows of one shape are views of the stream.
+Nothing is padded: consecutive rows of one shape are views of the stream. Only keys and values of grouped heads are
+copied.
 """
 
 from __future__ import annotations

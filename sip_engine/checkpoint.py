@@ -51,7 +51,7 @@ class CheckpointState:
     model: ModelConfig
     vocab_size: int
     run: dict[str, Any]
-    """Everything else a run needs to go on: data position, settings, evaluation baseline."""
+    """Everything else a run needs to go on: data position, settings, seconds spent."""
 
 
 def save_checkpoint(

@@ -383,7 +383,7 @@ def report(
 
 @app.command()
 def settings() -> None:
-    """List every setting of a config with its type, default and meaning."""
+    """List every setting of a config with its default and meaning."""
     from sip_engine.settings import describe_settings
 
     typer.echo(describe_settings())

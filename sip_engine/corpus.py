@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -107,9 +108,12 @@ def _open_prompts(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Co
 
     def read(path: Path) -> list[Sample]:
         assert tokenizer is not None
-        return read_prompts(
+        samples = read_prompts(
             path, tokenizer, max_prompt_tokens=data.max_prefix_tokens, max_answer_tokens=data.suffix_tokens
         )
+        if cfg.task == "rewriter":
+            _check_rewrites(samples, path)
+        return samples
 
     samples, held_out = read(data.path), read(data.eval_path)
     labelled = next((s for s in samples if s.labels is not None), None)
@@ -121,6 +125,16 @@ def _open_prompts(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Co
     stream = PromptStream(samples, data.path, cfg.seed)
     held = PromptStream(held_out, data.eval_path, 0).samples_at(0, min(cfg.eval.num_prefixes, len(held_out)))
     return Corpus(tokenizer, stream, held, data.path, None, len(samples))
+
+
+def _check_rewrites(samples: Sequence[Sample], path: Path) -> None:
+    wanted = {"prefix": str, "suffix": str, "safe": bool}
+    for s in samples:
+        if s.labels is None and not all(isinstance(s.facts.get(name), kind) for name, kind in wanted.items()):
+            raise DataError(
+                f'{path}:{s.document + 1}: task="rewriter" needs the texts "prefix" and "suffix" and "safe" (true or '
+                "false) with each prompt, as `sip data rewrites` writes them"
+            )
 
 
 def _document_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path | None]:

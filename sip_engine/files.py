@@ -34,18 +34,25 @@ def lock_folder(folder: Path) -> IO[str] | None:
     """Make a folder ours alone (`.lock` in it); None where another process holds it.
 
     It stays ours until the file is closed, here and in every process that inherits it. A file system without locks
-    lets everyone in.
+    lets everyone in. Raises DataError where the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError:
-        pass
-    return lock
+    path = folder / ".lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        except OSError:
+            return lock
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            return lock
+        lock.close()  # it was released, and removed, between opening and locking it
 
 
 def release_folder(folder: Path, lock: IO[str]) -> None:

@@ -21,7 +21,7 @@ from sip_engine.settings import merge_settings, parse_config
 from sip_engine.types import Sample
 
 _SPARE, _FEWEST = 4, 1000
-"""Samples looked at for each record wanted, and at least: not all can be corrupted, and labels are balanced."""
+"""Samples looked at for each label wanted, and at least: labels are balanced. Pairs have none to spare."""
 
 
 def make_judge_data(
@@ -64,9 +64,8 @@ def make_judge_data(
 
     samples = _training_samples(corpus, max(num_pairs, _SPARE * num_safety, _SPARE * num_factuality))
     train = records(samples, num_pairs, num_safety, num_factuality, cfg.seed)
-    held_out = records(
-        corpus.held_out, num_eval // 2, num_eval, num_eval * (num_factuality > 0), cfg.seed + 1
-    )
+    held = (num_eval // 2, num_eval * (num_safety > 0), num_eval * (num_factuality > 0))
+    held_out = records(corpus.held_out, *held, cfg.seed + 1)
     if summary := worse.summary():
         console.print(summary, soft_wrap=True, markup=False)
     write_records(out, train, held_out, wanted=2 * num_pairs + num_safety + num_factuality)
@@ -136,7 +135,10 @@ def write_records(out: Path, train: list[Record], held_out: list[Record], *, wan
             "more, or give more documents (safe and unsafe ones)"
         )
     if len(train) < wanted:
-        console.print(f"the documents give {len(train):,} of the {wanted:,} prompts asked for")
+        console.print(
+            f"{len(train):,} of the {wanted:,} prompts asked for: the documents hold no more, a suffix could not be "
+            "corrupted, or votes on a label parted"
+        )
     files = {"train": train, "eval": held_out}
     for name in files:
         check_writable(out / f"{name}.jsonl")

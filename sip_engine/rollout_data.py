@@ -73,7 +73,8 @@ def make_rollout_data(
     number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality))
     samples = corpus.stream.samples_at(0, number)
     made = records(samples, num_pairs, num_safety, num_factuality) + mixed_train
-    held_out = records(corpus.held_out, num_eval // 2, num_eval, num_eval) + mixed_eval
+    held = (num_eval // 2, num_eval * (num_safety > 0), num_eval * (num_factuality > 0))
+    held_out = records(corpus.held_out, *held) + mixed_eval
     wanted = 2 * num_pairs + num_safety + num_factuality + len(mixed_train)
     write_records(out, shuffled(made, cfg.seed), held_out, wanted=wanted)
 

@@ -43,7 +43,6 @@ from sip_engine.settings import changed_settings
 from sip_engine.types import Candidate, Judge, Rewriter, Sample
 
 BASELINE = "baseline.jsonl"
-_JUDGE_DOCUMENTS = 2000
 
 
 @dataclass
@@ -263,7 +262,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         step,
     )
     run._opened, run._spent = opened, spent
-    run.baseline = _read_baseline(cfg.out, mesh) if step else None
+    run.baseline = _read_baseline(cfg.out, corpus.held_out, mesh) if step else None
     if mesh.is_main:
         settings = cfg.model_dump(mode="json")
         write_json(cfg.out / "config.json", settings)
@@ -314,11 +313,18 @@ def _write_evaluation(folder: Path, step: int, result: Evaluation, samples: Sequ
         write_jsonl(folder / BASELINE, rows)
 
 
-def _read_baseline(folder: Path, mesh: Mesh) -> list[str] | None:
+def _read_baseline(folder: Path, samples: Sequence[Sample], mesh: Mesh) -> list[str] | None:
+    """The first evaluation's continuations of the same held-out samples; ConfigError if they are of others."""
     rows: list[dict[str, Any]] | None = None
     if mesh.is_main:
         rows = list(read_records(folder / BASELINE))
     rows = mesh.broadcast(rows)
+    prefixes = [s.prefix for s in samples if s.labels is None]
+    if rows and [row["prefix"] for row in rows] != prefixes:
+        raise ConfigError(
+            f"{folder}: its first evaluation was of {len(rows)} other held-out prefixes than these {len(prefixes)}; "
+            "leave eval.num_prefixes and the documents as they were, or choose another --out"
+        )
     return [row["continuation"] for row in rows] if rows else None
 
 

@@ -87,7 +87,7 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
 
 
 def describe_settings() -> str:
-    """Every setting as `section.name  type  default` with its meaning on the next line."""
+    """Every setting as `section.name = default` with its meaning on the next line."""
     lines: list[str] = []
 
     def walk(section: type[Section], prefix: str) -> None:

@@ -194,6 +194,13 @@ def test_a_policy_against_itself_wins_half(runs: Path, tmp_path: Path) -> None:
         assert all(gain["value"] == gain["low"] == gain["high"] == 0 for gain in gains.values())
 
 
+class FailingJudge:
+    name = "failing"
+
+    def judge(self, questions: Any, *, seed: int = 0) -> Any:
+        return [Failure("asleep") for _ in questions]
+
+
 def test_failures_of_the_judge_are_told_with_their_reason(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +259,18 @@ def test_a_kept_baseline_is_asked_once(
             for file in ("eval.json", "continuations.jsonl"):
                 assert (out / file).read_bytes() == (results / file).read_bytes()
     assert asked_again == [2, 1, 2, 2, 2] and len(list(kept.iterdir())) == 4
+
+    monkeypatch.setattr(command, "open_judge", lambda *_: FailingJudge())
+    settings, _ = recorded_settings(better)
+    evaluate_checkpoint(
+        better,
+        tmp_path / "failed",
+        {**settings, "seed": 3, "eval": {"num_prefixes": 4}},
+        baseline=base,
+        kept=kept,
+    )
+    assert len(list(kept.iterdir())) == 4, "what the judge failed at is asked again"
+    monkeypatch.undo()
 
     for file in kept.iterdir():
         file.write_text('{"figures": {}}')

@@ -18,7 +18,8 @@ from test_loop import metrics
 
 from sip_engine.config import JudgeVotes, ObjectiveConfig, RunConfig
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.errors import DataError
+from sip_engine.errors import ConfigError, DataError
+from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
 from sip_engine.graders import RewriteGrader, VerdictGrader, word_overlap
 from sip_engine.grpo import advantages, grpo_losses
 from sip_engine.mesh import Mesh, start_mesh
@@ -326,6 +327,31 @@ def test_bad_prompts_are_named(mesh: Mesh, tmp_path: Path, line: str, message: s
     with pytest.raises(DataError, match=message):
         train(task_config(tmp_path), mesh)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rewriter_needs_the_suffix_and_whether_it_is_safe(mesh: Mesh, tmp_path: Path) -> None:
+    write_task(tmp_path)
+    path = tmp_path / "train.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    facts = {"prefix": "a", "suffix": "b", "safe": True}
+    path.write_text("".join(json.dumps(r | facts | {"safe": n != 3}) + "\n" for n, r in enumerate(records)))
+    with pytest.raises(
+        DataError, match=r'eval.jsonl:1: task="rewriter" needs the texts "prefix" and "suffix"'
+    ):
+        train(task_config(tmp_path, task="rewriter", judge={"backend": "heuristic"}), mesh)
+    path.write_text(path.read_text().replace('"safe": false', '"safe": "no"'))
+    with pytest.raises(DataError, match=r"train.jsonl:4: .* as `sip data rewrites` writes them"):
+        train(task_config(tmp_path, task="rewriter", judge={"backend": "heuristic"}), mesh)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_is_not_evaluated_on_documents(mesh: Mesh, tmp_path: Path) -> None:
+    write_task(tmp_path)
+    cfg = task_config(tmp_path, steps=1, objective={"kind": "next_token", "loss_on": "suffix"})
+    train(cfg, mesh)
+    with pytest.raises(ConfigError, match='task = "judge" has prompts for documents'):
+        evaluate_checkpoint(cfg.out, tmp_path / "out", *recorded_settings(cfg.out)[:1])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,16 @@ def test_a_folder_has_one_writer(mesh: Mesh, tmp_path: Path) -> None:
     assert lock_folder(cfg.out) is not None, "a run that has ended holds nothing"
 
 
+def test_held_out_prefixes_are_those_of_the_first_evaluation(mesh: Mesh, tmp_path: Path) -> None:
+    """Evaluations compare with its continuations, prefix by prefix."""
+    train(run_config(tmp_path, steps=2), mesh)
+    cfg = run_config(tmp_path, eval={"every": 2, "num_prefixes": 5})
+    with pytest.raises(
+        ConfigError, match="its first evaluation was of 6 other held-out prefixes than these 5"
+    ):
+        train(cfg, mesh)
+
+
 @pytest.mark.parametrize("stop_at", [2, 3])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     mesh: Mesh, single: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,8 @@ import pytest
 
 from sip_engine.errors import ConfigError, DataError
 from sip_engine.reproduction.command import Job, RowsFailedError, _alone, _Processes, reproduce
+from sip_engine.reproduction.plan import load_plan
+from sip_engine.reproduction.worker import run_row
 
 RUN = """
 steps = 2
@@ -140,11 +142,36 @@ def test_what_was_begun_otherwise_or_made_from_another_base_is_refused(folder: P
     (run / "kept.json").rename(run / "result.json")
     stage = out / "base" / "stage.json"
     stage.write_text(stage.read_text().replace('"elapsed": ', '"elapsed": 1'))
-    with pytest.raises(ConfigError, match=r"seed_1 was made from another \(base\): remove it"):
-        reproduce(folder / "plan.toml", out)
-    (run / "result.json").write_text("{}")
-    with pytest.raises(DataError, match=r"not a result of `sip reproduce`"):
+    with pytest.raises(ConfigError, match="seed_1 was made from another base: remove it"):
         reproduce(folder / "plan.toml", out, rows=["dpo"], seeds=[1])
+    (run / "result.json").rename(run / "kept.json")
+    with pytest.raises(ConfigError, match="seed_1 was begun from another base: remove it"):
+        reproduce(folder / "plan.toml", out, rows=["dpo"], seeds=[1])
+    plan = load_plan(folder / "plan.toml")
+    with pytest.raises(
+        ConfigError, match="begun from another base"
+    ):  # where the base is made anew by the same call
+        run_row(plan, next(row for row in plan.rows if row.name == "dpo"), 1, out)
+    (run / "kept.json").rename(run / "result.json")
+    shutil.rmtree(out / "base")
+    with pytest.raises(ConfigError, match="seed_1 was made from base, which is gone: remove it"):
+        reproduce(folder / "plan.toml", out, rows=["dpo"], seeds=[1])
+    assert not (out / "base").exists()
+    (run / "result.json").write_text("{}")
+    with pytest.raises(DataError, match="holds no record of `sip reproduce`"):
+        reproduce(folder / "plan.toml", out, rows=["dpo"], seeds=[1])
+
+
+@pytest.mark.slow
+def test_the_page_shows_no_results_of_other_settings(folder: Path, tmp_path: Path) -> None:
+    """Only the chosen rows are made anew; those that the plan has changed meanwhile are told and left out."""
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    other = folder / "other.toml"
+    other.write_text((folder / "plan.toml").read_text().replace("rollouts = 2", "rollouts = 3"))
+    text = reproduce(other, out, rows=["next_token"]).read_text()
+    assert "seed 1 not shown, since it was made with other settings" in text
+    assert "seed 2 not shown, since it was made with other settings" in text
 
 
 @pytest.mark.slow
@@ -167,7 +194,7 @@ def test_a_job_that_outlives_the_command_keeps_the_folder(
     program.write_text(f"#!/bin/sh\nread line < {pipe}\n")
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
-    job = Job("a job", (), tmp_path / "job", tmp_path / "job" / "result.json", {}, {})
+    job = Job("a job", (), tmp_path / "job", tmp_path / "job" / "result.json", {})
     with _alone(tmp_path) as lock:
         thread = threading.Thread(target=_Processes(1, lock).run, args=(job,))
         thread.start()

@@ -142,6 +142,9 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
     records = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
     kinds = Counter(record["kind"] for record in records)
     assert kinds["quality"] == 5 and 0 < kinds["rollouts"] <= 12
+    held_out = [json.loads(line) for line in (tmp_path / "data" / "eval.jsonl").read_text().splitlines()]
+    mixed_kinds = {json.loads(line)["kind"] for line in (mixed / "eval.jsonl").read_text().splitlines()}
+    assert {record["kind"] for record in held_out} == {"rollouts", *mixed_kinds}, "only what was asked for"
     policy = load_policy(tmp_path / "base")
     corpus = _corpus_of_the_judge(cfg, policy, mesh)
     texts = _rollouts_of_the_first_prefix(policy, cfg, corpus)

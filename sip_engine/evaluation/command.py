@@ -164,7 +164,13 @@ def _settings_for(path: Path, settings: dict[str, Any], source: str, tensor_para
     tokens = parallel.get("micro_batch_tokens") if isinstance(parallel, dict) else None
     laid_out = {"tensor": tensor_parallel} | ({"micro_batch_tokens": tokens} if tokens else {})
     model = read_state(path).model.without_fp8().model_dump()
-    return parse_config({**settings, "model": model, "parallel": laid_out, "init": None}, source)
+    cfg = parse_config({**settings, "model": model, "parallel": laid_out, "init": None}, source)
+    if cfg.task != "policy":
+        raise ConfigError(
+            f'{source}: task = "{cfg.task}" has prompts for documents; give --config TOML with documents, or see the '
+            "evaluations in its metrics.jsonl"
+        )
+    return cfg
 
 
 def _check_same_tokenizer(path: Path, rival: Path) -> None:

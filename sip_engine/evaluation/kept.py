@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from sip_engine.files import read_json, sha256_of, write_json
 from sip_engine.mesh import Mesh
 from sip_engine.types import Sample
 
-_DECIDING = ("seed", "world", "judge", "sampler", "parallel")
-"""Sections of the settings that decide the answers to given samples; the others are about training."""
+_DECIDING = ("data", "world", "judge", "sampler", "parallel")
+"""Sections of the settings that decide the answers to given samples (the heuristic judge learns from documents)."""
 
 
 def kept_evaluation(
@@ -33,9 +34,9 @@ def kept_evaluation(
 ) -> Evaluation:
     """The evaluation of a checkpoint that `folder` holds; where it holds none, `ask` makes it and it is kept.
 
-    A file is named by a digest of the checkpoint, of a local judge's, of the samples and of all settings that
-    decide the answers, so that none is read for other weights or other questions. All processes of the mesh call
-    this together.
+    A file is named by a digest of this package's version, of the checkpoint, of a local judge's, of the samples and
+    of all settings that decide the answers, so that none is read for other weights or other questions. What the
+    judge failed at is not kept. All processes of the mesh call this together.
 
     Raises:
         DataError: a file there is none of ours, or cannot be written.
@@ -43,6 +44,7 @@ def kept_evaluation(
     settings = cfg.model_dump(mode="json")
     judge = cfg.judge.local.checkpoint if cfg.judge.backend == "local" else None
     decides = {
+        "version": version("sip-engine"),
         "settings": {name: settings[name] for name in _DECIDING},
         "checkpoints": [sha256_of(resolve_checkpoint(p) / MANIFEST) for p in (checkpoint, judge) if p],
         "samples": [(s.prefix_ids.tolist(), s.suffix_ids.tolist()) for s in samples],
@@ -52,7 +54,7 @@ def kept_evaluation(
     found = mesh.broadcast(_from_json(path) if mesh.is_main and path.is_file() else None)
     if found is None:
         found = ask()
-        if mesh.is_main:
+        if mesh.is_main and not found.figures["judge_failure_rate"]:
             write_json(path, _to_json(found))
     return found
 

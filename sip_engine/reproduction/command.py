@@ -16,10 +16,10 @@ from typing import IO, Any
 
 import torch
 
-from sip_engine.errors import ConfigError, DataError, SipError
-from sip_engine.files import check_writable, lock_folder, read_json
+from sip_engine.errors import ConfigError, SipError
+from sip_engine.files import check_writable, lock_folder
 from sip_engine.progress import console, steps
-from sip_engine.report.load import CONFIG
+from sip_engine.reproduction.made import RESULT, STAGE_RESULT, check_begun, check_done
 from sip_engine.reproduction.page import write_page
 from sip_engine.reproduction.plan import (
     Plan,
@@ -28,16 +28,11 @@ from sip_engine.reproduction.plan import (
     row_recipe,
     run_folder,
     scaled,
-    stage_config,
     stage_recipe,
     stages_of,
 )
-from sip_engine.reproduction.worker import RESULT, STAGE_RESULT, fingerprints
-from sip_engine.settings import changed_settings
 
 LOG, PAGE = "log.txt", "reproduction.html"
-_PATHS = ("out", "init", "path", "eval_path", "cache", "tokenizer", "checkpoint")
-"""Settings that say where things lie, which does not matter to what comes of them."""
 
 
 class RowsFailedError(SipError):
@@ -56,8 +51,6 @@ class Job:
     result: Path
     recipe: dict[str, Any]
     """All that decides what comes of it, except what its needs are made of."""
-    settings: dict[str, Any]
-    """Of its run, as `config.json` in its folder says once it has begun."""
     needs: tuple[Path, ...] = ()
     """Folders of the jobs that must be done before."""
 
@@ -67,31 +60,11 @@ class Job:
         Raises:
             ConfigError: it was made, or begun, with other settings or from another making of what it needs.
         """
-        if not self.result.is_file():
-            self._refuse("begun with other settings", self._changed_since_begun())
-            return False
-        found = read_json(self.result)
-        if not isinstance(found, dict) or not {"recipe", "made_from"} <= found.keys():
-            raise DataError(f"{self.result}: not a result of `sip reproduce`; remove it to make it anew")
-        self._refuse("made with other settings", changed_settings(found["recipe"], self.recipe))
-        there = [folder for folder in self.needs if (folder / STAGE_RESULT).is_file()]
-        now = fingerprints(there)
-        self._refuse(
-            "made from another", [n for n, digest in now.items() if found["made_from"].get(n) != digest]
-        )
-        return True
-
-    def _changed_since_begun(self) -> list[str]:
-        if not (self.folder / CONFIG).is_file():
-            return []
-        changes = changed_settings(read_json(self.folder / CONFIG), self.settings)
-        return [change for change in changes if change.split()[0].split(".")[-1] not in _PATHS]
-
-    def _refuse(self, what: str, changes: Sequence[str]) -> None:
-        if changes:
-            raise ConfigError(
-                f"{self.folder} was {what} ({changes[0]}): remove it to make it anew, or choose another --out"
-            )
+        if self.result.is_file():
+            check_done(self.result, self.recipe, self.needs)
+            return True
+        check_begun(self.folder, self.recipe, self.needs)
+        return False
 
 
 def reproduce(
@@ -185,7 +158,6 @@ def _chosen(plan: Plan, seeds: Sequence[int], rows: Sequence[str]) -> Plan:
 
 def _stage_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job]:
     for stage in plan.stages:
-        cfg = stage_config(plan, stage, path.parent, out)
         folder = out / stage.name
         yield Job(
             f"stage {stage.name}",
@@ -193,7 +165,6 @@ def _stage_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job
             folder,
             folder / STAGE_RESULT,
             stage_recipe(plan, stage, path.parent),
-            cfg.model_dump(mode="json"),
             tuple(out / name for name in stage.needs),
         )
 
@@ -223,7 +194,6 @@ def _row_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job]:
                 folder,
                 folder / RESULT,
                 row_recipe(plan, row, seed),
-                cfg.model_dump(mode="json"),
                 tuple(stages_of(plan, cfg, out)),
             )
 

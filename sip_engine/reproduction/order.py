@@ -60,7 +60,8 @@ class Pair:
     error: float | None
     """Its standard error, seeds of both rows taken as independent; None if a row has one seed only."""
     bar: float | None
-    """What our difference must exceed to be beyond seed noise; None if a row has one seed only."""
+    """What our difference must exceed to be beyond seed noise; None if the seeds tell nothing of it: a row has one
+    only, or all seeds of both rows agree, as a few may by chance."""
 
     @property
     def is_beyond_noise(self) -> bool:
@@ -134,10 +135,17 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
+    recipe: dict[str, Any] = {}
+    """All that decided it, `plan.row_recipe` when it was made."""
     figures: dict[str, float]
     baseline: dict[str, float]
     num_prefixes: int
+    num_safe_prefixes: int | None = None
     cost: Cost
+
+    def num_behind(self, figure: str) -> int:
+        """Prefixes that a figure is of."""
+        return (figure.endswith("_safe") and self.num_safe_prefixes) or self.num_prefixes
 
     def base(self, figure: str) -> float | None:
         """The baseline's figure; it wins half of the comparisons with itself."""
@@ -256,7 +264,7 @@ def _noise(a: Spread, b: Spread, floor: float) -> tuple[float | None, float | No
         return None, None
     error = math.hypot(a.error, b.error)
     if not error:
-        return 0.0, floor
+        return 0.0, None
     # Shares of the variance first: squares of tiny errors would vanish.
     shares = [(side / error) ** 2 for side in (a.error, b.error)]
     freedom = 1 / sum(share**2 / (one.count - 1) for share, one in zip(shares, (a, b), strict=True))
@@ -283,7 +291,7 @@ def table_orders(table: Table, rows: Sequence[RowRuns]) -> dict[str, Order]:
             found = one.spread(figure)
             if one.is_in(table) and found is not None and figure in one.row.paper:
                 ours[one.row.name], paper[one.row.name] = found, one.row.paper[figure]
-                nums += [result.num_prefixes for result in one.results.values()]
+                nums += [result.num_behind(figure) for result in one.results.values()]
         if len(ours) > 1:
             # No difference below one prefix's share means anything.
             orders[figure] = compare_order(ours, paper, floor=100 / max(1, min(nums)))

@@ -31,6 +31,7 @@ from sip_engine.report.load import RECORDS, Curve, RunRecords, load_runs
 from sip_engine.report.plots import PARTS, Key, Panel, Plot, choices
 from sip_engine.report.signatures import CLEAR, SEEN, UNKNOWN, WATCH, all_signatures
 from sip_engine.report.tables import FIGURES
+from sip_engine.reproduction.made import RESULT, STAGE_RESULT
 from sip_engine.reproduction.order import (
     Result,
     RowRuns,
@@ -42,8 +43,8 @@ from sip_engine.reproduction.order import (
     table_bases,
     table_orders,
 )
-from sip_engine.reproduction.plan import Plan, Row, row_config, run_folder
-from sip_engine.reproduction.worker import RESULT, STAGE_RESULT
+from sip_engine.reproduction.plan import Plan, Row, row_config, row_recipe, run_folder
+from sip_engine.settings import changed_settings
 from sip_engine.types import Kind
 
 NAMES = {
@@ -192,13 +193,18 @@ def _minus(text: str) -> str:
 
 
 def _load_row(plan: Plan, row: Row, out: Path, failed: Mapping[str, str]) -> RowRuns:
+    """The results of a row's runs; those made with other settings than the plan's are not among them."""
     results, reasons = {}, {}
     for seed in plan.seeds:
         path = run_folder(out, row, seed) / RESULT
         if path.is_file():
-            results[seed] = _read(Result, path)
+            found = _read(Result, path)
+            if changes := changed_settings(found.recipe, row_recipe(plan, row, seed)):
+                reasons[seed] = f"not shown, since it was made with other settings ({changes[0]})"
+            else:
+                results[seed] = found
         elif (title := f"{row.name}, seed {seed}") in failed:
-            reasons[seed] = failed[title]
+            reasons[seed] = f"failed: {failed[title]}"
     seed = next(iter(plan.seeds), 0)
     return RowRuns(row, row_config(plan, row, seed, out), results, reasons, len(plan.seeds))
 

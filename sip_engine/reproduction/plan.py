@@ -212,10 +212,6 @@ class Plan(Section):
                 raise ValueError(f"targets: there is no row {target.row!r}, which {target.label!r} asks of")
         return self
 
-    def rows_of(self, table: str) -> list[Row]:
-        """The rows shown in a table, in order."""
-        return [row for row in self.rows if table in (row.table, *row.also)]
-
 
 def load_plan(path: Path) -> Plan:
     """Read a plan.

@@ -6,7 +6,6 @@ Started by `reproduction.command` as `python -m sip_engine.reproduction.worker P
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from sip_engine.make_data import make_judge_data, make_rewrite_data
 from sip_engine.mesh import Mesh, start_mesh
 from sip_engine.notes_data import make_notes
 from sip_engine.records import METRICS, read_records
+from sip_engine.reproduction.made import RESULT, STAGE_RESULT, begin
 from sip_engine.reproduction.plan import (
     Plan,
     Row,
@@ -37,7 +37,8 @@ from sip_engine.reproduction.plan import (
 from sip_engine.rollout_data import make_rollout_data
 from sip_engine.train import train
 
-STAGE_RESULT, RESULT, BASELINES = "stage.json", "result.json", "baselines"
+BASELINES = "baselines"
+"""Folder of the baseline's evaluations."""
 _JUDGED = ("calls_per_prefix", "tokens_per_prefix", "failure_rate")
 _HELD_OUT = (
     "win_rate",
@@ -50,20 +51,12 @@ _HELD_OUT = (
 )
 
 
-def fingerprints(stages: Iterable[Path]) -> dict[str, str]:
-    """Name of each stage -> digest of what says that it is complete: another making of it has another one."""
-    return {folder.name: sha256_of(folder / STAGE_RESULT) for folder in stages}
-
-
 def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
     """Train a stage's model or make its data; `stage.json` says that it is complete."""
     cfg = stage_config(plan, stage, beside, out)
     folder = out / stage.name
-    result: dict[str, Any] = {
-        "recipe": stage_recipe(plan, stage, beside),
-        "made_from": fingerprints([out / name for name in stage.needs]),
-        "settings": cfg.model_dump(mode="json"),
-    }
+    result = begin(folder, stage_recipe(plan, stage, beside), [out / name for name in stage.needs])
+    result["settings"] = cfg.model_dump(mode="json")
     if stage.judge_data is not None:
         wanted = stage.judge_data
         make_judge_data(
@@ -98,13 +91,15 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
     else:
         result["cost"] = _train(cfg, start_mesh(seed=cfg.seed))
         result["evaluations"] = [r for r in read_records(cfg.out / METRICS) if "eval/heldout_loss" in r]
+    if stage.data is not None:
+        result["files"] = {path.name: sha256_of(path) for path in sorted(folder.glob("*.jsonl"))}
     write_json(folder / STAGE_RESULT, result)
 
 
 def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
     """Train a row with one seed, measure it by the world's truth against the baseline stage, write `result.json`."""
     cfg = row_config(plan, row, seed, out)
-    made_from = fingerprints(stages_of(plan, cfg, out))
+    made = begin(cfg.out, row_recipe(plan, row, seed), stages_of(plan, cfg, out))
     cost = _train(cfg, start_mesh(seed=cfg.seed))
     found = evaluate_checkpoint(
         cfg.out,
@@ -115,14 +110,14 @@ def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
         kept=out / BASELINES,
     )
     result = {
-        "recipe": row_recipe(plan, row, seed),
-        "made_from": made_from,
+        **made,
         "row": row.name,
         "seed": seed,
         "settings": cfg.model_dump(mode="json"),
         "figures": _figures(found["policy"]),
         "baseline": _figures(found["baseline_policy"]),
         "num_prefixes": found["num_prefixes"],
+        "num_safe_prefixes": found["policy"].get("safe_prefixes", {}).get("win_rate", {}).get("n"),
         "cost": cost,
     }
     write_json(cfg.out / RESULT, result)
