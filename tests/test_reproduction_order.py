@@ -133,7 +133,7 @@ def test_beyond_noise_is_welchs_test_of_the_seeds(a, b):
     (pair,) = compare_order(rows, {"a": 2.0, "b": 1.0}).pairs
     first, second = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
     if first + second == 0:
-        assert pair.is_beyond_noise == (pair.ours != 0)
+        assert pair.bar is None and not pair.is_beyond_noise
         return
     freedom = (first + second) ** 2 / (first**2 / (len(a) - 1) + second**2 / (len(b) - 1))
     t = abs(statistics.fmean(a) - statistics.fmean(b)) / (first + second) ** 0.5
@@ -160,17 +160,22 @@ def test_one_seed_is_undecided_and_one_prefix_says_nothing():
     assert [p.bar for p in order.pairs] == [3.182, None, None]
     assert (order.num_tested, order.by_chance) == (1, 0.05)
     assert len(compare_order({**rows, "a": Spread(3.19, 2.0, 4)}, {"a": 3.0, "b": 2.0}).alike) == 1
-    # Without any deviation there is the floor alone; 100 * 152 / 300 is one prefix of 300 above 151.
+    # With hardly a deviation there is the floor; 100 * 152 / 300 is one prefix of 300 above 151. Seeds that all
+    # agree say nothing: two or three do by chance.
     share = 100 / 300
-    for more, beyond in ((0, 0), (1, 0), (1.5, 1)):
-        means = {"a": Spread(100 * (151 + more) / 300, 0.0, 3), "b": Spread(100 * 151 / 300, 0.0, 3)}
-        assert len(compare_order(means, {"a": 2.0, "b": 1.0}, floor=share).alike) == beyond
+    for more, deviation, beyond in ((0, 1e-9, 0), (1, 1e-9, 0), (1.5, 1e-9, 1), (1.5, 0.0, 0)):
+        means = {
+            "a": Spread(100 * (151 + more) / 300, deviation, 3),
+            "b": Spread(100 * 151 / 300, deviation, 3),
+        }
+        order = compare_order(means, {"a": 2.0, "b": 1.0}, floor=share)
+        assert (len(order.alike), order.num_tested) == (beyond, int(deviation > 0))
 
 
 def test_floor_of_a_table_is_a_share_of_its_fewest_prefixes():
     table = Table(name="main", title="", figures=("win_rate",))
     rows = [
-        a_row(name, [{"win_rate": mean}] * 2, paper={"win_rate": paper})
+        a_row(name, [{"win_rate": mean}, {"win_rate": mean + 1e-9}], paper={"win_rate": paper})
         for name, mean, paper in (("a", 0.75, 3.0), ("b", 0.65, 2.0), ("c", 0.5, 1.0))
     ]
     found = table_orders(table, rows)["win_rate"]
@@ -178,8 +183,23 @@ def test_floor_of_a_table_is_a_share_of_its_fewest_prefixes():
     assert {(p.better, p.worse) for p in found.alike} == {("a", "c"), ("b", "c")}
 
 
+def test_floor_of_figures_of_safe_prefixes_is_one_of_those():
+    table = Table(name="main", title="", figures=("win_rate_safe",))
+    rows = [
+        a_row(name, [{"win_rate_safe": mean}, {"win_rate_safe": mean + 1e-9}], paper={"win_rate_safe": mean})
+        for name, mean in (("a", 0.75), ("b", 0.5))
+    ]
+    (pair,) = table_orders(table, rows)["win_rate_safe"].pairs
+    assert pair.bar == pytest.approx(100 / 9)
+    for one in rows:
+        for seed, result in one.results.items():
+            one.results[seed] = result.model_copy(update={"num_safe_prefixes": 4})
+    (pair,) = table_orders(table, rows)["win_rate_safe"].pairs
+    assert pair.bar == pytest.approx(100 / 4) and not pair.is_beyond_noise
+
+
 def test_pairs_that_the_paper_ties_are_only_counted():
-    ours = {"a": Spread(3.0, 0.0, 2), "b": Spread(2.0, 0.0, 2), "c": Spread(1.0, 0.0, 2)}
+    ours = {"a": Spread(3.0, 1e-3, 2), "b": Spread(2.0, 1e-3, 2), "c": Spread(1.0, 1e-3, 2)}
     order = compare_order(ours, {"a": 5.0, "b": 5.0, "c": 4.0})
     assert (len(order.pairs), order.num_tied, len(order.alike)) == (2, 1, 2)
     assert order.tau == pytest.approx(2 / (3 * 2) ** 0.5)
@@ -204,14 +224,14 @@ def test_orders_of_a_table_take_its_rows_and_all_pairs_count_each_once():
         Table(name="other", title="", figures=figures),
     )
     rows = [
-        a_row("a", [{"win_rate": 0.9}, {"win_rate": 0.9}], paper={"win_rate": 80.0}, also=("other",)),
+        a_row("a", [{"win_rate": 0.9}, {"win_rate": 0.9001}], paper={"win_rate": 80.0}, also=("other",)),
         a_row(
             "b",
-            [{"win_rate": 0.5}, {"win_rate": 0.5}],
+            [{"win_rate": 0.5}, {"win_rate": 0.5001}],
             paper={"win_rate": 60.0, "safety": 1.0},
             table="other",
         ),
-        a_row("c", [{"win_rate": 0.2}, {"win_rate": 0.2}], paper={"win_rate": 70.0}, also=("other",)),
+        a_row("c", [{"win_rate": 0.2}, {"win_rate": 0.2001}], paper={"win_rate": 70.0}, also=("other",)),
         a_row("d", [{"win_rate": 0.3}, {"win_rate": 0.3}]),
         a_row("e", [], paper={"win_rate": 1.0}),
     ]
