@@ -107,7 +107,7 @@ def test_every_row_and_seed_is_measured_against_the_base(folder: Path) -> None:
         assert result["figures"]["win_rate"] == pytest.approx(sum(wins) / len(wins))
     assert found["dpo", 1]["cost"]["judge"]["calls_per_prefix"] == 1 + 2 + 2
     assert found["dpo", 1]["baseline"] == found["next_token", 2]["baseline"]
-    page = (folder / "out" / "reproduction.html").read_text()
+    page = (folder / "out" / "plan.html").read_text()
     assert "two rollouts" in page and "69.9" in page
 
 
@@ -182,7 +182,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_done(folder: Path) -> None:
     with pytest.raises(RowsFailedError, match=r"1 of 3 jobs failed, first lost, seed 1: .*nowhere"):
         reproduce(bad, folder / "out", seeds=[1], jobs=1)
     assert not (folder / "out" / "rows" / "lost" / "seed_1" / "result.json").exists()
-    assert "nowhere" in (folder / "out" / "reproduction.html").read_text()
+    assert "nowhere" in (folder / "out" / "bad.html").read_text()
 
 
 def test_a_job_that_outlives_the_command_keeps_the_folder(

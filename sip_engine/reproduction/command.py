@@ -32,7 +32,7 @@ from sip_engine.reproduction.plan import (
     stages_of,
 )
 
-LOG, PAGE = "log.txt", "reproduction.html"
+LOG = "log.txt"
 
 
 class RowsFailedError(SipError):
@@ -76,7 +76,7 @@ def reproduce(
     jobs: int = 0,
     scale: float = 1.0,
 ) -> Path:
-    """Do what is missing of a plan's stages and rows, and write the page; returns its path.
+    """Do what is missing of a plan's stages and rows, and write the page, named like the plan; returns its path.
 
     Args:
         out: in the place of the plan's. seeds, rows: all of the plan's where empty.
@@ -95,15 +95,15 @@ def reproduce(
     every = [*_needed(list(_stage_jobs(plan, path, out, scale)), runs), *runs]
     shown = plan.model_copy(update={"seeds": tuple(dict.fromkeys((*plan.seeds, *chosen.seeds)))})
     with _alone(out) as lock:
-        return _reproduce(shown, every, out, jobs, lock)
+        return _reproduce(shown, every, out / f"{path.stem}.html", jobs, lock)
 
 
-def _reproduce(plan: Plan, every: list[Job], out: Path, jobs: int, lock: int) -> Path:
+def _reproduce(plan: Plan, every: list[Job], page: Path, jobs: int, lock: int) -> Path:
+    out = page.parent
     done = {job.folder for job in every if job.is_done()}
     left = [job for job in every if job.folder not in done]
     jobs = jobs or (1 if torch.cuda.is_available() else _num_cores())
     console.print(f"{out}: {len(left)} of {len(every)} jobs to do, {jobs} at once", soft_wrap=True)
-    page = out / PAGE
     failed: dict[str, str] = {}
     with steps("reproduce", len(every), done=len(done)) as bar:
         for job, reason in _run(left, done, jobs, lock):
