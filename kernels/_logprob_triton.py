@@ -90,7 +90,7 @@ def local_target(targets_ptr, row, vocab_start, num_columns):
     return tl.where((target >= 0) & (target < num_columns), target, -1).to(tl.int32)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def head_stats_kernel(
     hidden_ptr, weight_ptr, targets_ptr, found_ptr, num_rows, num_columns, hidden_stride, weight_stride,
     vocab_start, ENTROPY: tl.constexpr, HIDDEN_SIZE: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
@@ -144,7 +144,7 @@ def head_stats_kernel(
         tl.store(found + 3 * num_rows, u, mask=is_row)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def dlogits_kernel(
     hidden_ptr, weight_ptr, targets_ptr, lse_ptr, grad_ptr, out_ptr, num_rows, num_columns,
     hidden_stride, weight_stride, out_stride, vocab_start,
@@ -193,7 +193,7 @@ def store_sum(
         tl.store(low_ptr + offsets, (total - high.to(tl.float32)).to(high.dtype), mask=is_out)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def accumulate_kernel(
     a_ptr, b_ptr, out_ptr, low_ptr, num_rows, num_inner, a_stride, b_stride, out_stride,
     TRANSPOSED: tl.constexpr, ADD: tl.constexpr, HIDDEN_SIZE: tl.constexpr,

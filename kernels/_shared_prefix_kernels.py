@@ -102,7 +102,7 @@ def _forward_keys(
     return acc, m, z
 
 
-@jit
+@jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, segment_start_ptr,
     num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, scale,
@@ -159,7 +159,7 @@ def _dq_keys(
     return dq
 
 
-@jit
+@jit(do_not_specialize=["num_tokens"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, lse_ptr, shift_ptr, tiles_ptr, segment_start_ptr,
     num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, scale,
@@ -237,7 +237,7 @@ def _dkv_queries(
     return dk, dv
 
 
-@jit
+@jit(do_not_specialize=["num_tokens"])
 def dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, shift_ptr, tiles_ptr, seen_until_ptr,
     num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, scale,

@@ -17,9 +17,11 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, which takes tensors on the CPU."""
 
 
-def _leave(function: Any) -> Any:
+def _leave(function: Any = None, **_: Any) -> Any:
     """Stand in for `triton.jit`, on kernels that cannot be called."""
-    return function
+    return _leave if function is None else function
 
 
 jit: Any = triton.jit if triton is not None else _leave
+"""With `do_not_specialize=NAMES` for counts that change from step to step: else every kernel would be compiled once
+more when one of them is 1, and when it is a multiple of 16, in the middle of a run."""

@@ -1,8 +1,8 @@
 """Compile every kernel for sm_90 without a GPU and report registers, spills, shared memory and wgmma.
 
 Run `python -m sip_engine.kernels.compile_report [WORD ...]`: all cases, or those whose name has one of the
-words in it. It exits with 1 if a kernel spills registers, or should use wgmma and does not. A kernel file takes
-part by having a function `compile_cases() -> list[CompileCase]`.
+words in it. It exits with 1 if a kernel spills registers, needs more shared memory than a block can have, or
+should use wgmma and does not. A kernel file takes part by having a function `compile_cases() -> list[CompileCase]`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from sip_engine.kernels._triton import HAS_TRITON, INTERPRETED
 
 NUM_COMPUTE_CAPABILITY = 90
 WARP_SIZE = 32
+MAX_SHARED_BYTES = 232_448
+"""Of a thread block at compute capability 9.0 (CUDA C++ Programming Guide, technical specifications: 227 KiB)."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ class CompileResult:
 
     @property
     def ok(self) -> bool:
-        """No spills, and wgmma where it is expected."""
-        return self.spill_bytes == 0 and (self.uses_wgmma or not self.case.expect_wgmma)
+        """No spills, shared memory that a block can have, and wgmma where it is expected."""
+        fits = self.shared_bytes <= MAX_SHARED_BYTES
+        return self.spill_bytes == 0 and fits and (self.uses_wgmma or not self.case.expect_wgmma)
 
 
 def all_cases() -> Iterator[CompileCase]:

@@ -109,7 +109,7 @@ def merge_shards(stacked: ShardSample) -> tuple[Tensor, Tensor]:
     return stacked.token.gather(0, best)[0].where(sum_exp > 0, -1), logprob
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def head_sample_kernel(
     hidden_ptr,
     weight_ptr,
@@ -172,7 +172,7 @@ def head_sample_kernel(
     tl.store(partial + 4 * field, sum_exp, mask=is_row)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def merge_tiles_kernel(
     partial_ptr,
     perturbed_ptr,

@@ -85,6 +85,7 @@ def save_checkpoint(
                 "vocab_size": state.vocab_size,
                 "has_reference": reference is not None,
                 "distributed_optimizer": policy.has_distributed_optimizer,
+                "dtype": _dtype_of(policy),
                 "run": state.run,
             },
         )
@@ -103,7 +104,8 @@ def load_checkpoint(
     """Restore weights, optimizer and reference; returns the state. `path` is one checkpoint's folder.
 
     Raises:
-        CheckpointError: damaged, of another model, or without the reference policy that is asked for.
+        CheckpointError: damaged, of another model, parameters' type or form of optimizer, or without the reference
+            policy that is asked for.
     """
     state = read_state(path)
     _check_model(path, state, model, vocab_size)
@@ -114,6 +116,12 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path}: written with parallel.distributed_optimizer={str(sharded_optimizer).lower()}, whose optimizer "
             "state has another form; resume with the same setting, or start a new run with init"
+        )
+    theirs, ours = _raw_state(path).get("dtype"), _dtype_of(policy)
+    if theirs not in (None, ours):
+        raise CheckpointError(
+            f"{path}: parameters of {theirs}, here they are {ours}, whose optimizer has another form; resume with "
+            "model.precision as it was, or start a new run with init"
         )
     wanted = _sharded(policy, reference, loading=True)
     loaded = _load_sharded(path, wanted)
@@ -235,6 +243,11 @@ def _check_model(path: Path, state: CheckpointState, model: ModelConfig, vocab_s
         raise CheckpointError(
             f"{path}: checkpoint of another model ({', '.join(differing)}); set [model] to the checkpoint's"
         )
+
+
+def _dtype_of(policy: Policy) -> str:
+    """Type of the parameters: "float32", "bfloat16"."""
+    return str(next(policy.model.parameters()).dtype).removeprefix("torch.")
 
 
 def _raw_state(path: Path) -> dict[str, Any]:

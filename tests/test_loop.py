@@ -126,6 +126,19 @@ def test_held_out_prefixes_are_those_of_the_first_evaluation(mesh: Mesh, tmp_pat
         train(cfg, mesh)
 
 
+def test_bf16_parameters_train_resume_and_are_not_mixed_with_others(mesh: Mesh, tmp_path: Path) -> None:
+    """Their optimizer keeps fp32 copies; sampler and trainer round differently, but alike on the whole."""
+    bf16 = {"model": MODEL | {"precision": "bf16"}}
+    train(run_config(tmp_path / "whole", **bf16), mesh)
+    train(run_config(tmp_path, steps=2, **bf16), mesh)
+    with pytest.raises(CheckpointError, match="parameters of bfloat16, here they are float32"):
+        train(run_config(tmp_path, model=MODEL | {"precision": "fp32"}), mesh)
+    train(run_config(tmp_path, **bf16), mesh)
+    ends = [metrics(folder)[-1]["eval/heldout_loss"] for folder in (tmp_path, tmp_path / "whole")]
+    assert ends[0] == pytest.approx(ends[1], abs=5e-3)
+    assert all(row["drift/mean"] < 0.01 for row in metrics(tmp_path) if "drift/mean" in row)
+
+
 @pytest.mark.parametrize("stop_at", [2, 3])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     mesh: Mesh, single: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.cache import KVPages
 from sip_engine.sampler.continuous import decode_continuously
+from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.pages import RollingPages
 from sip_engine.sampler.requests import Completion, Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
@@ -100,6 +101,22 @@ def test_cut_off_tokens_are_never_sampled(
         for row, token in zip(probs, completion.ids.tolist(), strict=True):
             above = row[row > row[token]]
             assert len(above) < limit if limit else above.sum() < 0.3
+
+
+def test_filters_draw_from_logits_that_are_not_rounded_to_16_bits(mesh: Mesh) -> None:
+    """Logits of tens, whose neighbours in bf16 are an eighth apart; the log-prob is of the whole distribution."""
+    small = SMALL_MODEL.model_copy(update={"precision": "bf16"})
+    weights = weight_views(build_model(small, ParallelConfig(), 101, mesh, seed=3), 101, mesh.tp.rank)
+    assert weights.head is not None and weights.head.dtype == torch.bfloat16
+    head = torch.randn(weights.head.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    hidden = 2 * torch.randn(64, head.shape[1], generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    numbers = torch.arange(64)
+    draw = TokenDraw(replace(weights, head=head), mesh.tp)
+    ids, logprobs = draw(hidden, numbers, numbers, SamplingParams(max_new_tokens=1, top_k=20))
+    logits = (hidden.double() @ head.double().T)[:, :101]
+    assert logits.abs().max() > 30
+    expected = logits.log_softmax(dim=1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["dense", "reference"])

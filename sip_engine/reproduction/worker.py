@@ -17,7 +17,7 @@ from sip_engine.cost import EnergyMeter, peak_memory_mb
 from sip_engine.evaluation.command import evaluate_checkpoint
 from sip_engine.files import sha256_of, write_json
 from sip_engine.make_data import make_judge_data, make_rewrite_data
-from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.mesh import Mesh, start_mesh, stop_mesh
 from sip_engine.notes_data import make_notes
 from sip_engine.records import METRICS, read_records
 from sip_engine.reproduction.made import RESULT, STAGE_RESULT, begin
@@ -169,10 +169,13 @@ def main(argv: list[str]) -> None:
     """Run the job that the arguments name."""
     path, out, scale, name, *seed = argv
     plan = scaled(load_plan(Path(path)), float(scale))
-    if seed:
-        run_row(plan, next(row for row in plan.rows if row.name == name), int(seed[0]), Path(out))
-    else:
-        make_stage(plan, next(s for s in plan.stages if s.name == name), Path(path).parent, Path(out))
+    try:
+        if seed:
+            run_row(plan, next(row for row in plan.rows if row.name == name), int(seed[0]), Path(out))
+        else:
+            make_stage(plan, next(s for s in plan.stages if s.name == name), Path(path).parent, Path(out))
+    finally:
+        stop_mesh()  # nccl warns at the end of a process that did not, below the reason of a failure
 
 
 if __name__ == "__main__":

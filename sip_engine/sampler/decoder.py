@@ -33,7 +33,8 @@ class Decoder:
         self.weights, self.tp, self.exact = weights, tp, exact
         positions = torch.arange(weights.max_context, dtype=torch.float32, device=weights.device)
         angles = torch.outer(positions, weights.inv_freq)
-        self._cos, self._sin = angles.cos(), angles.sin()
+        # Rounded as the trainer rounds them, which keeps its tables in the parameters' type.
+        self._cos, self._sin = (table.to(weights.dtype).float() for table in (angles.cos(), angles.sin()))
 
     def forward(self, inputs: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """One pass through this stage's layers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sip_engine.kernels.exact import exact_linear
@@ -28,7 +29,7 @@ class TokenDraw:
     ) -> tuple[Tensor, Tensor]:
         """hidden [B, H], keys and positions [B] int64 -> ids [B] int64, log-probs [B] float32."""
         if params.filters or self.exact:
-            shard = exact_linear(hidden, self.head) if self.exact else hidden @ self.head.T
+            shard = exact_linear(hidden, self.head) if self.exact else _logits(hidden, self.head)
             logits = self.tp.stack(shard).transpose(0, 1).flatten(1)  # [B, vocabulary]
             found = filtered_sample(
                 logits,
@@ -50,3 +51,10 @@ class TokenDraw:
             vocab_size=self.weights.vocab_size,
         )
         return merge_shards(ShardSample.unpack(self.tp.stack(found.pack())))
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """[B, H] and [V, H] -> [B, V] float32: rounded to 16 bits they would be off by up to 1/16 and more."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return hidden.float() @ head.T.float()
