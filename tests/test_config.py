@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 PLANS = {
-    CONFIGS / "world" / f"{name}.toml" for name in ("reproduction", "large")
+    CONFIGS / "world" / f"{name}.toml" for name in ("reproduction", "large", "win_rate")
 }  # see test_reproduction_plan.py
 
 

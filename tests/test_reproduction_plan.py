@@ -24,7 +24,7 @@ from sip_engine.world import World, write_documents
 PLAN = Path(__file__).parents[1] / "configs" / "world" / "reproduction.toml"
 
 
-@pytest.mark.parametrize("name", ["reproduction", "large"])
+@pytest.mark.parametrize("name", ["reproduction", "large", "win_rate"])
 def test_every_stage_and_row_of_a_shipped_plan_is_a_run(tmp_path: Path, name: str) -> None:
     plan = load_plan(PLAN.with_name(f"{name}.toml"))
     for stage in plan.stages:
