@@ -39,8 +39,10 @@ def test_every_stage_and_row_of_a_shipped_plan_is_a_run(tmp_path: Path, name: st
     names = {row.name for row in plan.rows}
     assert {f"quality_{n}" for n in (1, 2, 4, 8, 16)} | {"pivot_8", "tournament_8", "verdicts_8"} <= names
     runs = {row.name: row_config(plan, row, 1, tmp_path) for row in plan.rows}
-    by_truth = {name for name, cfg in runs.items() if cfg.needs_judge and cfg.judge.backend == "world"}
-    assert by_truth == {"truth_8", "truth_16"}  # all others by the judge that is trained here
+    by_truth = {row for row, cfg in runs.items() if cfg.needs_judge and cfg.judge.backend == "world"}
+    tried = {row for row in runs if row.startswith("tried")}
+    assert bool(tried) == (name == "win_rate")
+    assert by_truth == {"truth_8", "truth_16"} | tried  # all others by the judge that is trained here
 
 
 def test_another_kind_of_data_is_another_recipe(tmp_path: Path) -> None:
