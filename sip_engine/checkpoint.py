@@ -109,15 +109,16 @@ def load_checkpoint(
     """
     state = read_state(path)
     _check_model(path, state, model, vocab_size)
-    if reference is not None and not _raw_state(path)["has_reference"]:
+    written = _raw_state(path)
+    if reference is not None and not written["has_reference"]:
         raise CheckpointError(f"{path}: holds no reference policy; start a new run with init={path}")
-    sharded_optimizer = _raw_state(path)["distributed_optimizer"]
+    sharded_optimizer = written["distributed_optimizer"]
     if sharded_optimizer != policy.has_distributed_optimizer:
         raise CheckpointError(
             f"{path}: written with parallel.distributed_optimizer={str(sharded_optimizer).lower()}, whose optimizer "
             "state has another form; resume with the same setting, or start a new run with init"
         )
-    theirs, ours = _raw_state(path).get("dtype"), _dtype_of(policy)
+    theirs, ours = written.get("dtype"), _dtype_of(policy)
     if theirs not in (None, ours):
         raise CheckpointError(
             f"{path}: parameters of {theirs}, here they are {ours}, whose optimizer has another form; resume with "

@@ -64,8 +64,7 @@ def make_judge_data(
 
     samples = _training_samples(corpus, max(num_pairs, _SPARE * num_safety, _SPARE * num_factuality))
     train = records(samples, num_pairs, num_safety, num_factuality, cfg.seed)
-    held = (num_eval // 2, num_eval * (num_safety > 0), num_eval * (num_factuality > 0))
-    held_out = records(corpus.held_out, *held, cfg.seed + 1)
+    held_out = records(corpus.held_out, *held_out_numbers(num_eval, num_safety, num_factuality), cfg.seed + 1)
     if summary := worse.summary():
         console.print(summary, soft_wrap=True, markup=False)
     write_records(out, train, held_out, wanted=2 * num_pairs + num_safety + num_factuality)
@@ -110,6 +109,11 @@ def open_documents(cfg: RunConfig, out: Path, split: str, num_eval: int) -> tupl
     cfg = cfg.model_copy(update={"world": world, "eval": evaluation})
     tokenizer = checkpoint_tokenizer(resolve_checkpoint(cfg.init)) if cfg.init else None
     return mesh, open_corpus(cfg, mesh, tokenizer)
+
+
+def held_out_numbers(num_eval: int, num_safety: int, num_factuality: int) -> tuple[int, int, int]:
+    """Held-out pairs (each a prompt in both orders), safety and factuality prompts; none of a kind not trained on."""
+    return num_eval // 2, num_eval * (num_safety > 0), num_eval * (num_factuality > 0)
 
 
 def _training_samples(corpus: Corpus, wanted: int) -> list[Sample]:

@@ -17,7 +17,7 @@ from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.errors import ConfigError, DataError, RequestError
 from sip_engine.evaluation.frozen import FrozenPolicy
 from sip_engine.judges.compact import compact_prompt
-from sip_engine.make_data import open_documents, write_records
+from sip_engine.make_data import held_out_numbers, open_documents, write_records
 from sip_engine.makers import Record, labels_of, records_of_labels, shuffled
 from sip_engine.progress import steps
 from sip_engine.sampler.requests import Request, SamplingParams
@@ -73,8 +73,8 @@ def make_rollout_data(
     number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality))
     samples = corpus.stream.samples_at(0, number)
     made = records(samples, num_pairs, num_safety, num_factuality) + mixed_train
-    held = (num_eval // 2, num_eval * (num_safety > 0), num_eval * (num_factuality > 0))
-    held_out = records(corpus.held_out, *held) + mixed_eval
+    held_numbers = held_out_numbers(num_eval, num_safety, num_factuality)
+    held_out = records(corpus.held_out, *held_numbers) + mixed_eval
     wanted = 2 * num_pairs + num_safety + num_factuality + len(mixed_train)
     write_records(out, shuffled(made, cfg.seed), held_out, wanted=wanted)
 

@@ -233,8 +233,9 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         state = load_checkpoint(resume, policy, reference, cfg.model, vocab_size)
         corpus.stream.load_state_dict(state.run["stream"])
         step, spent, before = state.step, state.run["elapsed"], state.run["config"]
+        baseline = _read_baseline(cfg.out, corpus.held_out, mesh)
     else:
-        step, before = 0, None
+        step, before, baseline = 0, None, None
         if init:
             load_weights(init, policy.model, cfg.model, vocab_size)
             policy.optimizer.reload_model_params()
@@ -262,7 +263,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         step,
     )
     run._opened, run._spent = opened, spent
-    run.baseline = _read_baseline(cfg.out, corpus.held_out, mesh) if step else None
+    run.baseline = baseline
     if mesh.is_main:
         settings = cfg.model_dump(mode="json")
         write_json(cfg.out / "config.json", settings)

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ValidationError
 from sip_engine.config import CandidateStage, RunConfig, Section, WorldConfig
 from sip_engine.errors import ConfigError
 
+_NESTED: dict[str, type[Section]] = {"candidates": CandidateStage, "world": WorldConfig}
+"""Sections that their field's type does not name at once: one of several, or one that may be missing."""
+
 
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:
     """Validate a mapping as a `RunConfig`.
@@ -81,8 +84,7 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
     for part in path:
         if isinstance(part, int):
             continue
-        nested = {"candidates": CandidateStage, "world": WorldConfig}
-        section = nested.get(part, section.model_fields[part].annotation)
+        section = _NESTED.get(part, section.model_fields[part].annotation)
     return list(section.model_fields)
 
 
@@ -94,7 +96,7 @@ def describe_settings() -> str:
         lines.append(f"# {' '.join((section.__doc__ or '').split())}")
         nested = []
         for name, info in section.model_fields.items():
-            inner = {"candidates": CandidateStage, "world": WorldConfig}.get(name, info.annotation)
+            inner = _NESTED.get(name, info.annotation)
             if isinstance(inner, type) and issubclass(inner, Section):
                 nested.append((inner, f"{prefix}{name}."))
             default = info.get_default(call_default_factory=True)
