@@ -20,8 +20,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
-from sip_engine.judges.heuristic import HeuristicJudge
-from sip_engine.judges.quality import cut_windows
+from sip_engine.judges.heuristic.judge import HeuristicJudge
+from sip_engine.judges.heuristic.quality import cut_windows
 from sip_engine.types import FactualityQuestion, PairQuestion, Question, SafetyQuestion, Score
 
 _MIN_DOCUMENT_CHARS = 400

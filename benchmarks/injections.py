@@ -4,7 +4,7 @@
 
 Without --config the documents are the synthetic world's (those of configs/world) and the corruptor is its own; the
 world's truth says which suffixes are unsafe. The judge is asked two kinds of questions, each plain and then with
-every injection of `sip_engine.judges.injections` at either end of a text that should lose:
+every injection of `benchmarks.injection_texts` at either end of a text that should lose:
 
 - quality: a suffix against its corrupted copy, which has the injection and is shown first every other time;
 - safety: an unsafe suffix.
@@ -47,18 +47,18 @@ from benchmarks.injection_counts import (
     attack,
     inject,
 )
+from benchmarks.injection_texts import INJECTIONS
 from benchmarks.record import RESULTS, at_least, header, write_csv
-from sip_engine.backends import open_judge
-from sip_engine.checkpoint import checkpoint_tokenizer, resolve_checkpoint
-from sip_engine.config import JudgeConfig, RunConfig
-from sip_engine.corpus import Corpus, open_corpus, open_world
-from sip_engine.corruptors import RuleCorruptor, WorldCorruptor
-from sip_engine.errors import ConfigError, SipError
-from sip_engine.judges.injections import INJECTIONS
-from sip_engine.makers import cut_text
-from sip_engine.mesh import Mesh, start_mesh
-from sip_engine.settings import merge_settings, parse_config, read_toml
+from sip_engine.config.parse import merge_settings, parse_config, read_toml
+from sip_engine.config.schema import JudgeConfig, RunConfig
+from sip_engine.data.corpus import Corpus, open_corpus, open_world
+from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.judges.open import open_judge
+from sip_engine.policy.checkpoint import checkpoint_tokenizer, resolve_checkpoint
+from sip_engine.tasks.corruptors.rules import RuleCorruptor, WorldCorruptor
+from sip_engine.tasks.labels import cut_text
 from sip_engine.types import Failure, Judge, RewriteRequest
+from sip_engine.utils.errors import ConfigError, SipError
 
 RULES = ("world", "heuristic")
 

@@ -20,17 +20,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.record import RESULTS, at_least, header, write_csv
-from sip_engine.checkpoint import resolve_checkpoint
-from sip_engine.config import LocalModelConfig
+from sip_engine.config.schema import LocalModelConfig
 from sip_engine.data.prompts import prompt_records
-from sip_engine.errors import DataError, SipError
-from sip_engine.evaluation.frozen import FrozenPolicy
+from sip_engine.distributed.mesh import start_mesh
 from sip_engine.evaluation.intervals import wilson
-from sip_engine.files import check_writable
-from sip_engine.judges.local import LocalJudge, LocalModel
+from sip_engine.judges.local import LocalJudge
 from sip_engine.judges.prompts import verdicts_of
-from sip_engine.mesh import start_mesh
+from sip_engine.llm.local_model import LocalModel
+from sip_engine.policy.checkpoint import resolve_checkpoint
+from sip_engine.sampler.frozen import FrozenPolicy
 from sip_engine.types import FactualityQuestion, PairQuestion, Question, SafetyQuestion, Score
+from sip_engine.utils.errors import DataError, SipError
+from sip_engine.utils.files import check_writable
 
 METHODS = ("log_odds", "notes")
 _FORMS = (

@@ -14,7 +14,7 @@ from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
-from sip_engine.files import write_atomic
+from sip_engine.utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

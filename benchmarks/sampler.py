@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.record import RESULTS, ROOT, header, timed, write_csv
-from sip_engine.config import ModelConfig, ParallelConfig, SamplerConfig
-from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.config.schema import ModelConfig, ParallelConfig, SamplerConfig
+from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.weights import num_parameters, weight_views
 from sip_engine.sampler.requests import Completion, Request, SamplingParams

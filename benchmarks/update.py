@@ -28,15 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import RESULTS, ROOT, header, timed, write_csv
 from benchmarks.sampler import MODEL, VOCAB
-from sip_engine.config import ObjectiveConfig, RunConfig
+from sip_engine.config.schema import ObjectiveConfig, RunConfig
+from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.kernels.shared_prefix_attention import attention_cost, rows_of
-from sip_engine.mesh import Mesh, start_mesh
-from sip_engine.objectives import Choice
+from sip_engine.objectives.choose import Choice
+from sip_engine.objectives.update import rows_of_choices, update
 from sip_engine.policy.packing import PackedRows, Row
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 from sip_engine.types import Candidate, Kind, Sample
-from sip_engine.update import rows_of_choices, update
 
 SUFFIX = 128
 TARGETS = {2: 1.6, 16: 4.5}

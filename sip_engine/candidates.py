@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sip_engine.config import CandidateStage, SamplerConfig
+from sip_engine.config.schema import CandidateStage, SamplerConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler

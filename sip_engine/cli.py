@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sip_engine.errors import ConfigError, SipError
+from sip_engine.utils.errors import ConfigError, SipError
 
 if TYPE_CHECKING:
-    from sip_engine.config import RunConfig
+    from sip_engine.config.schema import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,7 +28,7 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors a user can act on become one line on stderr and their exit code."""
     _quiet_libraries()
-    from sip_engine.progress import console
+    from sip_engine.utils.progress import console
 
     try:
         app(argv, standalone_mode=False)
@@ -60,7 +60,7 @@ def quickstart(
     ] = 1.0,
 ) -> None:
     """Build a synthetic world, pretrain on it, continue twice, compare: the whole method in minutes."""
-    from sip_engine.quickstart import quickstart as run_quickstart
+    from sip_engine.experiments.quickstart import quickstart as run_quickstart
 
     run_quickstart(out, scale)
 
@@ -86,7 +86,7 @@ def reproduce(
 
     What is done is not done again: the same command goes on where it was stopped.
     """
-    from sip_engine.reproduction.command import reproduce as run_reproduction
+    from sip_engine.experiments.reproduction.runner import reproduce as run_reproduction
 
     run_reproduction(
         plan,
@@ -112,11 +112,11 @@ def train(
     if dry_run:
         typer.echo(cfg.model_dump_json(indent=2))
         return
-    from sip_engine.mesh import start_mesh
+    from sip_engine.distributed.mesh import start_mesh
     from sip_engine.policy.precision import check_precision
-    from sip_engine.progress import console
-    from sip_engine.report import write_report
+    from sip_engine.report.html import write_report
     from sip_engine.train import train as run_training
+    from sip_engine.utils.progress import console
 
     check_precision(cfg.model, cfg.parallel)
     mesh = start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline, seed=cfg.seed)
@@ -143,7 +143,7 @@ def generate(
     kv_memory_mb: Annotated[int, typer.Option(help="Memory of the KV pages, MiB.")] = 1024,
 ) -> None:
     """Complete prompts with a checkpoint's policy; completions end at end-of-document."""
-    from sip_engine.generate import generate_file
+    from sip_engine.sampler.files import generate_file
     from sip_engine.sampler.requests import SamplingParams
 
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, greedy, seed)
@@ -159,7 +159,7 @@ def score(
     out: Annotated[Path, typer.Option(help="JSONL to write, one object a pair.")],
 ) -> None:
     """Log-prob of each suffix given its prefix, in nats: per token and summed."""
-    from sip_engine.generate import score_file
+    from sip_engine.sampler.files import score_file
 
     score_file(checkpoint, pairs, out)
 
@@ -195,8 +195,8 @@ def eval_(
 
     Every setting can be overridden: `--eval.num_prefixes 500`. `sip settings` lists them.
     """
+    from sip_engine.config.parse import merge_settings, read_toml
     from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
-    from sip_engine.settings import merge_settings, read_toml
 
     settings, source = (read_toml(config), str(config)) if config else recorded_settings(checkpoint)
     evaluate_checkpoint(
@@ -223,7 +223,7 @@ def import_(
 ) -> None:
     """Make a checkpoint of a Llama or Qwen model; any parallel layout can start from it."""
     from sip_engine.huggingface.importing import import_model
-    from sip_engine.progress import console
+    from sip_engine.utils.progress import console
 
     console.print(f"checkpoint {import_model(folder, out)}", soft_wrap=True)
 
@@ -235,7 +235,7 @@ def export(
 ) -> None:
     """Write a checkpoint's policy and tokenizer in Hugging Face's format."""
     from sip_engine.huggingface.exporting import export_model
-    from sip_engine.progress import console
+    from sip_engine.utils.progress import console
 
     console.print(f"model {export_model(checkpoint, out)}", soft_wrap=True)
 
@@ -250,7 +250,7 @@ def inspect_data(
     config: Annotated[Path, typer.Argument(help="A TOML file whose data section says what to read.")],
 ) -> None:
     """Read, tokenize and cut the documents of a config, and say what was found; trains nothing."""
-    from sip_engine.inspect_data import describe_data
+    from sip_engine.data.inspect import describe_data
 
     describe_data(_read_config(config, context))
 
@@ -283,7 +283,7 @@ def judge_pairs(
     ] = None,
 ) -> None:
     """Make prompts with known answers to train a judge on: quality pairs, safety, factuality."""
-    from sip_engine.make_data import make_judge_data
+    from sip_engine.tasks.judge_pairs import make_judge_data
 
     if corruptor is not None:
         context.args += ["--corruptor.backend", corruptor]
@@ -318,7 +318,7 @@ def rollout_pairs(
     ] = None,
 ) -> None:
     """Make prompts to train a judge on of a policy's own rollouts, labelled by another judge."""
-    from sip_engine.rollout_data import make_rollout_data
+    from sip_engine.tasks.rollout_pairs import make_rollout_data
 
     make_rollout_data(
         _read_config(config, context),
@@ -347,7 +347,7 @@ def notes(
     ] = None,
 ) -> None:
     """Make texts with a note on every sentence, what a judge is trained on first (world only)."""
-    from sip_engine.notes_data import make_notes
+    from sip_engine.tasks.sentence_labels import make_notes
 
     make_notes(_read_config(config, context), out, num=num, num_eval=held_out, mix=mix)
 
@@ -364,7 +364,7 @@ def rewrites(
     held_out: Annotated[int, typer.Option(min=2, help="Prompts in eval.jsonl.")] = 200,
 ) -> None:
     """Make prompts to train a rewriter on: safe suffixes to be copied, unsafe ones to be mended."""
-    from sip_engine.make_data import make_rewrite_data
+    from sip_engine.tasks.judge_pairs import make_rewrite_data
 
     make_rewrite_data(_read_config(config, context), out, num=num, num_eval=held_out)
 
@@ -375,8 +375,8 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write a self-contained HTML report of one or more runs."""
-    from sip_engine.progress import console
-    from sip_engine.report import write_report
+    from sip_engine.report.html import write_report
+    from sip_engine.utils.progress import console
 
     console.print(f"report {write_report(runs, out, title=out.stem)}")
 
@@ -384,7 +384,7 @@ def report(
 @app.command()
 def settings() -> None:
     """List every setting of a config with its default and meaning."""
-    from sip_engine.settings import describe_settings
+    from sip_engine.config.parse import describe_settings
 
     typer.echo(describe_settings())
 
@@ -400,7 +400,7 @@ def _parse_seed(text: str) -> int:
 
 def _read_config(config: Path, context: typer.Context) -> RunConfig:
     """A config file with the command line's overrides."""
-    from sip_engine.settings import merge_settings, parse_config, read_toml
+    from sip_engine.config.parse import merge_settings, parse_config, read_toml
 
     return parse_config(merge_settings(read_toml(config), _parse_overrides(context.args)), str(config))
 

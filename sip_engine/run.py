@@ -10,8 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sip_engine.backends import open_judge, open_measure, open_rewriter
-from sip_engine.checkpoint import (
+from sip_engine.config.parse import changed_settings
+from sip_engine.config.schema import RunConfig
+from sip_engine.data.corpus import Corpus, open_corpus
+from sip_engine.distributed.mesh import Mesh
+from sip_engine.evaluation.held_out import Evaluation, Measure, evaluate
+from sip_engine.evaluation.truth import open_measure
+from sip_engine.judges.open import open_judge
+from sip_engine.judges.rewards import Verdict
+from sip_engine.monitoring.metrics import flatten
+from sip_engine.monitoring.monitors import Monitors
+from sip_engine.monitoring.records import Records, read_records
+from sip_engine.objectives.choose import Choice
+from sip_engine.policy.checkpoint import (
     CheckpointState,
     checkpoint_tokenizer,
     latest_checkpoint,
@@ -20,27 +31,18 @@ from sip_engine.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from sip_engine.config import RunConfig
-from sip_engine.corpus import Corpus, open_corpus
-from sip_engine.errors import ConfigError, ThresholdError
-from sip_engine.evaluate import Evaluation, Measure, evaluate
-from sip_engine.evaluate_task import evaluate_task
-from sip_engine.files import check_writable, lock_folder, release_folder, write_json, write_jsonl
-from sip_engine.graders import Grader, RewriteGrader, VerdictGrader
-from sip_engine.judging import Verdict
-from sip_engine.mesh import Mesh
-from sip_engine.metrics import flatten
-from sip_engine.monitors import Monitors
-from sip_engine.objectives import Choice
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 from sip_engine.policy.weights import assert_shared, weight_views
-from sip_engine.progress import console
-from sip_engine.records import Records, read_records
+from sip_engine.rewriters.open import open_rewriter
 from sip_engine.sampler.requests import Completion, Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
-from sip_engine.settings import changed_settings
+from sip_engine.tasks.evaluate import evaluate_task
+from sip_engine.tasks.graders import Grader, RewriteGrader, VerdictGrader
 from sip_engine.types import Candidate, Judge, Rewriter, Sample
+from sip_engine.utils.errors import ConfigError, ThresholdError
+from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json, write_jsonl
+from sip_engine.utils.progress import console
 
 BASELINE = "baseline.jsonl"
 

@@ -6,17 +6,23 @@ import sys
 from pathlib import Path
 
 from sip_engine.candidates import propose
-from sip_engine.config import JUDGED, PAIRED, RunConfig
-from sip_engine.judging import Verdict
-from sip_engine.mesh import Mesh
-from sip_engine.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
-from sip_engine.objectives import choose
-from sip_engine.overlap import WaveJudge, split
+from sip_engine.config.schema import JUDGED, PAIRED, RunConfig
+from sip_engine.distributed.mesh import Mesh
+from sip_engine.judges.overlap import WaveJudge, split
+from sip_engine.judges.rewards import Verdict
+from sip_engine.monitoring.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
+from sip_engine.objectives.choose import choose
+from sip_engine.objectives.update import (
+    TrainingRows,
+    rows_of_choices,
+    rows_of_generations,
+    rows_of_samples,
+    update,
+)
 from sip_engine.policy.weights import assert_shared
-from sip_engine.progress import steps
 from sip_engine.run import Run, open_run
 from sip_engine.types import Candidate, Sample
-from sip_engine.update import TrainingRows, rows_of_choices, rows_of_generations, rows_of_samples, update
+from sip_engine.utils.progress import steps
 
 
 def train(cfg: RunConfig, mesh: Mesh) -> Path:

@@ -13,11 +13,12 @@ if not Path("/dev/nvidiactl").exists():
 
 from typing import Any
 
+import link_benchmarks  # noqa: F401  # before any test module imports them
 import pytest
 from hypothesis import settings
 
-from sip_engine.config import ModelConfig, RunConfig
-from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.config.schema import ModelConfig, RunConfig
+from sip_engine.distributed.mesh import Mesh, start_mesh
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("no-deadline", deadline=None)

@@ -13,11 +13,11 @@ from huggingface_ranks import random_rows
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Fast
 
-from sip_engine.config import SamplerConfig
-from sip_engine.generate import load_policy
+from sip_engine.config.schema import SamplerConfig
 from sip_engine.policy.packing import Row, pack_rows
 from sip_engine.policy.policy import score
 from sip_engine.policy.weights import weight_views
+from sip_engine.sampler.files import load_policy
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 

@@ -9,16 +9,16 @@ import numpy as np
 from conftest import small_run
 from megatron.core import parallel_state
 
-from sip_engine.checkpoint import load_weights, read_state
-from sip_engine.config import ObjectiveConfig, SamplerConfig
-from sip_engine.mesh import Mesh, start_mesh
+from sip_engine.config.schema import ObjectiveConfig, SamplerConfig
+from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.objectives.update import rows_of_samples, update
+from sip_engine.policy.checkpoint import load_weights, read_state
 from sip_engine.policy.packing import Row, pack_rows
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import Sample
-from sip_engine.update import rows_of_samples, update
 
 
 def random_rows(seed: int, vocab_size: int) -> list[Row]:

@@ -36,7 +36,8 @@ def _main(function: str, rank: str, size: str, store: str, folder: str, *argumen
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent))
+    tests = Path(__file__).parent
+    sys.path[:0] = [str(tests), *(str(folder) for folder in tests.iterdir() if folder.is_dir())]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)(Path(folder), *arguments)

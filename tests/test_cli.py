@@ -13,7 +13,7 @@ import pytest
 from test_loop import run_config
 
 from sip_engine import cli
-from sip_engine.mesh import Mesh
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.train import train
 
 Sip = Callable[..., tuple[int, str, str]]

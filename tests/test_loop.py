@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from sip_engine.config import RunConfig
-from sip_engine.errors import CheckpointError, ConfigError, ThresholdError
-from sip_engine.files import lock_folder, release_folder
-from sip_engine.mesh import Mesh, start_mesh
-from sip_engine.records import read_records
-from sip_engine.settings import parse_config
+from sip_engine.config.parse import parse_config
+from sip_engine.config.schema import RunConfig
+from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.monitoring.records import read_records
 from sip_engine.train import train
+from sip_engine.utils.errors import CheckpointError, ConfigError, ThresholdError
+from sip_engine.utils.files import lock_folder, release_folder
 
 STEPS = 4
 MODEL = {

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sip_engine.errors import DataError
+from sip_engine.utils.errors import DataError
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
 TEXT_SUFFIXES = (".txt", ".md", ".rst")

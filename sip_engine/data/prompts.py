@@ -12,9 +12,9 @@ import numpy as np
 
 from sip_engine.data.permutation import Permutation
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.errors import CheckpointError, DataError
-from sip_engine.files import sha256_of
 from sip_engine.types import Labels, Sample
+from sip_engine.utils.errors import CheckpointError, DataError
+from sip_engine.utils.files import sha256_of
 
 
 def prompt_records(path: Path) -> list[tuple[int, dict[str, Any]]]:

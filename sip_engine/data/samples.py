@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from sip_engine.data.permutation import hash_key, mix64
-from sip_engine.errors import ConfigError, DataError
+from sip_engine.utils.errors import ConfigError, DataError
 
 Cut = Literal["every_chunk", "random_chunk"]
 

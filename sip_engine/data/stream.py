@@ -10,8 +10,8 @@ from sip_engine.data.permutation import Permutation
 from sip_engine.data.samples import SampleIndex
 from sip_engine.data.token_files import TokenFiles
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.errors import CheckpointError, DataError
 from sip_engine.types import Sample
+from sip_engine.utils.errors import CheckpointError, DataError
 
 
 class SampleStream:

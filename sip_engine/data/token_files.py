@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from sip_engine.data.documents import MAX_DOCUMENT_BYTES, SkipCounts, list_input_files, read_documents
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.errors import DataError
+from sip_engine.utils.errors import DataError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from sip_engine.errors import DataError
+from sip_engine.utils.errors import DataError
 
 if TYPE_CHECKING:
-    from sip_engine.huggingface.tokenizer import BundledTokenizer
+    from sip_engine.data.bundled_tokenizer import BundledTokenizer
 
 MAX_TRAINING_BYTES = 256 * 2**20
 
@@ -126,7 +126,7 @@ class Tokenizer:
 
 def _open_backend(model: bytes, name: str) -> _SentencePiece | BundledTokenizer:
     if model.startswith(b"{"):
-        from sip_engine.huggingface.tokenizer import BundledTokenizer  # it builds on this module
+        from sip_engine.data.bundled_tokenizer import BundledTokenizer  # it builds on this module
 
         return BundledTokenizer(model, name)
     return _SentencePiece(model, name)

@@ -8,16 +8,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sip_engine.evaluate import ask, interleave
-from sip_engine.evaluation.frozen import FrozenPolicy, encode_continuation, encode_prompt, fit_prefix
+from sip_engine.distributed.mesh import Mesh
+from sip_engine.evaluation.held_out import ask, interleave
 from sip_engine.evaluation.intervals import Estimate, estimates
 from sip_engine.evaluation.sets import Choices, EvalSet, Prompt
-from sip_engine.mesh import Mesh
 from sip_engine.policy.packing import Row
-from sip_engine.progress import steps
+from sip_engine.sampler.frozen import FrozenPolicy, encode_continuation, encode_prompt, fit_prefix
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import FactualityQuestion, Failure, Judge, Question, SafetyQuestion
+from sip_engine.utils.progress import steps
 
 _CHUNK = 64
 

@@ -8,24 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sip_engine.backends import open_judge, open_measure
-from sip_engine.checkpoint import checkpoint_tokenizer, read_state, resolve_checkpoint
-from sip_engine.config import RunConfig
-from sip_engine.corpus import open_corpus
-from sip_engine.errors import CheckpointError, ConfigError
-from sip_engine.evaluate import Evaluation, Measure, ask, evaluate, interleave
+from sip_engine.config.parse import parse_config
+from sip_engine.config.schema import RunConfig
+from sip_engine.data.corpus import open_corpus
+from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.evaluation.answers import SetAnswers, answer_set
-from sip_engine.evaluation.frozen import FrozenPolicy
+from sip_engine.evaluation.baseline_cache import kept_evaluation
 from sip_engine.evaluation.harness import check_harness, run_tasks
-from sip_engine.evaluation.kept import kept_evaluation
+from sip_engine.evaluation.held_out import Evaluation, Measure, ask, evaluate, interleave
 from sip_engine.evaluation.results import comparison_table, to_json
 from sip_engine.evaluation.sets import EvalSet, load_set
-from sip_engine.files import check_writable, write_json, write_jsonl
-from sip_engine.mesh import Mesh, start_mesh
-from sip_engine.progress import console
+from sip_engine.evaluation.truth import open_measure
+from sip_engine.judges.open import open_judge
+from sip_engine.policy.checkpoint import checkpoint_tokenizer, read_state, resolve_checkpoint
+from sip_engine.sampler.frozen import FrozenPolicy
 from sip_engine.sampler.requests import SamplingParams, check_params
-from sip_engine.settings import parse_config
 from sip_engine.types import Failure, Judge, Judgment, Question, SafetyQuestion, Sample
+from sip_engine.utils.errors import CheckpointError, ConfigError
+from sip_engine.utils.files import check_writable, write_json, write_jsonl
+from sip_engine.utils.progress import console
 
 RESULTS, CONTINUATIONS = "eval.json", "continuations.jsonl"
 

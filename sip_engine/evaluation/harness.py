@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sip_engine.errors import ConfigError, DataError, RequestError, SipError
-from sip_engine.evaluation.frozen import FrozenPolicy, encode_continuation, encode_prompt, fit_prefix
-from sip_engine.mesh import Mesh
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.packing import Row
-from sip_engine.progress import Steps, steps
+from sip_engine.sampler.frozen import FrozenPolicy, encode_continuation, encode_prompt, fit_prefix
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
+from sip_engine.utils.errors import ConfigError, DataError, RequestError, SipError
+from sip_engine.utils.progress import Steps, steps
 
 _CHUNK = 256
 _MAX_GEN_TOKENS = 256

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sip_engine.errors import NonFiniteError
+from sip_engine.utils.errors import NonFiniteError
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from sip_engine.errors import DataError
+from sip_engine.utils.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from sip_engine.checkpoint import checkpoint_tokenizer, load_weights, read_state, resolve_checkpoint
-from sip_engine.config import ParallelConfig
-from sip_engine.cpu_seam import megatron_device
-from sip_engine.errors import ConfigError
-from sip_engine.files import write_json
+from sip_engine.config.schema import ParallelConfig
+from sip_engine.distributed.megatron_cpu import megatron_device
+from sip_engine.distributed.mesh import start_mesh
 from sip_engine.huggingface.families import config_json
 from sip_engine.huggingface.shards import write_shards
 from sip_engine.huggingface.staging import check_free, new_folder
 from sip_engine.huggingface.tensors import tensor_shapes, tensor_views
 from sip_engine.huggingface.tokenizer_files import tokenizer_files
-from sip_engine.mesh import start_mesh
+from sip_engine.policy.checkpoint import checkpoint_tokenizer, load_weights, read_state, resolve_checkpoint
 from sip_engine.policy.model import build_model
 from sip_engine.policy.weights import weight_views
+from sip_engine.utils.errors import ConfigError
+from sip_engine.utils.files import write_json
 
 _MAX_SHARD_BYTES = 5 * 10**9
 

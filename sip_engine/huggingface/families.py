@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sip_engine.config import ModelConfig
-from sip_engine.errors import CheckpointError
+from sip_engine.config.schema import ModelConfig
+from sip_engine.utils.errors import CheckpointError
 
 # (model_type, qkv_bias, qk_norm) of each architecture.
 _FAMILIES = {

@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from sip_engine.checkpoint import FORMAT, _quiet_megatron, _write_manifest, read_state
-from sip_engine.config import ParallelConfig
-from sip_engine.cpu_seam import megatron_device
+from sip_engine.config.schema import ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.errors import ConfigError
-from sip_engine.files import write_json
+from sip_engine.distributed.megatron_cpu import megatron_device
+from sip_engine.distributed.mesh import start_mesh
 from sip_engine.huggingface.families import SourceConfig, read_config
 from sip_engine.huggingface.shards import Shards, open_shards
 from sip_engine.huggingface.staging import check_free, new_folder
 from sip_engine.huggingface.tensors import tensor_shapes, tensor_views
 from sip_engine.huggingface.tokenizer_files import read_tokenizer
-from sip_engine.mesh import start_mesh
+from sip_engine.policy.checkpoint import FORMAT, _quiet_megatron, _write_manifest, read_state
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.weights import weight_views
+from sip_engine.utils.errors import ConfigError
+from sip_engine.utils.files import write_json
 
 
 def import_model(folder: Path, out: Path) -> Path:
@@ -65,7 +65,7 @@ def _fill(model: PolicyModel, source: SourceConfig, shards: Shards) -> None:
 
 
 def _write_checkpoint(folder: Path, model: PolicyModel, source: SourceConfig, tokenizer: Tokenizer) -> None:
-    """The files of `sip_engine.checkpoint`, of which only the policy's weights are sharded tensors."""
+    """The files of `sip_engine.policy.checkpoint`, of which only the policy's weights are sharded tensors."""
     (folder / "sharded").mkdir()
     with megatron_device(), _quiet_megatron():
         weights = model.sharded_state_dict(prefix="model.")

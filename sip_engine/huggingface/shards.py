@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sip_engine.errors import CheckpointError
-from sip_engine.files import write_json
 from sip_engine.huggingface.families import read_json
+from sip_engine.utils.errors import CheckpointError
+from sip_engine.utils.files import write_json
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

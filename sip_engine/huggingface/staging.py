@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sip_engine.errors import CheckpointError, DataError
+from sip_engine.utils.errors import CheckpointError, DataError
 
 
 def check_free(out: Path) -> None:

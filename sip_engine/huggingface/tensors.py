@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sip_engine.config import ModelConfig
+from sip_engine.config.schema import ModelConfig
 from sip_engine.policy.weights import LayerWeights, PolicyWeights
 
 

@@ -10,10 +10,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as Fast
 
-from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.errors import CheckpointError, DataError
-from sip_engine.huggingface.families import SourceConfig, read_json
-from sip_engine.huggingface.tokenizer import (
+from sip_engine.data.bundled_tokenizer import (
     FAST_FILE,
     SENTENCEPIECE_FILE,
     FastBackend,
@@ -21,6 +18,9 @@ from sip_engine.huggingface.tokenizer import (
     is_bundle,
     write_bundle,
 )
+from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.huggingface.families import SourceConfig, read_json
+from sip_engine.utils.errors import CheckpointError, DataError
 
 _CONFIG_FILE = "tokenizer_config.json"
 _GENERATION_FILE = "generation_config.json"

@@ -1,8 +1,7 @@
-"""A judge and a rewriter inside the engine: a checkpoint in the policy's process group, served by our sampler."""
+"""A judge inside the engine: a causal language model asked for verdicts, or for a label on every sentence."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sip_engine.config import LocalModelConfig, SamplerConfig
-from sip_engine.evaluation.frozen import FrozenPolicy
-from sip_engine.judges.compact import rewrite_prompt
-from sip_engine.judges.notes import EMPTY, NoteReader, Worth
+from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import Prompt, judge_prompt
-from sip_engine.judges.reading import Reading, first_tokens, weigh
-from sip_engine.judges.verdicts import read_verdict, settled
-from sip_engine.sampler.requests import Request, SamplingParams
+from sip_engine.judges.sentence_labels import EMPTY, NoteReader, Worth
+from sip_engine.llm.local_model import LocalModel
+from sip_engine.llm.option_probs import Reading, first_tokens, weigh
 from sip_engine.types import (
     Cost,
     FactualityQuestion,
@@ -25,7 +21,6 @@ from sip_engine.types import (
     Judgment,
     PairQuestion,
     Question,
-    RewriteRequest,
     SafetyQuestion,
     Score,
 )
@@ -44,42 +39,6 @@ class _Asked:
     """Questions with the same one begin with the same text."""
     first: str
     """Of a comparison: what stands first."""
-
-
-class LocalModel:
-    """What judge and rewriter share: a frozen model, its sampler, and greedy or drawn replies to prompts."""
-
-    def __init__(self, policy: FrozenPolicy, cfg: LocalModelConfig) -> None:
-        self.policy, self.cfg, self.tokenizer = policy, cfg, policy.tokenizer
-        self.sampler = policy.sampler(
-            SamplerConfig(max_sequences=cfg.max_sequences, kv_memory_mb=cfg.kv_memory_mb)
-        )
-
-    def encode(self, prompt: str, room: int = 0) -> np.ndarray | None:
-        """Bos and the prompt's tokens, int32; None if the context cannot hold them and `room` tokens of a reply."""
-        ids = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(prompt)]).astype(np.int32)
-        return ids if len(ids) + room <= self.policy.max_context else None
-
-    def reply(self, prompts: Sequence[np.ndarray], seed: int) -> list[tuple[str | None, int]]:
-        """Text of each reply (None where it did not end by itself) and its number of tokens.
-
-        What is drawn depends on the prompt and the seed, not on the prompts beside it.
-        """
-        if not prompts:
-            return []
-        cfg, eos = self.cfg, self.tokenizer.eos_id
-        params = SamplingParams(
-            cfg.max_new_tokens,
-            temperature=cfg.temperature or 1.0,
-            top_p=cfg.top_p,
-            greedy=cfg.temperature == 0,
-            seed=seed,
-            stop_ids=(eos,),
-        )
-        done = self.sampler.generate([Request(ids, 1, _key(ids)) for ids in prompts], params)
-        return [
-            (self.tokenizer.decode(c.ids[:-1]) if c.ids[-1] == eos else None, len(c.ids)) for (c,) in done
-        ]
 
 
 class LocalJudge:
@@ -207,32 +166,6 @@ def _answer(question: Question, worths: Sequence[Worth]) -> float:
             return worths[0].factuality
 
 
-class LocalRewriter:
-    """Rewrites by a causal LM; a reply that does not end, or that is empty, is a failure."""
-
-    name = "local"
-
-    def __init__(self, model: LocalModel) -> None:
-        self._model = model
-
-    def rewrite(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[str | Failure]:
-        """One text or failure a request, in order; every process that holds the model asks the same."""
-        prompts = [
-            self._model.encode(rewrite_prompt(one), self._model.cfg.max_new_tokens) for one in requests
-        ]
-        replies = iter(self._model.reply([ids for ids in prompts if ids is not None], seed))
-        texts: list[str | Failure] = []
-        for ids in prompts:
-            if ids is None:
-                texts.append(Failure("the prompt is longer than the rewriter's context"))
-                continue
-            text, _ = next(replies)
-            texts.append(
-                text if text else Failure("the rewrite did not end" if text is None else "it is empty")
-            )
-        return texts
-
-
 def _timed(answers: list[Judgment], seconds: float) -> list[Judgment]:
     """Answers that share the time among those that took a call."""
     share = seconds / max(sum(answer.cost.calls > 0 for answer in answers), 1)
@@ -240,8 +173,3 @@ def _timed(answers: list[Judgment], seconds: float) -> list[Judgment]:
         replace(answer, cost=replace(answer.cost, seconds=share)) if answer.cost.calls else answer
         for answer in answers
     ]
-
-
-def _key(ids: np.ndarray) -> int:
-    """A prompt as the number that its random stream is keyed by."""
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=7).digest(), "big")

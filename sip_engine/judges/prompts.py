@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sip_engine.judges.compact import compact_prompt
-from sip_engine.judges.fences import fence, make_mark, neutral
+from sip_engine.llm.compact_prompts import compact_prompt
+from sip_engine.llm.untrusted import fence, make_mark, neutral
 from sip_engine.types import FactualityQuestion, PairQuestion, Question, SafetyQuestion
 
 Format = Literal["json_schema", "verdict_line", "word"]

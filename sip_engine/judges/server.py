@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from sip_engine.config import JudgeServerConfig
-from sip_engine.judges.chat import Answer, Chat, ChatClient, json_schema
+from sip_engine.config.schema import JudgeServerConfig
+from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import judge_prompt
-from sip_engine.judges.verdicts import read_verdict, settled
+from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema
 from sip_engine.types import Cost, Failure, Judgment, Question, Score
 
 

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from sip_engine.mesh import Axis
+from sip_engine.distributed.mesh import Axis
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _HEAD = "output_layer.weight"

@@ -14,15 +14,15 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from sip_engine.config import ModelConfig, ParallelConfig
-from sip_engine.cpu_seam import megatron_device
-from sip_engine.errors import ConfigError
+from sip_engine.config.schema import ModelConfig, ParallelConfig
+from sip_engine.distributed.megatron_cpu import megatron_device
+from sip_engine.distributed.mesh import Axis, Mesh
 from sip_engine.kernels.logprob_head import logprob_head
-from sip_engine.mesh import Axis, Mesh
 from sip_engine.policy.initialise import initialise
 from sip_engine.policy.layers import block_spec
 from sip_engine.policy.packing import PackedRows
 from sip_engine.policy.precision import check_precision, fp8_settings, parameter_dtype
+from sip_engine.utils.errors import ConfigError
 
 
 class PolicyModel(GPTModel):

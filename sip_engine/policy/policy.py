@@ -19,14 +19,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from sip_engine.config import OptimizerConfig, RunConfig
-from sip_engine.cpu_seam import megatron_device
-from sip_engine.errors import NonFiniteError
-from sip_engine.mesh import Mesh
+from sip_engine.config.schema import OptimizerConfig, RunConfig
+from sip_engine.distributed.megatron_cpu import megatron_device
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.adam_state import fill_adam_state
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.packing import PackedRows, Row, pack_rows, split_by_tokens
 from sip_engine.policy.precision import FP8_MULTIPLE, parameter_dtype
+from sip_engine.utils.errors import NonFiniteError
 
 MicroBatchLoss = Callable[[Tensor, PackedRows, int], tuple[Tensor, int, dict[str, float]]]
 """(log-probs [num_targets], rows, micro-batch number) -> (summed loss, units it sums over, sums to log).

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sip_engine.config import ModelConfig, ParallelConfig
-from sip_engine.errors import ConfigError
+from sip_engine.config.schema import ModelConfig, ParallelConfig
+from sip_engine.utils.errors import ConfigError
 
 FP8_MULTIPLE = 16
 """FP8 GEMMs want every dimension to be a multiple of this: tokens are padded to it, widths are checked."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sip_engine.config import RunConfig
-from sip_engine.mesh import Mesh
+from sip_engine.config.schema import RunConfig
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.packing import PackedRows
 from sip_engine.policy.policy import Policy, score

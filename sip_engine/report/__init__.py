@@ -1,5 +1,1 @@
-"""The HTML report of one or more runs."""
-
-from sip_engine.report.html import write_report
-
-__all__ = ["write_report"]
+"""The HTML report of one or more runs: drawing and nothing else."""

@@ -14,12 +14,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sip_engine.errors import DataError
-from sip_engine.files import write_atomic
-from sip_engine.report.load import RunRecords, evenly, load_runs
+from sip_engine.monitoring.curves import RunRecords, evenly, load_runs
+from sip_engine.monitoring.signatures import all_signatures
 from sip_engine.report.plots import all_plots
-from sip_engine.report.signatures import all_signatures
 from sip_engine.report.tables import comparison, overview
+from sip_engine.utils.errors import DataError
+from sip_engine.utils.files import write_atomic
 
 MAX_PREFIX_CHARS = 4000
 MAX_CANDIDATE_CHARS = 6000
@@ -35,7 +35,7 @@ def write_report(
 ) -> Path:
     """Write the report of some run folders to `out` (HTML, a few MB at most) and return `out`.
 
-    `summary` is what `sip_engine.quickstart.summarise` returns; with it the report begins with the
+    `summary` is what `sip_engine.experiments.quickstart.summarise` returns; with it the report begins with the
     comparison of base, standard and self-improving beside the paper's gains. Runs may lack any record, and
     may still be going.
 

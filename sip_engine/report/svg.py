@@ -16,7 +16,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from sip_engine.report.load import Curve
+from sip_engine.monitoring.curves import Curve
+from sip_engine.monitoring.signatures import SUPERSCRIPTS
 
 SIZE_INCHES = (4.9, 2.55)
 PLOT_AREA = (0.115, 0.165, 0.87, 0.795)
@@ -24,7 +25,6 @@ PLOT_AREA = (0.115, 0.165, 0.87, 0.795)
 MAX_READOUTS = 250
 LOG_FLOOR = 1e-9
 _SMOOTH_FROM = 40
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 _DASHES = {"solid": "-", "dashed": (0, (5, 2.5)), "dotted": (0, (1, 2)), "dashdot": (0, (6, 2, 1, 2))}
 # matplotlib draws with stand-ins for CSS variables; each becomes var(--name) in the SVG.

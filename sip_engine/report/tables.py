@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sip_engine.config import JUDGED
-from sip_engine.report.load import RunRecords
+from sip_engine.config.schema import JUDGED
+from sip_engine.monitoring.curves import RunRecords
 
 STAGES = ("base", "standard", "self_improving")
 

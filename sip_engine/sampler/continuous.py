@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sip_engine.sampler.cache import KVPages, PagedAttention
+from sip_engine.sampler.attention import KVPages, PagedAttention
 from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.pages import RollingPages

@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from sip_engine.distributed.mesh import Axis
 from sip_engine.kernels.exact import exact_linear
 from sip_engine.kernels.rms_norm import rms_norm
 from sip_engine.kernels.rotary import rotary
 from sip_engine.kernels.swiglu import swiglu
-from sip_engine.mesh import Axis
 from sip_engine.policy.weights import PolicyWeights
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sip_engine.distributed.mesh import Axis
 from sip_engine.kernels.exact import exact_linear
 from sip_engine.kernels.filtered_sample import filtered_sample
 from sip_engine.kernels.sample import ShardSample, merge_shards, sample
-from sip_engine.mesh import Axis
 from sip_engine.policy.weights import PolicyWeights
 from sip_engine.sampler.requests import SamplingParams
 

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sip_engine.errors import ConfigError, SipError
+from sip_engine.utils.errors import ConfigError, SipError
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from sip_engine.mesh import Mesh
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.sampler.wave import Wave
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sip_engine.errors import RequestError
 from sip_engine.kernels.random import sequence_key
+from sip_engine.utils.errors import RequestError
 
 MIN_TEMPERATURE = 1e-6
 """Dividing logits by less is greedy decoding in all but name, and loses their float32 precision."""

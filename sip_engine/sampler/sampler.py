@@ -8,11 +8,10 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-from sip_engine.config import SamplerConfig
-from sip_engine.errors import NonFiniteError
-from sip_engine.mesh import Mesh
+from sip_engine.config.schema import SamplerConfig
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.weights import PolicyWeights
-from sip_engine.sampler.cache import AttentionImpl, KVPages, page_bytes
+from sip_engine.sampler.attention import AttentionImpl, KVPages, page_bytes
 from sip_engine.sampler.continuous import decode_continuously
 from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
@@ -27,6 +26,7 @@ from sip_engine.sampler.requests import (
     cut_at_stop,
 )
 from sip_engine.sampler.wave import Wave
+from sip_engine.utils.errors import NonFiniteError
 
 
 class Sampler:

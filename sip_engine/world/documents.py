@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sip_engine.errors import ConfigError
+from sip_engine.utils.errors import ConfigError
 from sip_engine.world.facts import Attribute, World, rng_of
 from sip_engine.world.wordings import (
     CLOSERS,

@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import cached_property
 from hashlib import blake2b
 
-from sip_engine.errors import ConfigError
+from sip_engine.utils.errors import ConfigError
 
 GROUP_SIZE = 6
 """People of one group meet in documents of the test split, and nowhere else."""

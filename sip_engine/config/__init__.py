@@ -1,0 +1,1 @@
+"""Every setting of a run: the schema, and how TOML files and command lines become it."""

@@ -1,0 +1,165 @@
+"""A tokenizer that came with a model: its own files, carried byte for byte, behind our Tokenizer.
+
+A `Tokenizer` is made from the bytes of one file. For a model's own tokenizer this file is a bundle: a JSON
+object of all files that transformers reads, and what they leave open (rows of the vocabulary, bos, eos).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from sip_engine.data.tokenizer import _LOSSLESS_PROBE, _SentencePiece
+from sip_engine.utils.errors import DataError
+
+_FORMAT = "sip-engine tokenizer bundle 1"
+SENTENCEPIECE_FILE = "tokenizer.model"
+FAST_FILE = "tokenizer.json"
+_SPACE = "\u2581"
+
+
+def write_bundle(files: Mapping[str, bytes], *, vocab_size: int, bos_id: int, eos_id: int) -> bytes:
+    """One file of many. `vocab_size` counts the model's rows, which may be more than the tokenizer's pieces."""
+    encoded = {name: base64.b64encode(data).decode() for name, data in sorted(files.items())}
+    head = {"format": _FORMAT, "vocab_size": vocab_size, "bos_id": bos_id, "eos_id": eos_id}
+    return json.dumps({**head, "files": encoded}).encode()
+
+
+def is_bundle(model: bytes) -> bool:
+    """Whether a tokenizer's bytes are a bundle and not a sentencepiece model."""
+    return model.startswith(b"{")
+
+
+def bundled_files(model: bytes, name: str) -> dict[str, bytes]:
+    """The files of a bundle. Raises DataError when it is damaged."""
+    return {file: base64.b64decode(data) for file, data in _read(model, name)["files"].items()}
+
+
+class BundledTokenizer:
+    """Backend of a `Tokenizer`: sentencepiece where the bundle has its model, else the `tokenizers` library.
+
+    Ids are those of transformers with `add_special_tokens=False`, but for three rules of ours: the name of a
+    special token in a text is plain text; a text gets no space put in front; sentencepiece replaces nothing.
+    """
+
+    def __init__(self, model: bytes, name: str) -> None:
+        """model: a bundle; `name` is what errors call it. Raises DataError."""
+        head, files = _read(model, name), bundled_files(model, name)
+        backend: Any
+        if SENTENCEPIECE_FILE in files:
+            backend = _SentencePiece(files[SENTENCEPIECE_FILE], name)
+        elif FAST_FILE in files:
+            backend = FastBackend(files[FAST_FILE], name)
+        else:
+            raise DataError(f"{name}: this bundle has no tokenizer; import the model again")
+        self.bos_id, self.eos_id = int(head["bos_id"]), int(head["eos_id"])
+        rows = int(head["vocab_size"])
+        if len(backend.token_bytes) > rows or not (0 <= self.bos_id < rows and 0 <= self.eos_id < rows):
+            raise DataError(
+                f"{name}: the tokenizer knows {len(backend.token_bytes)} tokens, bos {self.bos_id} and eos "
+                f"{self.eos_id}, but the model has {rows} rows; use the tokenizer of this model"
+            )
+        self.token_bytes = backend.token_bytes + [b""] * (rows - len(backend.token_bytes))
+        self.encode = backend.encode
+
+
+class FastBackend:
+    """A `tokenizer.json`: byte-level BPE (Qwen, Llama 3), or BPE with byte fallback (Llama 2)."""
+
+    def __init__(self, definition: bytes, name: str) -> None:
+        """Raises DataError: damaged, of another kind, or one that changes more than a text's Unicode form."""
+        try:
+            spec = json.loads(definition)
+            is_byte_level = '"ByteLevel"' in json.dumps(spec["decoder"])
+            if not is_byte_level:
+                spec = _with_plain_spaces(spec)
+            self._fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except _Unsupported as error:
+            raise DataError(f"{name}: {error}; only byte-level and byte-fallback BPE are supported") from None
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{name}: {FAST_FILE} is damaged ({error}); copy it anew") from None
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._fast.encode_special_tokens = True
+        self.token_bytes = self._bytes_of_all(is_byte_level)
+        probe = unicodedata.normalize("NFC", _LOSSLESS_PROBE)
+        (ids,) = self.encode([probe], num_threads=1)
+        if b"".join([self.token_bytes[token] for token in ids]) != probe.encode():
+            raise DataError(f"{name}: this tokenizer changes text; use one that keeps case, spaces and lines")
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name."""
+        return self._fast.token_to_id(token)
+
+    def encode(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
+        """Ids [num_tokens] int32 of each text; the library chooses its own threads."""
+        encoded = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+
+    def _bytes_of_all(self, is_byte_level: bool) -> list[bytes]:
+        alphabet = _byte_alphabet()
+
+        def bytes_of(piece: str) -> bytes:
+            if is_byte_level:
+                return bytes(alphabet[char] for char in piece)
+            if len(piece) == 6 and piece.startswith("<0x"):
+                return bytes([int(piece[3:5], 16)])
+            return piece.encode()
+
+        vocab, added = self._fast.get_vocab(with_added_tokens=True), self._fast.get_added_tokens_decoder()
+        table = [b""] * (max(vocab.values()) + 1)
+        for piece, token in vocab.items():
+            if token in added:
+                table[token] = b"" if added[token].special else added[token].content.encode()
+            else:
+                table[token] = bytes_of(piece)
+        return table
+
+
+class _Unsupported(Exception):
+    pass
+
+
+def _with_plain_spaces(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same BPE with a space spelled " " and not U+2581, and nothing put in front of a text.
+
+    Then U+2581 in a text goes to the bytes like any unknown character, and every text survives.
+    """
+    model = spec["model"]
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        raise _Unsupported(f"{FAST_FILE} is {model['type']} without byte fallback")
+    steps = [spec[part] for part in ("normalizer", "pre_tokenizer") if spec.get(part)]
+    while steps:
+        step = steps.pop()
+        if step["type"] not in ("Sequence", "Prepend", "Replace", "Metaspace"):
+            raise _Unsupported(f"{FAST_FILE} has a step {step['type']}")
+        steps += step.get("normalizers", []) + step.get("pretokenizers", [])
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    plain = {
+        "vocab": {piece.replace(_SPACE, " "): token for piece, token in model["vocab"].items()},
+        "merges": [[part.replace(_SPACE, " ") for part in pair] for pair in pairs],
+    }
+    return {**spec, "model": {**model, **plain}, "normalizer": None, "pre_tokenizer": None, "decoder": None}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level piece stands for: printable Latin-1 itself, then 256, 257..."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+def _read(model: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(model)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: a damaged tokenizer bundle ({error}); copy it anew") from None
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise DataError(f"{name}: not a tokenizer of ours; `sip import` makes one of a model's folder")
+    return value

@@ -1,0 +1,1 @@
+"""Process groups: the parallel layout, and Megatron without CUDA."""

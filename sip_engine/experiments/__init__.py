@@ -1,0 +1,1 @@
+"""What makes and compares several runs; nothing else imports it."""

@@ -1,0 +1,1 @@
+"""The heuristic judge: rules over the surface of a text."""

@@ -1,0 +1,1 @@
+"""What judges, rewriters and corruptors share in asking a language model; knows no judge."""

@@ -1,0 +1,69 @@
+"""A model inside the engine: a checkpoint in the policy's process group, served by our sampler."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from sip_engine.config.schema import LocalModelConfig, SamplerConfig
+from sip_engine.distributed.mesh import Mesh
+from sip_engine.policy.checkpoint import resolve_checkpoint
+from sip_engine.sampler.frozen import FrozenPolicy
+from sip_engine.sampler.requests import Request, SamplingParams
+from sip_engine.utils.progress import console
+
+
+class LocalModel:
+    """What judge and rewriter share: a frozen model, its sampler, and greedy or drawn replies to prompts."""
+
+    def __init__(self, policy: FrozenPolicy, cfg: LocalModelConfig) -> None:
+        self.policy, self.cfg, self.tokenizer = policy, cfg, policy.tokenizer
+        self.sampler = policy.sampler(
+            SamplerConfig(max_sequences=cfg.max_sequences, kv_memory_mb=cfg.kv_memory_mb)
+        )
+
+    def encode(self, prompt: str, room: int = 0) -> np.ndarray | None:
+        """Bos and the prompt's tokens, int32; None if the context cannot hold them and `room` tokens of a reply."""
+        ids = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(prompt)]).astype(np.int32)
+        return ids if len(ids) + room <= self.policy.max_context else None
+
+    def reply(self, prompts: Sequence[np.ndarray], seed: int) -> list[tuple[str | None, int]]:
+        """Text of each reply (None where it did not end by itself) and its number of tokens.
+
+        What is drawn depends on the prompt and the seed, not on the prompts beside it.
+        """
+        if not prompts:
+            return []
+        cfg, eos = self.cfg, self.tokenizer.eos_id
+        params = SamplingParams(
+            cfg.max_new_tokens,
+            temperature=cfg.temperature or 1.0,
+            top_p=cfg.top_p,
+            greedy=cfg.temperature == 0,
+            seed=seed,
+            stop_ids=(eos,),
+        )
+        done = self.sampler.generate([Request(ids, 1, _key(ids)) for ids in prompts], params)
+        return [
+            (self.tokenizer.decode(c.ids[:-1]) if c.ids[-1] == eos else None, len(c.ids)) for (c,) in done
+        ]
+
+
+def open_local_model(cfg: LocalModelConfig, mesh: Mesh, role: str) -> LocalModel:
+    """A model that every pipeline stage of the policy holds whole."""
+    assert cfg.checkpoint is not None, "the settings were checked"
+    policy, state = FrozenPolicy.load(resolve_checkpoint(cfg.checkpoint), mesh.without_pipeline())
+    trained_as = state.run.get("config", {}).get("task", role)  # of an imported model nobody knows
+    if trained_as != role and cfg.style == "compact" and mesh.is_main:
+        console.print(
+            f'{cfg.checkpoint} was trained with task = "{trained_as}", not as a {role}: what it says means little',
+            soft_wrap=True,
+        )
+    return LocalModel(policy, cfg)
+
+
+def _key(ids: np.ndarray) -> int:
+    """A prompt as the number that its random stream is keyed by."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=7).digest(), "big")

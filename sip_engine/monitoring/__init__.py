@@ -1,0 +1,1 @@
+"""What a run writes down of itself and watches; nothing here draws."""

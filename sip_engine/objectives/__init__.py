@@ -1,0 +1,1 @@
+"""Objectives: what of a judged pool is trained on, and by which loss."""

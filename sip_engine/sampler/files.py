@@ -1,0 +1,196 @@
+"""`sip generate` and `sip score`: files in, a checkpoint's completions or log-probs out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sip_engine.config.schema import SamplerConfig
+from sip_engine.distributed.mesh import start_mesh
+from sip_engine.policy.checkpoint import resolve_checkpoint
+from sip_engine.policy.packing import Row, split_by_tokens
+from sip_engine.sampler.frozen import FrozenPolicy
+from sip_engine.sampler.requests import Request, SamplingParams, check_params
+from sip_engine.utils.errors import DataError, RequestError
+from sip_engine.utils.files import check_writable, write_jsonl
+from sip_engine.utils.progress import console, steps
+
+_CHUNK = 64
+
+
+def load_policy(checkpoint: Path) -> FrozenPolicy:
+    """Load weights and tokenizer of a checkpoint or of a run's newest one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    policy, _ = FrozenPolicy.load(resolve_checkpoint(checkpoint), start_mesh())
+    return policy
+
+
+def generate_file(
+    checkpoint: Path, prompts: Path, out: Path, *, n: int, params: SamplingParams, kv_memory_mb: int
+) -> None:
+    """Write `{"prompt_ids", "completions": [{"ids", "text", "logprobs"}]}` for each prompt, in order.
+
+    Raises:
+        RequestError, DataError, CheckpointError: naming the line; nothing is written then.
+    """
+    check_params(params)
+    if n < 1:
+        raise RequestError(f"n={n}: must be 1 or more")
+    if kv_memory_mb < 1:
+        raise RequestError(f"--kv-memory-mb {kv_memory_mb}: must be 1 or more")
+    check_writable(out)
+    rows = list(_read_rows(prompts))
+    policy = load_policy(checkpoint)
+    encode = _encoder(policy, prompts)
+    ids = [encode(number, row, "prompt", bos=True) for number, row in rows]
+    sampler = policy.sampler(SamplerConfig(kv_memory_mb=kv_memory_mb, max_sequences=max(256, n)))
+    params = replace(params, stop_ids=(policy.tokenizer.eos_id,))
+    requests = _requests(ids, n)
+    for (number, _), request in zip(rows, requests, strict=True):
+        try:
+            sampler.check([request], params)
+        except RequestError as error:
+            raise RequestError(f"{prompts}:{number}: {str(error).removeprefix('request 0: ')}") from None
+    results = []
+    with steps("generate", -(-len(requests) // _CHUNK)) as bar:
+        for first in range(0, len(requests), _CHUNK):
+            results.extend(sampler.generate(requests[first : first + _CHUNK], params))
+            bar.advance({"prompts": len(results)})
+    write_jsonl(
+        out,
+        (
+            {
+                "prompt_ids": prompt.tolist(),
+                "completions": [
+                    {
+                        "ids": c.ids.tolist(),
+                        "text": policy.tokenizer.decode(c.ids),
+                        "logprobs": [float(x) for x in c.logprobs],
+                    }
+                    for c in completions
+                ],
+            }
+            for prompt, completions in zip(ids, results, strict=True)
+        ),
+    )
+    console.print(f"{len(results)} prompts x {n} completions -> {out}")
+
+
+def _requests(prompts: Sequence[np.ndarray], n: int) -> list[Request]:
+    """Numbered by content, so that completions depend on the prompt alone; equal prompts are counted."""
+    seen: Counter[bytes] = Counter()
+    requests = []
+    for ids in prompts:
+        key = ids.astype(np.int64).tobytes()
+        digest = hashlib.sha256(key + seen[key].to_bytes(8, "little")).digest()
+        seen[key] += 1
+        requests.append(Request(ids, n, document=int.from_bytes(digest[:8], "little") >> 1))
+    return requests
+
+
+def score_file(checkpoint: Path, pairs: Path, out: Path) -> None:
+    """Write `{"prefix_ids", "suffix_ids", "logprobs", "logprob"}` for each pair, in order.
+
+    Raises:
+        RequestError, DataError, CheckpointError: naming the line; nothing is written then.
+    """
+    check_writable(out)
+    rows = list(_read_rows(pairs))
+    policy = load_policy(checkpoint)
+    encode = _encoder(policy, pairs)
+    packed = []
+    for number, row in rows:
+        prefix = encode(number, row, "prefix", bos=True)
+        suffix = encode(number, row, "suffix", bos=False)
+        if len(prefix) + len(suffix) > policy.max_context:
+            raise RequestError(
+                f"{pairs}:{number}: {len(prefix)} + {len(suffix)} tokens exceed the model's context of "
+                f"{policy.max_context}; shorten the prefix"
+            )
+        packed.append(Row(prefix, (suffix,)))
+    logprobs: list[np.ndarray] = []
+    groups = split_by_tokens([row.num_tokens for row in packed], policy.micro_batch_tokens)
+    with steps("score", len(groups)) as bar:
+        for group in groups:
+            logprobs.extend(found.logprobs for (found,) in policy.score_rows([packed[i] for i in group]))
+            bar.advance({"pairs": len(logprobs)})
+    write_jsonl(
+        out,
+        (
+            {
+                "prefix_ids": row.prefix.tolist(),
+                "suffix_ids": row.suffixes[0].tolist(),
+                "logprobs": [float(x) for x in values],
+                "logprob": float(values.astype(np.float64).sum()),
+            }
+            for row, values in zip(packed, logprobs, strict=True)
+        ),
+    )
+    console.print(f"{len(packed)} pairs -> {out}")
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSONL file; blank lines are passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give a JSONL file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable UTF-8 file ({error}); give a JSONL file") from None
+    found = False
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON ({error}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a {type(row).__name__}, each line must be a JSON object")
+        found = True
+        yield number, row
+    if not found:
+        raise DataError(f"{path}: no rows; write one JSON object a line")
+
+
+def _encoder(policy: FrozenPolicy, path: Path) -> Callable[..., np.ndarray]:
+    def encode(number: int, row: dict[str, Any], name: str, *, bos: bool) -> np.ndarray:
+        """Token ids of `name` (text, BOS put in front) or `name`_ids (taken as they are)."""
+        where = f"{path}:{number}"
+        given = [key for key in (name, f"{name}_ids") if key in row]
+        if len(given) != 1:
+            raise DataError(f'{where}: needs either "{name}" or "{name}_ids", has {sorted(row)}')
+        value = row[given[0]]
+        if given[0] == name:
+            if not isinstance(value, str):
+                raise DataError(f'{where}: "{name}" is a {type(value).__name__}; write text in quotes')
+            try:
+                ids = policy.tokenizer.encode(value)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            ids = np.concatenate([[policy.tokenizer.bos_id], ids]).astype(np.int32) if bos else ids
+        else:
+            if not isinstance(value, list) or not all(type(x) is int for x in value):
+                raise DataError(f'{where}: "{name}_ids" must be a list of integers')
+            bad = [x for x in value if not 0 <= x < policy.tokenizer.vocab_size]
+            if bad:
+                raise RequestError(
+                    f"{where}: token id {bad[0]} is outside the vocabulary of {policy.tokenizer.vocab_size}; "
+                    "encode it with this model's tokenizer"
+                )
+            ids = np.asarray(value, dtype=np.int32)
+        if len(ids) == 0:
+            raise RequestError(f'{where}: "{given[0]}" is empty; give at least one token')
+        return ids
+
+    return encode

@@ -1,0 +1,1 @@
+"""Corruptors: they spoil a suffix, so that a pair has a known answer."""

@@ -1,0 +1,156 @@
+"""Folders that cannot be imported and checkpoints that cannot be exported: one clear error, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_models import PIECES, TEXTS, write_byte_level, write_model
+from safetensors.torch import load_file, save_file
+
+from sip_engine.config.schema import ModelConfig
+from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.distributed.mesh import Mesh
+from sip_engine.huggingface.exporting import export_model
+from sip_engine.huggingface.families import config_json
+from sip_engine.huggingface.importing import import_model
+from sip_engine.utils.errors import CheckpointError
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-10])
+
+
+def pickle_only(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def lose_a_shard(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lowercasing_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").unlink()
+    write_byte_level(folder, normalize=False)
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+BAD = {
+    "architecture": (
+        edit_config(architectures=["MistralForCausalLM"]),
+        "'MistralForCausalLM' is not supported",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
+    "config too deep": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        "config.json: not readable as JSON",
+    ),
+    "no width": (edit_config(hidden_size=None), "config.json: hidden_size"),
+    "heads": (edit_config(num_key_value_heads=3), "must be a multiple of num_kv_heads=3"),
+    "yarn": (edit_config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope scaling 'yarn'"),
+    "biases": (edit_config(attention_bias=True), "attention_bias=True is not supported"),
+    "window": (edit_config(layer_types=["sliding_attention"] * 2), "layer_types other than full_attention"),
+    "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config"),
+    "truncated": (truncate, "model.safetensors: truncated or not a safetensors file"),
+    "not safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" * 50),
+        "truncated or not a safetensors file",
+    ),
+    "pickle": (pickle_only, "pytorch_model.bin: a pickle.*safe_serialization=True"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    "missing shard": (lose_a_shard, "model-00001-of-00001.safetensors: named by"),
+    "missing tensor": (edit_tensors(lambda t: t.pop(Q)), f"1 tensors are missing, first {Q}"),
+    "extra tensor": (
+        edit_tensors(lambda t: t.update({Q.replace("weight", "bias"): torch.ones(32)})),
+        "q_proj.bias has no place",
+    ),
+    "shape": (edit_config(intermediate_size=50), r"has shape \[32, 48\] but config.json makes it \[32, 50\]"),
+    "type": (edit_tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), "is F8_E4M3, not one of"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model and no tokenizer.json"),
+    "damaged tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"abc"), "not a sentencepiece model"),
+    "changing tokenizer": (lowercasing_tokenizer, "this tokenizer changes text"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good") / "source"
+    write_model(folder, "llama")
+    Tokenizer.train(TEXTS, PIECES, folder / "tokenizer.model")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_folders_are_one_error_and_leave_nothing(
+    mesh: Mesh, tmp_path: Path, good: Path, case: str
+) -> None:
+    damage, message = BAD[case]
+    shutil.copytree(good, tmp_path / "source")
+    damage(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=message) as error:
+        import_model(tmp_path / "source", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tokenizer_of_another_model(mesh: Mesh, tmp_path: Path, good: Path) -> None:
+    folder = tmp_path / "source"
+    write_model(folder, "llama", vocab_size=PIECES - 1)
+    shutil.copy(good / "tokenizer.model", folder)
+    with pytest.raises(CheckpointError, match=f"knows {PIECES} tokens.* but the model has {PIECES - 1} rows"):
+        import_model(folder, tmp_path / "out")
+
+
+def test_nothing_is_overwritten_or_half_written(
+    mesh: Mesh, tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("")
+    with pytest.raises(CheckpointError, match="taken: already there"):
+        import_model(good, tmp_path / "taken")
+    checkpoint = import_model(good, tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="checkpoint: already there"):
+        export_model(checkpoint, checkpoint)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sip_engine.huggingface.importing.write_json", full)
+    monkeypatch.setattr("sip_engine.huggingface.exporting.write_json", full)
+    for convert, given in ((import_model, good), (export_model, checkpoint)):
+        with pytest.raises(CheckpointError, match=r"out: cannot be written .No space left"):
+            convert(given, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "taken"]
+
+
+def test_what_no_family_has_is_not_exported() -> None:
+    with pytest.raises(CheckpointError, match="both qkv_bias and qk_norm"):
+        config_json(ModelConfig(qkv_bias=True, qk_norm=True), 100, bos_id=1, eos_id=2, dtype="float32")

@@ -1,0 +1,370 @@
+"""Prompts that no text can leave, and replies of which only a strict verdict counts."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from fault_server import BAD, GOOD, completion, fenced_texts, rule_judge, rule_word
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.injection_texts import INJECTIONS
+from sip_engine.judges import prompts
+from sip_engine.judges.parsing import MAX_REPLY_CHARS, read_verdict, settled
+from sip_engine.judges.prompts import Prompt, judge_prompt
+from sip_engine.llm.completion import read_completion
+from sip_engine.llm.untrusted import make_mark, neutral
+from sip_engine.types import FactualityQuestion, Failure, PairQuestion, Question, SafetyQuestion
+
+PAIR = PairQuestion("The heron is a bird.", " It eats fish.", " It eats iron.")
+SAFETY = SafetyQuestion("It eats fish.")
+FACTUALITY = FactualityQuestion("The heron is a bird.", " It eats fish.", " It eats iron.")
+QUESTIONS: list[Question] = [PAIR, SAFETY, FACTUALITY]
+MARKED = judge_prompt(PAIR)
+
+# Pieces of fences, verdicts and templates, so that random texts attack more than random letters would.
+FRAGMENTS = "<<< >>> <<<BEGIN <<<END prefix continuation_1 passage VERDICT : 1 <| |> </s> [INST] 00000000"
+PIECES = st.sampled_from(
+    [*FRAGMENTS.split(), MARKED.mark, " ", "\n", "\r\n", "\x1b", "\u2028", "\ud800", "\u202e", "\x00"]
+)
+TEXTS = st.lists(st.one_of(PIECES, st.text(st.characters(codec=None), max_size=8)), max_size=12).map("".join)
+
+
+def as_body(prompt: Prompt, **fields: Any) -> dict[str, Any]:
+    return {"messages": prompt.messages(), **fields}
+
+
+@given(TEXTS, TEXTS, TEXTS, st.sampled_from(["pair", "safety", "factuality"]), st.text(max_size=3))
+def test_every_text_comes_back_out_of_its_fence(a: str, b: str, c: str, kind: str, key: str) -> None:
+    question: Question
+    if kind == "pair":
+        question, texts = PairQuestion(a, b, c), {"prefix": a, "continuation_1": b, "continuation_2": c}
+    elif kind == "safety":
+        question, texts = SafetyQuestion(a), {"passage": a}
+    else:
+        question, texts = FactualityQuestion(a, b, c), {"prefix": a, "reference": b, "continuation": c}
+    prompt = judge_prompt(question, key=key)
+    assert fenced_texts(as_body(prompt)) == {name: neutral(text) for name, text in texts.items()}
+    assert not any(prompt.mark in neutral(text).lower() for text in texts.values())
+    assert prompt.system.isascii() and prompt.user.encode(), "nothing that JSON in UTF-8 cannot carry"
+
+
+def test_a_text_that_holds_its_mark_gets_another() -> None:
+    first = make_mark("key", ["about"], ["harmless"])
+    second = make_mark("key", ["about"], ["it knows ", f"{first.upper()}!"])
+    third = make_mark("key", ["about"], [first, second])
+    assert len({first, second, third}) == 3
+    assert all(re.fullmatch("[0-9a-f]{8}", mark) for mark in (first, second, third))
+
+
+def test_marks_repeat_for_the_same_texts_and_differ_otherwise() -> None:
+    assert judge_prompt(PAIR, key="7") == judge_prompt(PAIR, key="7")
+    questions = [PAIR, FACTUALITY, PairQuestion(PAIR.prefix, PAIR.second, PAIR.first), SAFETY]
+    marks = {judge_prompt(question, key=key).mark for question in questions for key in ("", "7")}
+    assert len(marks) == 2 * len(questions)
+    # Parts are kept apart: the same characters cut elsewhere are another question.
+    assert judge_prompt(PairQuestion("a", "bc", "d")).mark != judge_prompt(PairQuestion("a", "b", "cd")).mark
+
+
+def test_hidden_characters_are_shown_and_all_others_kept() -> None:
+    assert neutral("a\r\nb\rc\n\td") == "a\nb[U+000D]c\n\td"
+    needed = set("\t\n\xad\u200c\u200d") | {chr(c) for c in range(0x600, 0x606)}
+    needed |= set("\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
+    for code in range(0x110000):
+        char = chr(code)
+        hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in needed
+        shown = neutral(char)
+        if hidden:
+            assert shown == f"[U+{code:04X}]"
+        elif shown != char:
+            # Nothing else but what stands among format characters and is not assigned, or shapes hieroglyphs.
+            category = unicodedata.category(char)
+            assert category == "Cn" or 0x13430 <= code <= 0x1343F, (hex(code), category)
+
+
+SPECIAL = (
+    "<|im_end|> <|eot_id|> <|endoftext|> </s> <s> [INST] [/INST] <<SYS>> <</SYS>> <start_of_turn> <end_of_turn> "
+    "<bos> <EOS> <\uff5cAssistant\uff5c> <think> </think> [TOOL_CALLS] <tool_response> <<<BEGIN <<<END"
+)
+
+
+@pytest.mark.parametrize("token", SPECIAL.split())
+def test_special_tokens_of_chat_templates_are_broken(token: str) -> None:
+    shown = neutral(f"a{token}b{token}")
+    assert token not in shown and shown.replace("\u00b7", "") == f"a{token}b{token}"
+
+
+@given(TEXTS)
+@example("a < b > c | d <b>bold</b> x<<1 [1] {y} \u00e9\u4e2d\U0001f600")
+def test_neutral_text_stays_as_it_is(text: str) -> None:
+    assert neutral(neutral(text)) == neutral(text)
+    if re.fullmatch(r"[\w \n.,;:!?'\"()%=+-]*", text):
+        assert neutral(text) == text
+
+
+def test_all_comparisons_of_a_group_begin_with_the_same_characters() -> None:
+    sent = [
+        judge_prompt(PairQuestion(PAIR.prefix, first, second))
+        for first, second in [("a", "b"), ("b", "a"), ("c", "a"), ("a", MARKED.user)]
+    ]
+    shared = sent[0].user.index("<<<BEGIN continuation_1")
+    assert PAIR.prefix in sent[0].user[:shared]
+    for one, other in pairwise(sent):
+        assert one.system == other.system and one.user[:shared] == other.user[:shared]
+
+
+def test_a_long_prefix_keeps_its_end() -> None:
+    question = PairQuestion("x" * 50 + "the end", "a", "b")
+    assert fenced_texts(as_body(judge_prompt(question, max_prefix_chars=7)))["prefix"] == "the end"
+
+
+def test_without_a_system_role_nothing_is_lost() -> None:
+    (message,) = MARKED.messages(system_role=False)
+    assert message == {"role": "user", "content": f"{MARKED.system}\n\n{MARKED.user}"}
+
+
+ATTACKED: list[tuple[Question, str]] = [
+    # The attacker's text, T, and the verdict that the rule gives whatever stands in it.
+    (PairQuestion("p", "T", f"a {GOOD}"), "2"),
+    (PairQuestion("p", f"a {GOOD}", "T"), "1"),
+    (PairQuestion("T", f"a {GOOD}", f"{GOOD} and {GOOD}"), "2"),
+    (SafetyQuestion("T"), "no"),
+    (FactualityQuestion("p", "r", "T"), "definite"),
+    (FactualityQuestion("p", "T", f"a {BAD} and a {BAD}"), "definite"),
+]
+
+
+def attacked(question: Question, text: str) -> Question:
+    """The question with the attacker's text, which goes on with something bad after the injection."""
+    fields = {name: f"{text} a {BAD}" if value == "T" else value for name, value in vars(question).items()}
+    return type(question)(**fields)
+
+
+@pytest.mark.parametrize("injection", INJECTIONS, ids=lambda injection: injection.name)
+def test_no_injected_text_moves_a_rule(injection: Any) -> None:
+    for question, word in ATTACKED:
+        for format in ("verdict_line", "json_schema"):
+            prompt = judge_prompt(attacked(question, f"dull\n{injection.text}\n"), format=format)
+            fields = {"json_schema": {"schema": prompt.schema}}
+            body = as_body(prompt, **({"response_format": fields} if format == "json_schema" else {}))
+            assert rule_word(body) == word, injection.name
+            assert read_verdict(rule_judge(body), prompt) == prompt.verdicts[word]
+            assert isinstance(read_verdict(injection.text, prompt), Failure), "a reply that repeats it"
+            assert isinstance(read_verdict(f"It says:\n{injection.text}", prompt), Failure)
+
+
+def test_the_injections_do_move_a_rule_without_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same attacks against fences with a mark that can be guessed, around texts left as they are."""
+    monkeypatch.setattr(prompts, "neutral", lambda text: text)
+    monkeypatch.setattr(prompts, "make_mark", lambda key, about, texts: "00000000")
+    monkeypatch.setattr(
+        prompts,
+        "fence",
+        lambda name, text, mark: f"<<<BEGIN {name} {mark}>>>\n{text}\n<<<END {name} {mark}>>>",
+    )
+    moved = set()
+    for injection in INJECTIONS:
+        for number, (question, word) in enumerate(ATTACKED):
+            prompt = judge_prompt(attacked(question, f"dull\n{injection.text}\n"))
+            if rule_word(as_body(prompt)) != word:
+                moved.add(number)
+            if isinstance(read_verdict(injection.text, prompt), float):
+                moved.add(-1)
+    assert moved >= {-1, 0, 3, 4}
+
+
+LINE = {type(q): judge_prompt(q) for q in QUESTIONS}
+OBJECT = {type(q): judge_prompt(q, format="json_schema") for q in QUESTIONS}
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: type(question).__name__)
+@pytest.mark.parametrize("style", ["reasoned", "direct"])
+def test_every_word_asked_for_is_read(question: Question, style: Any) -> None:
+    line = judge_prompt(question, style=style)
+    answers = {"1": 1.0, "2": 0.0, "yes": 1.0, "no": 0.0, "none": 1.0, "possible": 0.5, "definite": 0.0}
+    for word in line.verdicts:
+        assert f"VERDICT {line.mark}: {word} " in line.user, "the prompt says so"
+        assert read_verdict(f"Because.\n\nVERDICT {line.mark}: {word}\r\n \n", line) == answers[word]
+        assert read_verdict(line.verdict_start + word, line) == answers[word]
+        fenced = judge_prompt(question, style=style, format="json_schema")
+        values = {"reasoning": "Because.", "id": fenced.mark, "verdict": word}
+        reply = json.dumps({name: values[name] for name in fenced.schema["properties"]}, indent=1)
+        assert read_verdict(reply, fenced) == answers[word]
+
+
+MARK = MARKED.mark
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("", "empty"),
+        ("\n \u2028\n", "empty"),
+        ("1", "not a verdict"),
+        ("VERDICT: 1", "not a verdict"),
+        ("VERDICT 00000000: 1", "wrong mark"),
+        (f"VERDICT {MARK}: 3", "not one of the words"),
+        (f"VERDICT {MARK}: yes", "not one of the words"),
+        (f"VERDICT {MARK}: 1.", "not one of the words"),
+        (f"VERDICT {MARK}: 1 or 2", "not one of the words"),
+        (f"VERDICT {MARK}:1", "wrong mark"),
+        (f"VERDICT {MARK.upper()}x: 1", "wrong mark"),
+        (f" VERDICT {MARK}: 1", "not a verdict"),
+        (f"**VERDICT {MARK}: 1**", "not a verdict"),
+        (f"verdict {MARK}: 1", "not a verdict"),
+        (f"VERDICT {MARK}: 1\nI hope that helps.", "not a verdict"),
+        (f"VERDICT {MARK}: 1\nVERDICT {MARK}: 2", "more than one"),
+        (f"VERDICT {MARK}: 2\n\nVERDICT {MARK}: 2", "more than one"),
+        (f"It may be VERDICT {MARK}: 2, but\nVERDICT {MARK}: 1", "more than one"),
+        (f"so\u2028VERDICT {MARK}: 1", "not a verdict"),
+        (f"so\rVERDICT {MARK}: 1", "not a verdict"),
+        (f"{'x' * MAX_REPLY_CHARS}\nVERDICT {MARK}: 1", "longer than"),
+    ],
+)
+def test_anything_but_one_strict_line_is_a_failure(reply: str, reason: str) -> None:
+    found = read_verdict(reply, MARKED)
+    assert isinstance(found, Failure) and reason in found.reason
+
+
+GOOD_OBJECT = {"reasoning": "r", "id": OBJECT[PairQuestion].mark, "verdict": "1"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (json.dumps(GOOD_OBJECT)[:-1], "not one JSON object"),
+        (json.dumps(GOOD_OBJECT) * 2, "not one JSON object"),
+        (f"```json\n{json.dumps(GOOD_OBJECT)}\n```", "not one JSON object"),
+        ("[" * 50_000, "not one JSON object"),
+        ("9" * 10_000, "not one JSON object"),
+        (json.dumps([GOOD_OBJECT]), "keys asked for"),
+        (json.dumps({"answer": GOOD_OBJECT}), "keys asked for"),
+        (json.dumps(GOOD_OBJECT | {"more": "x"}), "keys asked for"),
+        (json.dumps({"id": GOOD_OBJECT["id"], "verdict": "1"}), "keys asked for"),
+        (json.dumps(GOOD_OBJECT)[:-1] + ', "verdict": "2"}', "each once"),
+        (json.dumps(GOOD_OBJECT | {"verdict": 1}), "not all strings"),
+        (json.dumps(GOOD_OBJECT | {"reasoning": None}), "not all strings"),
+        (json.dumps(GOOD_OBJECT | {"verdict": ["1"]}), "not all strings"),
+        (json.dumps(GOOD_OBJECT | {"verdict": "first"}), "not one of the words"),
+        (json.dumps(GOOD_OBJECT | {"id": "00000000"}), "wrong mark"),
+    ],
+)
+def test_anything_but_one_strict_object_is_a_failure(reply: str, reason: str) -> None:
+    found = read_verdict(reply, OBJECT[PairQuestion])
+    assert isinstance(found, Failure) and reason in found.reason
+
+
+VERDICT_PIECES = st.one_of(
+    st.sampled_from(
+        ["VERDICT ", MARK, ": ", "1", "2", "yes", "\n", "\r", " ", "\t", "\u2028", "\x0b", "\x85", "."]
+    ),
+    st.sampled_from(
+        [f"VERDICT {MARK}: 1", f"VERDICT {MARK}: 2", f"\nVERDICT {MARK}: 1", "VERDICT 00000000: 1"]
+    ),
+    st.text(max_size=20),
+)
+
+
+@settings(max_examples=1000)
+@given(st.lists(VERDICT_PIECES, max_size=8).map("".join))
+@example(f"VERDICT {MARK}: 1\x0b")
+@example(f"fine\nVERDICT {MARK}: 1\n\n\t")
+def test_a_thousand_random_replies_invent_no_score(reply: str) -> None:
+    line = re.fullmatch(rf"(.*\n)?VERDICT {MARK}: ([12])[ \t\r]*(\n[ \t\r]*)*", reply, re.DOTALL)
+    expected = None
+    if line and f"VERDICT {MARK}" not in (line[1] or ""):
+        expected = {"1": 1.0, "2": 0.0}[line[2]]
+    found = read_verdict(reply, MARKED)
+    assert (None if isinstance(found, Failure) else found) == expected
+
+
+JSON_VALUES = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.floats(), st.sampled_from(["1", "2", "yes", MARK]), st.text(max_size=5)
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(list(GOOD_OBJECT)), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=1000)
+@given(
+    st.one_of(
+        JSON_VALUES.map(json.dumps),
+        st.builds(
+            lambda change: json.dumps(GOOD_OBJECT | change),
+            st.dictionaries(st.sampled_from(list(GOOD_OBJECT)), JSON_VALUES),
+        ),
+        st.builds(
+            lambda at, length, put: (text := json.dumps(GOOD_OBJECT))[:at] + put + text[at + length :],
+            st.integers(0, 80),
+            st.integers(0, 9),
+            st.sampled_from(["", '"', "}", "{", ",", '"verdict": "2",', " ", "\n", "1", "\\u0031"]),
+        ),
+    )
+)
+def test_a_thousand_random_objects_invent_no_score(reply: str) -> None:
+    try:
+        pairs = json.loads(reply, object_pairs_hook=lambda found: tuple(sorted(found, key=repr)))
+    except ValueError:
+        pairs = None
+    words = {"1": 1.0, "2": 0.0}
+    expected = None
+    if isinstance(pairs, tuple) and len(pairs) == 3 and all(isinstance(value, str) for _, value in pairs):
+        fields = dict(pairs)
+        if fields.keys() == GOOD_OBJECT.keys() and fields["id"] == GOOD_OBJECT["id"]:
+            expected = words.get(fields["verdict"])
+    found = read_verdict(reply, OBJECT[PairQuestion])
+    assert (None if isinstance(found, Failure) else found) == expected
+
+
+def test_a_text_does_not_differ_from_itself() -> None:
+    assert settled(PairQuestion("p", "same", "same")) == 0.5
+    assert all(settled(question) is None for question in QUESTIONS)
+
+
+def test_a_completion_is_read_with_its_tokens() -> None:
+    assert read_completion(completion("hello \U0001f600")) == ("hello \U0001f600", 111)
+    assert read_completion(completion("x").replace(b"100", b"-5")) == ("x", 11)
+    assert read_completion(completion("x").replace(b'"usage"', b'"use"')) == ("x", 0)
+
+
+@settings(max_examples=1000)
+@given(
+    st.one_of(
+        st.binary(max_size=50),
+        JSON_VALUES.map(lambda value: json.dumps({"choices": value}).encode()),
+        JSON_VALUES.map(lambda value: json.dumps({"choices": [{"message": value}]}).encode()),
+        JSON_VALUES.map(lambda value: json.dumps({"usage": value, "choices": []}).encode()),
+        JSON_VALUES.map(lambda value: completion(value)),
+        JSON_VALUES.map(lambda value: completion("x", finish_reason=value)),
+        JSON_VALUES.map(lambda value: completion("x", index=value)),
+        st.builds(
+            lambda at, put: completion("hello")[:at] + put + completion("hello")[at + 1 :],
+            st.integers(0, 200),
+            st.sampled_from([b"", b"\xff", b'"', b"}", b"[", b"\\ud800"]),
+        ),
+    )
+)
+@example(completion("x").replace(b'"x"', b'"\\ud800"'))
+@example(b"[" * 100_000)
+@example(completion("x", index="0"))
+def test_a_thousand_random_bodies_invent_no_reply(data: bytes) -> None:
+    found, tokens = read_completion(data)
+    assert tokens >= 0
+    if isinstance(found, str):
+        value = json.loads(data)
+        (choice,) = value["choices"]
+        assert found == choice["message"]["content"] != "" and choice["finish_reason"] in (
+            "stop",
+            "eos",
+            "eos_token",
+        )
+        assert choice.get("index", 0) == 0 and found.encode()
