@@ -1,7 +1,8 @@
-"""Lets Megatron's distributed optimizer save and load torch's AdamW, which it expects only Apex or TE in place of.
+"""Lets Megatron's optimizers save and load torch's AdamW, which they expect only Apex or TE in place of.
 
-Megatron reads Adam's state before the first step has made it, and on loading asks the checkpoint for the
-step count that it has itself just put there. Nothing is done for Transformer Engine's optimizer.
+Megatron reads Adam's state before the first step has made it, on loading asks the checkpoint for the step count that
+it has itself just put there, and hands all parameters one and the same step tensor, which torch then counts up once a
+parameter. A step count of zero it does not write at all. Nothing is done for Transformer Engine's optimizer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 
 def fill_adam_state(optimizer: Any) -> None:
@@ -23,12 +25,16 @@ def fill_adam_state(optimizer: Any) -> None:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict(state)` for every kind of optimizer."""
+    """`optimizer.load_state_dict(state)` for every kind of optimizer; no two parameters share a state's tensor."""
     with ExitStack() as stack:
         for part in _torch_adams(optimizer):
             if hasattr(part, "_set_main_param_and_optimizer_states"):
                 stack.enter_context(_keeping_step(part))
+            else:
+                _state_of(state)["state"].setdefault("common_step", torch.tensor(0.0))
         optimizer.load_state_dict(state)
+    for part in _torch_adams(optimizer):
+        _own_tensors(part.optimizer)
 
 
 def _torch_adams(optimizer: Any) -> Iterator[Any]:
@@ -49,3 +55,21 @@ def _keeping_step(part: Any) -> Iterator[None]:
 
     with mock.patch.object(part, name, load_beside_step):
         yield
+
+
+def _state_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The inner optimizer's part of what Megatron writes: beside fp32 copies it is one level down."""
+    return state.get("optimizer", state)
+
+
+def _own_tensors(adam: torch.optim.AdamW) -> None:
+    """Give every parameter tensors of its own."""
+    seen: set[int] = set()
+    for state in adam.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.numel():
+                place = value.untyped_storage().data_ptr()
+                if place in seen:
+                    state[name] = value = value.clone()
+                    place = value.untyped_storage().data_ptr()
+                seen.add(place)
