@@ -22,13 +22,12 @@ from benchmarks.sampler import MODEL, VOCAB
 from benchmarks.update import SUFFIX, PlainDpo, run_config
 from sip_engine.config.schema import ObjectiveConfig, SamplerConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.objectives.choose import Choice
 from sip_engine.objectives.update import rows_of_choices, update
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.sampler import Sampler
-from sip_engine.types import Candidate, Kind, Sample
+from sip_engine.types import Candidate, Choice, Kind, Sample
 
 
 def choices_of(prefixes: Sequence[np.ndarray], rollouts: Sequence[Sequence[np.ndarray]]) -> list[Choice]:

@@ -31,12 +31,11 @@ from benchmarks.sampler import MODEL, VOCAB
 from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.kernels.shared_prefix_attention import attention_cost, rows_of
-from sip_engine.objectives.choose import Choice
 from sip_engine.objectives.update import rows_of_choices, update
 from sip_engine.policy.packing import PackedRows, Row
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
-from sip_engine.types import Candidate, Kind, Sample
+from sip_engine.types import Candidate, Choice, Kind, Sample
 
 SUFFIX = 128
 TARGETS = {2: 1.6, 16: 4.5}

@@ -1,13 +1,13 @@
-"""The candidates of each prefix: the document's own suffix, a rewritten one, and the policy's rollouts."""
+"""What the policy writes: candidates of each prefix beside its own suffix, and replies to a task's prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sip_engine.config.schema import CandidateStage, SamplerConfig
+from sip_engine.config.schema import CandidateStage, RunConfig, SamplerConfig
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.sampler.requests import Request, SamplingParams
+from sip_engine.sampler.requests import Completion, Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import Candidate, Failure, Kind, Rewriter, RewriteRequest, Sample
 
@@ -86,3 +86,30 @@ def _rollouts(
         ]
         for s, completions in zip(samples, sampler.generate(requests, params), strict=True)
     ]
+
+
+def reply(
+    samples: Sequence[Sample],
+    *,
+    n: int,
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    cfg: RunConfig,
+    step: int,
+    greedy: bool = False,
+) -> tuple[list[list[Completion]], list[list[str | None]]]:
+    """`n` generations for each prompt of a task, up to end-of-text, and their texts; None where that did not come."""
+    eos = tokenizer.eos_id
+    params = SamplingParams(
+        cfg.data.suffix_tokens,
+        temperature=cfg.sampler.temperature,
+        top_p=cfg.sampler.top_p,
+        top_k=cfg.sampler.top_k,
+        greedy=greedy,
+        seed=cfg.seed,
+        step=step,
+        stop_ids=(eos,),
+    )
+    done = sampler.generate([Request(s.prefix_ids, n, s.document, s.cut) for s in samples], params)
+    texts = [[tokenizer.decode(c.ids[:-1]) if c.ids[-1] == eos else None for c in group] for group in done]
+    return done, texts

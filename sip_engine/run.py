@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sip_engine.candidates import reply
 from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus, open_corpus
@@ -17,11 +18,10 @@ from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.held_out import Evaluation, Measure, evaluate
 from sip_engine.evaluation.truth import open_measure
 from sip_engine.judges.open import open_judge
-from sip_engine.judges.rewards import Verdict
 from sip_engine.monitoring.metrics import flatten
 from sip_engine.monitoring.monitors import Monitors
 from sip_engine.monitoring.records import Records, read_records
-from sip_engine.objectives.choose import Choice
+from sip_engine.monitoring.thresholds import Thresholds
 from sip_engine.policy.checkpoint import (
     CheckpointState,
     checkpoint_tokenizer,
@@ -35,12 +35,11 @@ from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 from sip_engine.policy.weights import assert_shared, weight_views
 from sip_engine.rewriters.open import open_rewriter
-from sip_engine.sampler.requests import Completion, Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.tasks.evaluate import evaluate_task
 from sip_engine.tasks.graders import Grader, RewriteGrader, VerdictGrader
-from sip_engine.types import Candidate, Judge, Rewriter, Sample
-from sip_engine.utils.errors import ConfigError, ThresholdError
+from sip_engine.types import Judge, Rewriter, Sample
+from sip_engine.utils.errors import ConfigError
 from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json, write_jsonl
 from sip_engine.utils.progress import console
 
@@ -63,12 +62,11 @@ class Run:
     measure: Measure | None
     records: Records
     monitors: Monitors
+    thresholds: Thresholds
     grader: Grader | None = None
     step: int = 0
     baseline: list[str] | None = None
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
-    _failure: str = ""
-    """Why the judge failed last, on this process."""
     _spent: float = 0.0
     _opened: float = field(default_factory=time.monotonic)
 
@@ -84,27 +82,6 @@ class Run:
     def next_samples(self) -> list[Sample]:
         """This process' share of the next global batch."""
         return self.corpus.stream.next_batch(self.cfg.batch_size, self.mesh.dp.rank, self.mesh.dp.size)
-
-    def reply(
-        self, samples: Sequence[Sample], n: int, *, greedy: bool = False
-    ) -> tuple[list[list[Completion]], list[list[str | None]]]:
-        """`n` generations for each prompt, up to end-of-text; and their texts, None where that did not come."""
-        assert self.sampler is not None
-        eos, cfg = self.corpus.tokenizer.eos_id, self.cfg.sampler
-        params = SamplingParams(
-            self.cfg.data.suffix_tokens,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            top_k=cfg.top_k,
-            greedy=greedy,
-            seed=self.cfg.seed,
-            step=self.step,
-            stop_ids=(eos,),
-        )
-        done = self.sampler.generate([Request(s.prefix_ids, n, s.document, s.cut) for s in samples], params)
-        decode = self.corpus.tokenizer.decode
-        texts = [[decode(c.ids[:-1]) if c.ids[-1] == eos else None for c in group] for group in done]
-        return done, texts
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
@@ -133,7 +110,17 @@ class Run:
             assert_shared(self.sampler.weights, self.policy.model)
         sampler = self.sampler if self.cfg.eval.generate else None
         if self.grader is not None:
-            greedy = partial(self.reply, n=1, greedy=True) if sampler is not None else None
+            greedy = None
+            if sampler is not None:
+                greedy = partial(
+                    reply,
+                    sampler=sampler,
+                    tokenizer=self.corpus.tokenizer,
+                    cfg=self.cfg,
+                    n=1,
+                    step=self.step,
+                    greedy=True,
+                )
             result = evaluate_task(self.policy, self.corpus.held_out, greedy, self.grader, seed=self.cfg.seed)
         else:
             result = evaluate(
@@ -153,53 +140,6 @@ class Run:
         if self.mesh.is_main:
             _write_evaluation(self.cfg.out, self.step, result, self.corpus.held_out)
         return result
-
-    def record_pools(
-        self,
-        samples: Sequence[Sample],
-        pools: Sequence[Sequence[Candidate]],
-        verdicts: Sequence[Verdict],
-        choices: Sequence[Choice | None],
-    ) -> None:
-        """Write this step's pools with their verdicts (those of the first process' share)."""
-        self._failure = next((reason for verdict in verdicts for reason in verdict.failures), "")
-        if self.step % self.cfg.log_rollouts_every or not self.mesh.is_main:
-            return
-        for number, (sample, pool) in enumerate(zip(samples, pools, strict=True)):
-            verdict = verdicts[number] if verdicts else None
-            self.records.pool(self.step + 1, _pool_entry(sample, pool, verdict, choices[number]))
-
-    def record_generations(
-        self,
-        samples: Sequence[Sample],
-        replies: Sequence[Sequence[str | None]],
-        rewards: Sequence[Sequence[float | None]],
-    ) -> None:
-        """Write this step's generations with their rewards (those of the first process' share)."""
-        if self.step % self.cfg.log_rollouts_every or not self.mesh.is_main:
-            return
-        for sample, texts, values in zip(samples, replies, rewards, strict=True):
-            graded = [{"text": t, "reward": v} for t, v in zip(texts, values, strict=True)]
-            entry = {"document": sample.document, "prompt": sample.prefix, "answer": sample.suffix}
-            self.records.generations(self.step + 1, {**entry, "generations": graded})
-
-    def check_thresholds(self, metrics: dict[str, float]) -> None:
-        """Stop a run whose judge or sampler can no longer be trusted.
-
-        Raises:
-            ThresholdError: on every process alike, naming the figure, its limit and the setting.
-        """
-        limits = (
-            ("judge/failure_rate", self.cfg.judge.max_failure_rate, "judge.max_failure_rate", self._failure),
-            ("drift/mean", self.cfg.max_drift, "max_drift", ""),
-        )
-        for name, limit, setting, cause in limits:
-            if metrics.get(name, 0.0) > limit:
-                reason = f" ({cause})" if cause else ""
-                raise ThresholdError(
-                    f"step {self.step}: {name} is {metrics[name]:.4g}, above {setting}={limit}{reason}; "
-                    "the newest checkpoint, if there is one, is from before; find the cause or raise the limit"
-                )
 
 
 @contextmanager
@@ -248,7 +188,9 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
     sampler = None
     if cfg.needs_sampler:
         sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh, cfg.sampler)
-    records = Records(cfg.out, from_step=step + (step > 0), enabled=mesh.is_main)
+    records = Records(
+        cfg.out, from_step=step + (step > 0), pools_every=cfg.log_rollouts_every, enabled=mesh.is_main
+    )
     run = Run(
         cfg,
         mesh,
@@ -261,6 +203,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         open_measure(cfg),
         records,
         Monitors(cfg.out, cfg.monitors, mesh),
+        Thresholds(cfg),
         _grader(cfg, judge),
         step,
     )
@@ -329,27 +272,3 @@ def _read_baseline(folder: Path, samples: Sequence[Sample], mesh: Mesh) -> list[
             "leave eval.num_prefixes and the documents as they were, or choose another --out"
         )
     return [row["continuation"] for row in rows] if rows else None
-
-
-def _pool_entry(
-    sample: Sample, pool: Sequence[Candidate], verdict: Verdict | None, choice: Choice | None
-) -> dict[str, Any]:
-    candidates = []
-    for number, candidate in enumerate(pool):
-        entry: dict[str, Any] = {"kind": candidate.kind, "text": candidate.text}
-        if candidate.logprobs is not None:
-            entry["logprob"] = round(float(candidate.logprobs.sum()), 4)
-        if verdict is not None:
-            entry |= {name: getattr(verdict, name)[number] for name in ("quality", "safety", "factuality")}
-            entry["reward"] = verdict.rewards[number]
-        candidates.append(entry)
-    return {
-        "document": sample.document,
-        "cut": sample.cut,
-        "prefix": sample.prefix,
-        "candidates": candidates,
-        "pairs": [list(pair) for pair in verdict.pairs] if verdict else [],
-        "failures": list(verdict.failures) if verdict else [],
-        "chosen": None if choice is None else choice.chosen,
-        "rejected": None if choice is None else choice.rejected,
-    }

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sip_engine.candidates import propose
+from sip_engine.candidates import propose, reply
 from sip_engine.config.schema import JUDGED, PAIRED, RunConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.overlap import WaveJudge, split
-from sip_engine.judges.rewards import Verdict
 from sip_engine.monitoring.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
 from sip_engine.objectives.choose import choose
 from sip_engine.objectives.update import (
@@ -21,7 +20,7 @@ from sip_engine.objectives.update import (
 )
 from sip_engine.policy.weights import assert_shared
 from sip_engine.run import Run, open_run
-from sip_engine.types import Candidate, Sample
+from sip_engine.types import Candidate, Sample, Verdict
 from sip_engine.utils.progress import steps
 
 
@@ -54,7 +53,7 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
                     run.reference.follow(run.policy, run.step + 1)
 
             metrics = {**update_metrics(stats), **means.over(mesh), **flatten("seconds", clock.seconds)}
-            run.check_thresholds(metrics)
+            run.thresholds.check(run.step, metrics)
             run.step += 1
             run.records.metrics(run.step, {**metrics, "elapsed": run.elapsed})
             if found := run.monitors.check(run.step):
@@ -113,7 +112,8 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
     ]
     pool_means(means, pools, verdicts, choices)
     means.add("rewriter/failure_rate", num_failed, len(samples) * stage.rewrite)
-    run.record_pools(samples, pools, verdicts, choices)
+    run.thresholds.hear(verdicts)
+    run.records.pools(run.step, samples, pools, verdicts, choices)
     return rows_of_choices([c for c in choices if c is not None], cfg.objective.kind in PAIRED)
 
 
@@ -123,11 +123,18 @@ def learn_task(run: Run, samples: list[Sample], clock: Clock, means: Means) -> T
     assert run.sampler is not None and run.grader is not None
     assert_shared(run.sampler.weights, run.policy.model)
     with clock("generate"):
-        generations, replies = run.reply(samples, cfg.objective.generations)
+        generations, replies = reply(
+            samples,
+            n=cfg.objective.generations,
+            sampler=run.sampler,
+            tokenizer=run.corpus.tokenizer,
+            cfg=cfg,
+            step=run.step,
+        )
     with clock("grade"):
         rewards = run.grader.grade(samples, replies, seed=run.step)
     group_means(means, replies, generations, rewards)
-    run.record_generations(samples, replies, rewards)
+    run.records.generations(run.step, samples, replies, rewards)
     return rows_of_generations(samples, generations, rewards)
 
 

@@ -152,6 +152,50 @@ class Failure:
 Judgment = Score | Failure
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """A judged pool: per candidate its scores and total reward; None where no judgment could be had."""
+
+    quality: tuple[float | None, ...]
+    """Mean win over the other candidates, in [0, 1]; expected where the schedule did not ask about all pairs.
+
+    None also for a candidate that a tournament did not need to compare: neither best nor worst.
+    """
+    safety: tuple[float | None, ...]
+    factuality: tuple[float | None, ...]
+    rewards: tuple[float | None, ...]
+    """Weighted sum of the objectives in force; None if one of them is missing: such a candidate cannot be taken."""
+    skipped: tuple[bool, ...]
+    """True for a candidate that has no reward only because no comparison of it was asked for; nothing failed."""
+    pairs: tuple[tuple[int, int, float | None], ...]
+    """(first, second, win of the first) of every comparison, in the order they were asked."""
+    failures: tuple[str, ...]
+    cost: Cost
+
+    @property
+    def num_judgments(self) -> int:
+        return self.cost.calls
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one prefix contributes to an update: `chosen`, and for paired objectives `rejected`.
+
+    Both are indices into the pool's candidates.
+    """
+
+    sample: Sample
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    rejected: int | None = None
+    margin: float = 0.0
+
+    def trained(self) -> tuple[Candidate, ...]:
+        """The candidates that enter the loss, chosen first."""
+        numbers = (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
+        return tuple(self.candidates[n] for n in numbers)
+
+
 class Judge(Protocol):
     """Answers questions about text. One call may hold many questions, so that a backend can batch them.
 

@@ -10,11 +10,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.judges.rewards import Verdict
-from sip_engine.objectives.choose import Choice
 from sip_engine.policy.policy import UpdateStats
 from sip_engine.sampler.requests import Completion
-from sip_engine.types import Candidate, Kind
+from sip_engine.types import Candidate, Choice, Kind, Verdict
 
 
 class Means:

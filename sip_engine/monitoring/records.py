@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from sip_engine.types import Candidate, Choice, Sample, Verdict
 
 METRICS = "metrics.jsonl"
 POOLS = "pools.jsonl"
@@ -14,9 +16,13 @@ GENERATIONS = "generations.jsonl"
 
 
 class Records:
-    """Appends to a run's files; on resume, lines of steps that will be made again are dropped first."""
+    """Appends to a run's files; on resume, lines of steps that will be made again are dropped first.
 
-    def __init__(self, folder: Path, *, from_step: int, enabled: bool) -> None:
+    `pools_every` is the number of steps between records of whole pools and of generations.
+    """
+
+    def __init__(self, folder: Path, *, from_step: int, enabled: bool, pools_every: int = 1) -> None:
+        self._pools_every = pools_every
         self._files: dict[str, TextIO] = {}
         self._board = None
         if not enabled:
@@ -34,13 +40,38 @@ class Records:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def pool(self, step: int, entry: Mapping[str, Any]) -> None:
-        """One judged pool: prefix, candidates with scores and reward, comparisons, chosen and rejected."""
-        self._append(POOLS, {"step": step, **entry})
+    def pools(
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        pools: Sequence[Sequence[Candidate]],
+        verdicts: Sequence[Verdict],
+        choices: Sequence[Choice | None],
+    ) -> None:
+        """A step's pools (of this process' share): prefix, candidates with scores and reward, comparisons, choice.
 
-    def generations(self, step: int, entry: Mapping[str, Any]) -> None:
-        """One prompt of a task, its generations and their rewards."""
-        self._append(GENERATIONS, {"step": step, **entry})
+        `verdicts` is empty where nothing was judged. `step` counts the updates made before it.
+        """
+        if step % self._pools_every or not self._files:
+            return
+        judged = verdicts or [None] * len(samples)
+        for sample, pool, verdict, choice in zip(samples, pools, judged, choices, strict=True):
+            self._append(POOLS, {"step": step + 1, **_pool_entry(sample, pool, verdict, choice)})
+
+    def generations(
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        replies: Sequence[Sequence[str | None]],
+        rewards: Sequence[Sequence[float | None]],
+    ) -> None:
+        """A step's prompts (of this process' share), their generations and the rewards of these."""
+        if step % self._pools_every or not self._files:
+            return
+        for sample, texts, values in zip(samples, replies, rewards, strict=True):
+            graded = [{"text": t, "reward": v} for t, v in zip(texts, values, strict=True)]
+            entry = {"document": sample.document, "prompt": sample.prefix, "answer": sample.suffix}
+            self._append(GENERATIONS, {"step": step + 1, **entry, "generations": graded})
 
     def close(self) -> None:
         for file in self._files.values():
@@ -61,6 +92,30 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def _pool_entry(
+    sample: Sample, pool: Sequence[Candidate], verdict: Verdict | None, choice: Choice | None
+) -> dict[str, Any]:
+    candidates = []
+    for number, candidate in enumerate(pool):
+        entry: dict[str, Any] = {"kind": candidate.kind, "text": candidate.text}
+        if candidate.logprobs is not None:
+            entry["logprob"] = round(float(candidate.logprobs.sum()), 4)
+        if verdict is not None:
+            entry |= {name: getattr(verdict, name)[number] for name in ("quality", "safety", "factuality")}
+            entry["reward"] = verdict.rewards[number]
+        candidates.append(entry)
+    return {
+        "document": sample.document,
+        "cut": sample.cut,
+        "prefix": sample.prefix,
+        "candidates": candidates,
+        "pairs": [list(pair) for pair in verdict.pairs] if verdict else [],
+        "failures": list(verdict.failures) if verdict else [],
+        "chosen": None if choice is None else choice.chosen,
+        "rejected": None if choice is None else choice.rejected,
+    }
 
 
 def _drop_from_step(path: Path, step: int) -> None:

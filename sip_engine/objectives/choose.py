@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sip_engine.config.schema import JUDGED, ObjectiveConfig
-from sip_engine.judges.rewards import Verdict
-from sip_engine.types import Candidate, Kind, Sample
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one prefix contributes to an update: `chosen`, and for paired objectives `rejected`.
-
-    Both are indices into the pool's candidates.
-    """
-
-    sample: Sample
-    candidates: tuple[Candidate, ...]
-    chosen: int
-    rejected: int | None = None
-    margin: float = 0.0
-
-    def trained(self) -> tuple[Candidate, ...]:
-        """The candidates that enter the loss, chosen first."""
-        numbers = (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
-        return tuple(self.candidates[n] for n in numbers)
+from sip_engine.types import Candidate, Choice, Kind, Sample, Verdict
 
 
 def choose(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sip_engine.config.schema import PAIRED, ObjectiveConfig
 from sip_engine.kernels.dpo import dpo
-from sip_engine.objectives.choose import Choice, dpo_diagnostics
+from sip_engine.objectives.choose import dpo_diagnostics
 from sip_engine.objectives.grpo import advantages, grpo_losses, kl_to_reference
 from sip_engine.policy.packing import PackedRows, Row, row_of
 from sip_engine.policy.policy import Policy, UpdateStats
 from sip_engine.policy.reference import Reference
 from sip_engine.sampler.requests import Completion
-from sip_engine.types import Sample
+from sip_engine.types import Choice, Sample
 
 _NOTHING = np.zeros(1, np.int32)
 

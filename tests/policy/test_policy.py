@@ -14,14 +14,13 @@ from llama import llama_logprobs, llama_of
 
 from sip_engine.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.objectives.choose import Choice
 from sip_engine.objectives.update import rows_of_choices, rows_of_samples, update
 from sip_engine.policy.model import build_model
 from sip_engine.policy.packing import Row, pack_rows, split_by_tokens
 from sip_engine.policy.policy import Policy, score
 from sip_engine.policy.reference import Reference
 from sip_engine.policy.weights import weight_views
-from sip_engine.types import Candidate, Kind, Sample
+from sip_engine.types import Candidate, Choice, Kind, Sample
 from sip_engine.utils.errors import NonFiniteError
 
 VOCAB = 101  # not a multiple of the padding

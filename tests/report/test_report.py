@@ -25,7 +25,7 @@ from sip_engine.report.plots import all_plots, time_split
 from sip_engine.report.svg import Line, draw_lines, running_mean
 from sip_engine.report.tables import comparison, overview
 from sip_engine.utils.errors import DataError
-from sip_engine.utils.files import write_json
+from sip_engine.utils.files import write_json, write_jsonl
 
 HOSTILE: tuple[str, ...] = (
     "</script><script>document.title = 'broken'</script>",
@@ -90,10 +90,11 @@ def a_run(
     records = Records(folder, from_step=0, enabled=True)
     for step, row in rows.items():
         records.metrics(step, row)
-    for step, entries in (pools or {}).items():
-        for entry in entries:
-            records.pool(step, entry)
     records.close()
+    write_jsonl(
+        folder / POOLS,
+        [{"step": step, **entry} for step, entries in (pools or {}).items() for entry in entries],
+    )
     write_json(folder / "config.json", {"steps": 20, **config})
     return folder
 
