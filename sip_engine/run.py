@@ -20,7 +20,7 @@ from sip_engine.evaluation.truth import open_measure
 from sip_engine.judges.open import open_judge
 from sip_engine.monitoring.metrics import flatten
 from sip_engine.monitoring.monitors import Monitors
-from sip_engine.monitoring.records import Records, read_records
+from sip_engine.monitoring.records import Records
 from sip_engine.monitoring.thresholds import Thresholds
 from sip_engine.policy.checkpoint import (
     CheckpointState,
@@ -41,6 +41,7 @@ from sip_engine.tasks.graders import Grader, RewriteGrader, VerdictGrader
 from sip_engine.types import Judge, Rewriter, Sample
 from sip_engine.utils.errors import ConfigError
 from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json, write_jsonl
+from sip_engine.utils.jsonl import read_jsonl
 from sip_engine.utils.progress import console
 
 BASELINE = "baseline.jsonl"
@@ -202,7 +203,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         rewriter,
         open_measure(cfg),
         records,
-        Monitors(cfg.out, cfg.monitors, mesh),
+        Monitors(cfg, records, mesh),
         Thresholds(cfg),
         _grader(cfg, judge),
         step,
@@ -263,12 +264,13 @@ def _read_baseline(folder: Path, samples: Sequence[Sample], mesh: Mesh) -> list[
     """The first evaluation's continuations of the same held-out samples; ConfigError if they are of others."""
     rows: list[dict[str, Any]] | None = None
     if mesh.is_main:
-        rows = list(read_records(folder / BASELINE))
+        path = folder / BASELINE
+        rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
     rows = mesh.broadcast(rows)
     prefixes = [s.prefix for s in samples if s.labels is None]
-    if rows and [row["prefix"] for row in rows] != prefixes:
+    if rows and [row.get("prefix") for row in rows] != prefixes:
         raise ConfigError(
             f"{folder}: its first evaluation was of {len(rows)} other held-out prefixes than these {len(prefixes)}; "
             "leave eval.num_prefixes and the documents as they were, or choose another --out"
         )
-    return [row["continuation"] for row in rows] if rows else None
+    return [str(row.get("continuation", "")) for row in rows] if rows else None

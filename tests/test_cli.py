@@ -215,7 +215,7 @@ def test_generation_does_not_depend_on_the_other_prompts(sip: Sip, checkpoint: P
         ({"prompt": 3}, [], 3, "write text in quotes"),
         ({"text": "x"}, [], 3, 'needs either "prompt" or "prompt_ids"'),
         ({"prompt": "x", "prompt_ids": [1]}, [], 3, 'needs either "prompt" or "prompt_ids"'),
-        (["x"], [], 3, "each line must be a JSON object"),
+        (["x"], [], 3, "p.jsonl:1: a list, must be a JSON object"),
         ({"prompt": "x " * 200}, [], 5, "context of 64"),
         ({"prompt": "x"}, ["--n", "0"], 5, "n=0"),
         ({"prompt": "x"}, ["--temperature", "-1"], 5, "temperature=-1"),
@@ -240,7 +240,7 @@ def test_bad_prompts_are_one_line_and_write_nothing(
     [
         (b"{", "p.jsonl:1: not JSON"),
         (b"\n \n", "no rows"),
-        (b"\xff", "not a readable UTF-8 file"),
+        (b"\xff", "p.jsonl:1: not UTF-8 at byte 0"),
         (None, "p.jsonl"),
     ],
 )

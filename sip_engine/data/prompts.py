@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.types import Labels, Sample
 from sip_engine.utils.errors import CheckpointError, DataError
 from sip_engine.utils.files import sha256_of
+from sip_engine.utils.jsonl import read_jsonl
 
 
 def prompt_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -23,17 +23,7 @@ def prompt_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: no such file, unreadable, or a line that is no such object; names file and line.
     """
-    records = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    records.append((number, _record(line, f"{path}:{number}")))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; `sip data` writes prompts") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
-    return records
+    return [(number, _checked(record, f"{path}:{number}")) for number, record in read_jsonl(path)]
 
 
 def read_prompts(
@@ -74,12 +64,8 @@ def read_prompts(
     return samples
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
-    if isinstance(record, dict) and "labels" in record:
+def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
+    if "labels" in record:
         text = record.get("text")
         if not isinstance(text, str) or not text or not _are_labels(record["labels"], text):
             raise DataError(
@@ -87,7 +73,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
                 "characters and above the one before"
             )
         return record
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("prompt", "answer")):
+    if not all(isinstance(record.get(k), str) for k in ("prompt", "answer")):
         raise DataError(f'{where}: expected {{"prompt": text, "answer": text}}')
     if not record["prompt"] or not record["answer"]:
         raise DataError(f"{where}: prompt and answer must not be empty")

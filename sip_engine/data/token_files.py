@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -22,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from sip_engine.data.documents import MAX_DOCUMENT_BYTES, SkipCounts, list_input_files, read_documents
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.files import atomic_folder
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -152,37 +151,14 @@ def _sha256(file: Path, on_bytes: _OnBytes) -> str:
 
 @contextmanager
 def _new_entry(entry: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `entry` if all goes well and disappears if not."""
-    folder = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
+    """A temporary folder that becomes `entry` if all goes well, unless another process was first."""
     try:
-        folder.mkdir(parents=True)
-        yield folder
-        _publish(folder, entry)
+        with atomic_folder(entry, keep=lambda found: _read_manifest(found / "tokens") is not None) as folder:
+            yield folder
     except OSError as error:
         raise DataError(
             f"{entry.parent}: cannot write token files ({error.strerror}); free space or name another cache"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, entry: Path) -> None:
-    """Renames `folder` to `entry`, unless another process was first. A damaged entry makes way."""
-    while True:
-        try:
-            os.rename(folder, entry)
-        except OSError:
-            if not entry.exists():
-                raise
-            if _read_manifest(entry / "tokens") is not None:
-                return
-            damaged = folder.with_name(f"{folder.name}.damaged")
-            with suppress(FileNotFoundError):
-                os.rename(entry, damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
-        else:
-            _sync(entry.parent)
-            return
 
 
 def _write_tokens(prefix_path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> dict[str, int]:
@@ -218,8 +194,6 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 def _write_manifest(prefix_path: Path, manifest: dict[str, object]) -> None:
     sizes = {suffix: os.path.getsize(f"{prefix_path}{suffix}") for suffix in (".bin", ".idx")}
     Path(f"{prefix_path}.json").write_text(json.dumps({**manifest, "sizes": sizes}, indent=1))
-    for suffix in (".bin", ".idx", ".json"):
-        _sync(Path(f"{prefix_path}{suffix}"))
 
 
 def _read_manifest(prefix_path: Path) -> dict | None:
@@ -230,14 +204,6 @@ def _read_manifest(prefix_path: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and manifest.get("sizes") == sizes else None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

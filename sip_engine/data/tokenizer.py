@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from sip_engine.data.bundled_tokenizer import BundledTokenizer
@@ -73,21 +73,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the model file, whole or not at all. Raises DataError where that cannot be done."""
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self.model)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomic(Path(path), self.model)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids [num_tokens] int32 of a text, without bos and eos. Raises DataError for lone surrogates."""

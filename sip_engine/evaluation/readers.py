@@ -1,4 +1,4 @@
-"""Rows of evaluation files, each with the line it begins on; what cannot be read is named by file and line."""
+"""Rows of evaluation files, each with its place; what cannot be read is named by file and line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.jsonl import json_fault, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class FileRow:
     """One row of a file; asks for its fields and names itself in errors."""
 
     where: str
-    """path:line"""
+    """path:line, or path and row of a JSON array"""
     fields: dict[str, Any]
 
     def text(self, name: str, *, empty: bool = False) -> str:
@@ -67,7 +68,7 @@ def read_rows(path: Path) -> list[FileRow]:
     Which of the two JSON forms it is shows in the first character, whatever the file is called.
 
     Raises:
-        DataError: missing, not UTF-8, without rows, or not of its format, with the line.
+        DataError: missing, not UTF-8, without rows, or not of its format, with the line (of an array the row).
     """
     text = _read(path)
     if path.suffix.lower() == ".csv":
@@ -75,7 +76,7 @@ def read_rows(path: Path) -> list[FileRow]:
     elif text.lstrip().startswith("["):
         rows = list(_array_rows(path, text))
     else:
-        rows = list(_line_rows(path, text))
+        rows = [FileRow(f"{path}:{number}", row) for number, row in read_jsonl(path)]
     if not rows:
         raise DataError(f"{path}: no rows; give the set's own file")
     return rows
@@ -102,75 +103,29 @@ def _read(path: Path) -> str:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[FileRow]:
-    reader = csv.reader(StringIO(text, newline=""), strict=True)
-    line = 1
+    """Rows by the names of the header, each with the line that it ends on."""
+    reader = csv.DictReader(StringIO(text, newline=""), strict=True, restkey="", restval=None)
     try:
-        header = next(reader, [])
-        while True:
-            line = reader.line_num + 1
-            values = next(reader, None)
-            if values is None:
-                return
-            if not values:
-                continue
-            if len(values) != len(header):
-                raise DataError(
-                    f"{path}:{line}: {len(values)} columns, the header has {len(header)}; is a quote missing?"
-                )
-            yield FileRow(f"{path}:{line}", dict(zip(header, values, strict=True)))
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if "" in row or None in row.values():
+                names = ", ".join(reader.fieldnames or ())
+                raise DataError(f"{where}: not as many columns as the header ({names}); is a quote missing?")
+            yield FileRow(where, row)
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: not CSV ({error}); give the set's own file") from None
-
-
-def _line_rows(path: Path, text: str) -> Iterator[FileRow]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _object(f"{path}:{number}", _parse(f"{path}:{number}", line))
+        raise DataError(
+            f"{path}:{reader.reader.line_num}: not CSV ({error}); give the set's own file"
+        ) from None
 
 
 def _array_rows(path: Path, text: str) -> Iterator[FileRow]:
-    """The array's objects one by one, as the parser of a whole array tells no lines."""
-    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
-    counted = 0
-    while True:
-        at = _skip(text, at)
-        line, counted = line + text.count("\n", counted, at), at
-        where = f"{path}:{line}"
-        if text[at : at + 1] == "]":
-            return
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{error.lineno}: not JSON ({error.msg}); give the set's own file"
-            ) from None
-        except RecursionError:
-            raise DataError(f"{where}: not JSON (nested too deeply); give the set's own file") from None
-        yield _object(where, value)
-        at = _skip(text, at)
-        if text[at : at + 1] == ",":
-            at += 1
-        elif text[at : at + 1] != "]":
-            raise DataError(f"{path}:{text.count(chr(10), 0, at) + 1}: a comma or the array's end is missing")
-
-
-def _skip(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
-        at += 1
-    return at
-
-
-def _parse(where: str, line: str) -> Any:
     try:
-        return json.loads(line)
-    except RecursionError:
-        raise DataError(f"{where}: not JSON (nested too deeply); write one object a line") from None
-    except ValueError as error:
-        message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not JSON ({message}); write one object a line") from None
-
-
-def _object(where: str, value: Any) -> FileRow:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a {type(value).__name__}, must be a JSON object")
-    return FileRow(where, value)
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise DataError(f"{path}:{line}: not JSON ({json_fault(error)}); give the set's own file") from None
+    for number, value in enumerate(values, start=1):
+        where = f"{path}: row {number}"
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: a {type(value).__name__}, must be a JSON object")
+        yield FileRow(where, value)

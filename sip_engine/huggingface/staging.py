@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sip_engine.utils.errors import CheckpointError, DataError
+from sip_engine.utils.files import atomic_folder
 
 
 def check_free(out: Path) -> None:
@@ -26,15 +25,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: it cannot be written, or `out` was taken since `check_free`.
     """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
+        with atomic_folder(out) as temporary:
+            yield temporary
     except (OSError, SafetensorError, DataError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"{out}: cannot be written ({reason}); free space or name another folder"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from sip_engine.config.schema import MonitorConfig
+from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.monitoring.curves import load_runs
+from sip_engine.monitoring.curves import RunState
+from sip_engine.monitoring.records import Records
 from sip_engine.monitoring.signatures import SEEN, all_signatures
 from sip_engine.utils.errors import ThresholdError
 from sip_engine.utils.progress import console
 
 
 class Monitors:
-    """Looks at what the run has recorded; says each failure signature once, or stops the run (method §signatures)."""
+    """Looks at what the run has in hand; says each failure signature once, or stops the run (method §signatures).
 
-    def __init__(self, folder: Path, cfg: MonitorConfig, mesh: Mesh) -> None:
-        self._folder, self._cfg, self._mesh = folder, cfg, mesh
-        self._said: set[str] = set()
+    All that it knows is in the run's records, which are taken back to the checkpoint on resume: a run that was
+    interrupted is watched as one that was not.
+    """
+
+    def __init__(self, cfg: RunConfig, records: Records, mesh: Mesh) -> None:
+        self._cfg, self._records, self._mesh = cfg.monitors, records, mesh
+        self._settings = cfg.model_dump(mode="json")
 
     def check(self, step: int) -> dict[str, float]:
         """Look now, if it is time: `monitor/<name>` is 1 for a signature that is seen, 0 for one that is not.
@@ -35,14 +38,21 @@ class Monitors:
                 f"step {step}: {name} ({evidence}); the newest checkpoint is from before; see the report, change the "
                 'run, or set monitors.action="warn"'
             )
-        for name in seen.keys() - self._said if self._mesh.is_main else ():
-            console.print(f"[yellow]watch out:[/] {name}: {seen[name]}", soft_wrap=True)
-        self._said |= seen.keys()
-        return {f"monitor/{name.replace(' ', '_')}": float(is_seen) for name, (is_seen, _) in found.items()}
+        curves = self._records.curves
+        for name in seen if self._mesh.is_main else ():
+            if _metric(name) not in curves or not curves[_metric(name)].values.any():
+                console.print(f"[yellow]watch out:[/] {name}: {seen[name]}", soft_wrap=True)
+        return {_metric(name): float(is_seen) for name, (is_seen, _) in found.items()}
 
     def _look(self) -> dict[str, tuple[bool, str]]:
         """Short name of each signature that the records can tell: whether it is seen, and on what evidence."""
-        signatures = all_signatures(load_runs([self._folder]))
+        state = RunState("", self._settings, self._records.curves, tuple(self._records.latest_pools))
         return {
-            s.name: (s.findings[0].verdict == SEEN, s.findings[0].evidence) for s in signatures if s.findings
+            s.name: (s.findings[0].verdict == SEEN, s.findings[0].evidence)
+            for s in all_signatures([state])
+            if s.findings
         }
+
+
+def _metric(name: str) -> str:
+    return f"monitor/{name.replace(' ', '_')}"

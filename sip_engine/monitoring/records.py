@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from sip_engine.monitoring.curves import LATEST_POOLS, Curves, short_floats
 from sip_engine.types import Candidate, Choice, Sample, Verdict
+from sip_engine.utils.errors import DataError
+from sip_engine.utils.files import write_jsonl
+from sip_engine.utils.jsonl import read_jsonl
 
 METRICS = "metrics.jsonl"
 POOLS = "pools.jsonl"
@@ -16,12 +21,16 @@ GENERATIONS = "generations.jsonl"
 
 
 class Records:
-    """Appends to a run's files; on resume, lines of steps that will be made again are dropped first.
+    """Appends to a run's files, and keeps in hand what its monitors look at.
 
-    `pools_every` is the number of steps between records of whole pools and of generations.
+    On resume, lines of steps that will be made again are dropped first; the rest is read once. `pools_every` is the
+    number of steps between records of whole pools and of generations.
     """
 
     def __init__(self, folder: Path, *, from_step: int, enabled: bool, pools_every: int = 1) -> None:
+        self.curves = Curves()
+        """Of every metric so far."""
+        self.latest_pools: deque[dict[str, Any]] = deque(maxlen=LATEST_POOLS)
         self._pools_every = pools_every
         self._files: dict[str, TextIO] = {}
         self._board = None
@@ -31,10 +40,14 @@ class Records:
         for name in (METRICS, POOLS, GENERATIONS):
             _drop_from_step(folder / name, from_step)
             self._files[name] = (folder / name).open("a", encoding="utf-8", buffering=1)
+        for row in read_records(folder / METRICS):
+            self.curves.add(row.pop("step"), row)
+        self.latest_pools.extend(_latest_pools(folder / POOLS))
         self._board = _summary_writer(folder / "tensorboard", from_step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line a step; nested names use `/`. Values must be finite numbers."""
+        self.curves.add(step, values)
         self._append(METRICS, {"step": step, **values})
         if self._board is not None:
             for name, value in values.items():
@@ -56,7 +69,9 @@ class Records:
             return
         judged = verdicts or [None] * len(samples)
         for sample, pool, verdict, choice in zip(samples, pools, judged, choices, strict=True):
-            self._append(POOLS, {"step": step + 1, **_pool_entry(sample, pool, verdict, choice)})
+            entry = {"step": step + 1, **_pool_entry(sample, pool, verdict, choice)}
+            self.latest_pools.append(short_floats(entry))
+            self._append(POOLS, entry)
 
     def generations(
         self,
@@ -85,13 +100,45 @@ class Records:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a records file; a last line cut short by a crash is left out."""
+    """The rows of a records file, in order; a last line cut short by a crash is left out, no file has none.
+
+    Raises:
+        DataError: a damaged line, or one without a whole number as its "step"; names file and line.
+    """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    for number, row in read_jsonl(path, complete_lines=True):
+        if type(row.get("step")) is not int:
+            raise DataError(f'{path}:{number}: no "step", as records have; remove the line or the file')
+        yield row
+
+
+def checked_pool(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A recorded pool as `short_floats` leaves it. Raises DataError, which begins with `where`, if it is none."""
+    candidates, pairs = row.get("candidates"), row.get("pairs", [])
+    if (
+        type(row.get("step")) is not int
+        or not isinstance(row.get("prefix"), str)
+        or not isinstance(candidates, list)
+        or not all(isinstance(one, dict) for one in candidates)
+        or not isinstance(pairs, list)
+        or not all(_is_pair(pair, len(candidates)) for pair in pairs)
+    ):
+        raise DataError(f"{where}: not a recorded pool; remove the line or the file")
+    return short_floats(row)
+
+
+def _is_pair(pair: Any, num_candidates: int) -> bool:
+    if not isinstance(pair, list) or len(pair) != 3:
+        return False
+    *numbers, win = pair
+    known = all(type(number) is int and 0 <= number < num_candidates for number in numbers)
+    return known and (win is None or isinstance(win, int | float))
+
+
+def _latest_pools(path: Path) -> list[dict[str, Any]]:
+    numbered = deque(read_jsonl(path, complete_lines=True) if path.is_file() else (), maxlen=LATEST_POOLS)
+    return [checked_pool(row, f"{path}:{number}") for number, row in numbered]
 
 
 def _pool_entry(
@@ -119,11 +166,8 @@ def _pool_entry(
 
 
 def _drop_from_step(path: Path, step: int) -> None:
-    if not path.is_file():
-        return
-    from sip_engine.utils.files import write_jsonl
-
-    write_jsonl(path, [row for row in read_records(path) if row["step"] < step])
+    if path.is_file():
+        write_jsonl(path, [row for row in read_records(path) if row["step"] < step])
 
 
 def _summary_writer(folder: Path, from_step: int) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sip_engine.config.schema import MonitorConfig
-from sip_engine.monitoring.curves import Curve, RunRecords
+from sip_engine.monitoring.curves import Curve, RunState
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -41,10 +41,10 @@ class Signature:
     """Runs that recorded nothing to tell it by."""
 
 
-Look = Callable[[RunRecords], tuple[str, str] | None]
+Look = Callable[[RunState], tuple[str, str] | None]
 
 
-def all_signatures(runs: Sequence[RunRecords]) -> list[Signature]:
+def all_signatures(runs: Sequence[RunState]) -> list[Signature]:
     """Every signature, looked for in every run."""
     return [
         _signature(
@@ -95,7 +95,7 @@ def all_signatures(runs: Sequence[RunRecords]) -> list[Signature]:
     ]
 
 
-def collapse(run: RunRecords) -> tuple[str, str] | None:
+def collapse(run: RunState) -> tuple[str, str] | None:
     """Evaluation figures at the beginning and now; without them, those of the rollouts."""
     safety = run.curves.get("eval/safety")
     worths = [(name, run.curves.get(f"eval/{key}")) for name, key in _WORTHS]
@@ -119,20 +119,20 @@ def collapse(run: RunRecords) -> tuple[str, str] | None:
 _WORTHS = (("coherence", "coherence"), ("win rate", "win_rate"))
 
 
-def completeness(run: RunRecords) -> tuple[str, str] | None:
-    """Comparisons of one ending and one cut-off candidate of the same kind, in the pools at hand."""
+def completeness(run: RunState) -> tuple[str, str] | None:
+    """Comparisons of one ending and one cut-off candidate of the same kind, in the latest pools."""
     wins = list(_wins_of_complete(run))
-    if not run.pools or not any(pool.get("pairs") for pool in run.pools):
+    if not run.latest_pools or not any(pool.get("pairs") for pool in run.latest_pools):
         return None
     if len(wins) < MIN_COMPARISONS:
-        return UNKNOWN, f"only {len(wins)} comparisons of an ending with a cut-off text in the pools at hand"
+        return UNKNOWN, f"only {len(wins)} comparisons of an ending with a cut-off text in the latest pools"
     rate = sum(wins) / len(wins)
     verdict = SEEN if rate >= _limit(run, "completeness") else WATCH if rate >= 0.6 else CLEAR
     return verdict, f"the complete-looking text won {_percent(rate)} of {len(wins):,} comparisons"
 
 
-def _wins_of_complete(run: RunRecords) -> Iterator[float]:
-    for pool in run.pools:
+def _wins_of_complete(run: RunState) -> Iterator[float]:
+    for pool in run.latest_pools:
         candidates = pool["candidates"]
         ends = [looks_complete(str(candidate.get("text", ""))) for candidate in candidates]
         for first, second, win in pool.get("pairs", ()):
@@ -146,7 +146,7 @@ def looks_complete(text: str) -> bool:
     return text.rstrip(_CLOSERS).endswith(_ENDINGS)
 
 
-def narrowing(run: RunRecords) -> tuple[str, str] | None:
+def narrowing(run: RunState) -> tuple[str, str] | None:
     """Relative fall of the rollouts' diversity beside the change of their reward.
 
     Not of a judge or rewriter in training, whose replies should become sure.
@@ -172,7 +172,7 @@ def narrowing(run: RunRecords) -> tuple[str, str] | None:
     return verdict, evidence
 
 
-def unlearning(run: RunRecords) -> tuple[str, str] | None:
+def unlearning(run: RunState) -> tuple[str, str] | None:
     """Log-prob gains over the reference, that of chosen as a share of what the reference gives it."""
     chosen, rejected = (run.curves.get(f"dpo/{role}_gain") for role in ("chosen", "rejected"))
     if chosen is None or rejected is None:
@@ -191,7 +191,7 @@ def unlearning(run: RunRecords) -> tuple[str, str] | None:
     return (SEEN if level is None or lost >= _limit(run, "unlearning") else WATCH), _minus(evidence)
 
 
-def drifting(run: RunRecords) -> tuple[str, str] | None:
+def drifting(run: RunState) -> tuple[str, str] | None:
     """The gap's largest step and its trend."""
     drift = run.curves.get("drift/mean")
     if drift is None:
@@ -212,13 +212,13 @@ def drifting(run: RunRecords) -> tuple[str, str] | None:
     )
 
 
-def _limit(run: RunRecords, name: str) -> float:
+def _limit(run: RunState, name: str) -> float:
     """The run's own threshold; older records get today's default."""
     return float(run.setting(f"monitors.{name}", MonitorConfig.model_fields[name].default))
 
 
 def _signature(
-    runs: Sequence[RunRecords], name: str, title: str, meaning: str, rule: str, look: Look
+    runs: Sequence[RunState], name: str, title: str, meaning: str, rule: str, look: Look
 ) -> Signature:
     found = [(run.name, look(run)) for run in runs]
     return Signature(

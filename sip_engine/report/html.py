@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sip_engine.monitoring.curves import RunRecords, evenly, load_runs
+from sip_engine.monitoring.load import RunRecords, evenly, load_runs
 from sip_engine.monitoring.signatures import all_signatures
 from sip_engine.report.plots import all_plots
 from sip_engine.report.tables import comparison, overview

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from sip_engine.monitoring.curves import Curve, RunRecords
+from sip_engine.monitoring.curves import Curve
+from sip_engine.monitoring.load import RunRecords
 from sip_engine.report.svg import Line, draw_lines, draw_stack
 from sip_engine.types import Kind
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sip_engine.config.schema import JUDGED
-from sip_engine.monitoring.curves import RunRecords
+from sip_engine.monitoring.load import RunRecords
 
 STAGES = ("base", "standard", "self_improving")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sip_engine.sampler.frozen import FrozenPolicy
 from sip_engine.sampler.requests import Request, SamplingParams, check_params
 from sip_engine.utils.errors import DataError, RequestError
 from sip_engine.utils.files import check_writable, write_jsonl
+from sip_engine.utils.jsonl import read_jsonl
 from sip_engine.utils.progress import console, steps
 
 _CHUNK = 64
@@ -49,7 +49,7 @@ def generate_file(
     if kv_memory_mb < 1:
         raise RequestError(f"--kv-memory-mb {kv_memory_mb}: must be 1 or more")
     check_writable(out)
-    rows = list(_read_rows(prompts))
+    rows = _read_rows(prompts)
     policy = load_policy(checkpoint)
     encode = _encoder(policy, prompts)
     ids = [encode(number, row, "prompt", bos=True) for number, row in rows]
@@ -105,7 +105,7 @@ def score_file(checkpoint: Path, pairs: Path, out: Path) -> None:
         RequestError, DataError, CheckpointError: naming the line; nothing is written then.
     """
     check_writable(out)
-    rows = list(_read_rows(pairs))
+    rows = _read_rows(pairs)
     policy = load_policy(checkpoint)
     encode = _encoder(policy, pairs)
     packed = []
@@ -139,28 +139,11 @@ def score_file(checkpoint: Path, pairs: Path, out: Path) -> None:
     console.print(f"{len(packed)} pairs -> {out}")
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a JSONL file; blank lines are passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give a JSONL file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable UTF-8 file ({error}); give a JSONL file") from None
-    found = False
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON ({error}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: a {type(row).__name__}, each line must be a JSON object")
-        found = True
-        yield number, row
-    if not found:
+def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = list(read_jsonl(path))
+    if not rows:
         raise DataError(f"{path}: no rows; write one JSON object a line")
+    return rows
 
 
 def _encoder(policy: FrozenPolicy, path: Path) -> Callable[..., np.ndarray]:

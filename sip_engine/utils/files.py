@@ -6,8 +6,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,23 +66,78 @@ def release_folder(folder: Path, lock: IO[str]) -> None:
     lock.close()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) in one step; a crash leaves the old file or none. Raises DataError."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` by text (UTF-8) or bytes in one step; a crash leaves the old file or none. Raises DataError."""
     check_writable(path)
     path = path.resolve()  # what a link stands for is replaced, not the link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, keep: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """An empty folder beside `path` that becomes it, synced, when the block ends well, and vanishes when not.
+
+    Args:
+        keep: What to do where a folder is already there in the end: it stays, and the new one goes, if this says
+            so of it; else it makes way. Without it, only an empty folder may be there.
+
+    Raises:
+        OSError: it cannot be written. The caller knows what to tell the user.
+    """
+    temporary = _beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
+        _take_place(temporary, path, keep)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(folder: Path, path: Path, keep: Callable[[Path], bool] | None) -> None:
+    while True:
+        try:
+            folder.rename(path)
+        except OSError:
+            if keep is None or not path.exists():
+                raise
+            if keep(path):
+                return
+            aside = _beside(path)
+            with suppress(FileNotFoundError):  # another process may have been first
+                path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            sync(path.parent)
+            return
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder that nobody else has."""
+    return path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -92,7 +149,7 @@ def read_json(path: Path) -> Any:
     """What a JSON file of ours holds. Raises DataError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); remove it and make it anew") from None
 
 

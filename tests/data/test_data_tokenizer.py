@@ -208,7 +208,7 @@ def test_an_error_of_the_input_comes_through(tmp_path: Path) -> None:
 
 def test_a_failed_save_leaves_nothing_behind(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(DataError, match="cannot be written"):
         tokenizer.save(tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 

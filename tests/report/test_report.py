@@ -16,7 +16,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sip_engine.monitoring.curves import MAX_POOLS, Curve, RunRecords, load_runs
+from sip_engine.monitoring.curves import Curve
+from sip_engine.monitoring.load import MAX_POOLS, RunRecords, load_runs
 from sip_engine.monitoring.records import METRICS, POOLS, Records
 from sip_engine.monitoring.signatures import all_signatures, looks_complete
 from sip_engine.report import html as report_html
@@ -137,7 +138,7 @@ def records_of(**curves: Any) -> RunRecords:
         name.replace("__", "/"): Curve(np.arange(1.0, len(values) + 1), np.asarray(values, np.float64))
         for name, values in curves.items()
     }
-    return RunRecords("run", config, named, pools, len(pools), 0.0)
+    return RunRecords("run", config, named, pools, pools, len(pools), 0.0)
 
 
 def report_text(folders: list[Path], out: Path, **options: Any) -> str:
@@ -275,7 +276,7 @@ def test_damaged_metrics_are_named(tmp_path, content):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / METRICS).write_text(content)
-    with pytest.raises(DataError, match=r"metrics\.jsonl: not the records of a run") as caught:
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: ") as caught:
         write_report([folder], tmp_path / "report.html", title="t")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
@@ -288,7 +289,7 @@ def test_damaged_pools_are_named(tmp_path, content):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / POOLS).write_text(content)
-    with pytest.raises(DataError, match=r"pools\.jsonl: not the records of a run"):
+    with pytest.raises(DataError, match=r"pools\.jsonl:1: "):
         write_report([folder], tmp_path / "report.html", title="t")
 
 
@@ -359,7 +360,7 @@ def test_time_split_stacks_parts_and_names_their_shares():
 def test_runs_from_different_checkpoints_are_not_overlaid():
     run = records_of(eval__heldout_loss=[3.0, 2.0])
     runs = [
-        RunRecords(name, {"init": init}, run.curves, [], 0, 0.0)
+        RunRecords(name, {"init": init}, run.curves, [], [], 0, 0.0)
         for name, init in (("base", None), ("one", "b"), ("two", "b"))
     ]
     (losses,) = all_plots(runs)

@@ -231,8 +231,8 @@ KEPT = {
     ("text", "message"),
     [
         (b"not json\n", r"train\.jsonl:1: not JSON"),
-        (b"\xff\xfe", "not readable as UTF-8"),
-        (b"\n5\n", r"train\.jsonl:2: expected"),
+        (b"\xff\xfe", r"train\.jsonl:1: not UTF-8"),
+        (b"\n5\n", r"train\.jsonl:2: a int, must be a JSON object"),
         (b'{"kind": "notes", "text": 5, "labels": "foo"}\n', r"train\.jsonl:1: expected .*labels"),
         (b'{"kind": "notes", "text": "abc", "labels": [[99, "T"]]}\n', r"train\.jsonl:1: expected .*labels"),
         (b'{"kind": "notes", "text": "abc", "labels": [[2, "T"], [2, "F"]]}\n', "above the one before"),

@@ -38,7 +38,8 @@ from sip_engine.experiments.reproduction.statistics import (
     table_bases,
     table_orders,
 )
-from sip_engine.monitoring.curves import RECORDS, Curve, RunRecords, load_runs
+from sip_engine.monitoring.curves import Curve
+from sip_engine.monitoring.load import RECORDS, RunRecords, load_runs
 from sip_engine.monitoring.signatures import CLEAR, SEEN, UNKNOWN, WATCH, all_signatures
 from sip_engine.report import svg as drawing
 from sip_engine.report.plots import PARTS, Key, Panel, Plot, choices

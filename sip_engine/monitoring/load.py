@@ -1,0 +1,120 @@
+"""Read what runs left in their folders: settings, curves, and a sample of the judged pools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from sip_engine.monitoring.curves import LATEST_POOLS, Curves, RunState
+from sip_engine.monitoring.records import METRICS, POOLS, checked_pool, read_records
+from sip_engine.utils.errors import DataError
+from sip_engine.utils.files import read_json
+from sip_engine.utils.jsonl import parse_object
+
+CONFIG = "config.json"
+RECORDS = (METRICS, POOLS, CONFIG)
+MAX_POOLS = 200
+MAX_POOLS_OF_LAST_STEP = 32
+
+
+@dataclass(frozen=True)
+class RunRecords(RunState):
+    """What a run left behind."""
+
+    pools: Sequence[dict[str, Any]]
+    """At most `MAX_POOLS` evenly over the run and `MAX_POOLS_OF_LAST_STEP` of its last step, in order."""
+    num_pools: int
+    """How many the run recorded."""
+    modified: float
+    """Time of the newest record, seconds since the epoch."""
+
+
+def load_runs(folders: Sequence[Path]) -> list[RunRecords]:
+    """Load each folder once, named by the shortest end of its path that tells the runs apart.
+
+    Raises:
+        DataError: no folder is given, one holds no records, or a record is damaged.
+    """
+    paths = list(dict.fromkeys(folder.resolve() for folder in folders))
+    if not paths:
+        raise DataError("no runs to report: give at least one run folder")
+    names = _short_names(paths)
+    return [_load_run(folder, name) for folder, name in zip(paths, names, strict=True)]
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    depth, names = 1, [path.name for path in paths]
+    while len(set(names)) < len(names):
+        depth += 1
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+    return names
+
+
+def _load_run(folder: Path, name: str) -> RunRecords:
+    found = [path for path in (folder / record for record in RECORDS) if path.is_file()]
+    if not any(path.stat().st_size for path in found):
+        raise DataError(f"{folder}: holds no records ({', '.join(RECORDS)}); give the folder of a run")
+    return RunRecords(
+        name=name,
+        config=_read_config(folder / CONFIG),
+        curves=dict(_read_curves(folder / METRICS)),
+        **_read_pools(folder / POOLS),
+        modified=max(path.stat().st_mtime for path in found),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: a {type(config).__name__}, must be a JSON object; give the folder of a run")
+    return config
+
+
+def _read_curves(path: Path) -> Curves:
+    curves = Curves()
+    for row in read_records(path):
+        curves.add(row.pop("step"), row)
+    return curves
+
+
+def _read_pools(path: Path) -> dict[str, Any]:
+    """The pools of a `RunRecords`: lines are indexed in one pass, only those that are wanted are parsed."""
+    if not path.is_file():
+        return {"latest_pools": [], "pools": [], "num_pools": 0}
+    with path.open("rb") as file:
+        starts = list(_line_starts(file))
+        total = len(starts)
+        latest = range(max(0, total - LATEST_POOLS), total)
+        wanted = {*latest, *evenly(total, MAX_POOLS)}
+        pools = {n: _pool_at(file, starts[n], f"{path}:{n + 1}") for n in sorted(wanted)}
+    newest = [n for n in latest[-MAX_POOLS_OF_LAST_STEP:] if pools[n]["step"] == pools[total - 1]["step"]]
+    shown = sorted({*newest, *evenly(total, MAX_POOLS)})
+    return {
+        "latest_pools": [pools[n] for n in latest],
+        "pools": [pools[n] for n in shown],
+        "num_pools": total,
+    }
+
+
+def evenly(num_items: int, num_wanted: int) -> list[int]:
+    """At most `num_wanted` indices of `num_items`, evenly spread from the first to the last."""
+    wanted = min(num_items, num_wanted)
+    return np.linspace(0, num_items - 1, wanted).round().astype(int).tolist() if wanted else []
+
+
+def _line_starts(file: BinaryIO) -> Iterator[int]:
+    """Offsets of complete lines; one cut short by a crash is left out."""
+    position = 0
+    for line in file:
+        if line.endswith(b"\n"):
+            yield position
+        position += len(line)
+
+
+def _pool_at(file: BinaryIO, start: int, where: str) -> dict[str, Any]:
+    file.seek(start)
+    return checked_pool(parse_object(file.readline(), where), where)
