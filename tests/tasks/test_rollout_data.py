@@ -155,7 +155,7 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
         assert isinstance(answer, Score) and answer.value != 0.5
         assert found[compact_prompt(question)] == ("1" if answer.value > 0.5 else "2")
     _check_notes(cfg, tmp_path, texts)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="No such file"):
         make_rollout_data(cfg, tmp_path / "x", **KEPT, mix=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="set init"):
         make_rollout_data(cfg.model_copy(update={"init": None}), tmp_path / "x", **KEPT, mix=None)
@@ -208,7 +208,7 @@ def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) 
         make_notes(cfg.model_copy(update={"init": None}), folder / "x", **settings)
     with pytest.raises(ConfigError, match=r"add \[world\]"):
         make_notes(cfg.model_copy(update={"world": None}), folder / "x", **settings)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="No such file"):
         make_notes(cfg, folder / "x", **settings, mix=folder / "nothing")
     (folder / "other").mkdir()
     write_jsonl(folder / "other" / "train.jsonl", [{"prompt": "p", "answer": "a"}])  # of a rewriter
