@@ -295,7 +295,7 @@ def _chosen(rows: Sequence[RowRuns], seen: Mapping[str, Mapping[int, _Seen | Non
             done = [s.chosen for seed, s in seen[one.row.name].items() if s and seed in one.results]
             if one.is_judged and one.from_scratch == from_scratch and len(one.kinds) > 1 and any(done):
                 config = one.cfg.model_dump(mode="json")
-                runs.append(RunRecords(one.row.label, config, _mean_curves(done), [], 0, 0.0))
+                runs.append(RunRecords(one.row.label, config, _mean_curves(done), [], [], 0, 0.0))
         plot = choices(runs)
         panels = plot.panels if len(runs) != 1 else (Panel(runs[0].name, plot.panels[0].svg),)
         caption = (
