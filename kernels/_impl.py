@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,14 +12,23 @@ from sip_engine.kernels._triton import HAS_TRITON, INTERPRETED
 
 Impl = Literal["reference", "triton"]
 
+SWITCH = "SIP_KERNELS"
+SETTINGS = ("auto", "reference")
+"""What the environment variable may say: Triton on CUDA, or plain torch on every device."""
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether "triton" is the default for this tensor: on CUDA, unless SIP_KERNELS=reference switches it off."""
+    return tensor.is_cuda and os.environ.get(SWITCH, "auto") != "reference"
+
 
 def resolve_impl(impl: str | None, tensor: Tensor, allowed: Sequence[str] = ("reference", "triton")) -> str:
-    """The implementation to run: `impl` if given, else "triton" for a CUDA tensor and "reference" for others.
+    """The implementation to run: `impl` if given, else "triton" or "reference" as `uses_triton` says.
 
     Raises ValueError if `impl` is not in `allowed`, or is "triton" where Triton cannot run on `tensor`.
     """
     if impl is None:
-        impl = "triton" if tensor.is_cuda and "triton" in allowed else "reference"
+        impl = "triton" if uses_triton(tensor) and "triton" in allowed else "reference"
     if impl not in allowed:
         raise ValueError(f"impl={impl!r} is unknown here: use one of {', '.join(map(repr, allowed))}")
     if impl == "triton" and not HAS_TRITON:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sip_engine.kernels import _logprob_triton as fused
-from sip_engine.kernels._impl import resolve_impl
+from sip_engine.kernels._impl import resolve_impl, uses_triton
 from sip_engine.kernels._logprob_triton import IGNORED
 from sip_engine.kernels.compile_report import CompileCase
 from sip_engine.kernels.sample import _num_true_columns
@@ -200,7 +200,7 @@ _GRADIENTS = {
 
 def _resolve(impl: str | None, hidden: Tensor) -> str:
     """The implementation to run: by default "triton" on CUDA but for float64, else "chunked"."""
-    if impl is None and (not hidden.is_cuda or hidden.dtype == torch.float64):
+    if impl is None and (not uses_triton(hidden) or hidden.dtype == torch.float64):
         impl = "chunked"
     impl = resolve_impl(impl, hidden, allowed=("reference", "chunked", "triton"))
     if impl == "triton" and hidden.dtype == torch.float64:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from sip_engine.config.schema import ModelConfig, ParallelConfig
+from sip_engine.kernels._impl import SETTINGS, SWITCH
 from sip_engine.utils.errors import ConfigError
 
 FP8_MULTIPLE = 16
@@ -40,11 +42,16 @@ def fp8_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_precision(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse FP8 where it cannot run, before anything is built.
+    """Refuse FP8 where it cannot run, and a setting of the kernels that is unknown, before anything is built.
 
     Raises:
-        ConfigError: no Transformer Engine, no Hopper GPU, or widths that FP8 GEMMs do not take.
+        ConfigError: an unknown SIP_KERNELS, no Transformer Engine, no Hopper GPU, or widths that FP8 does not take.
     """
+    if os.environ.get(SWITCH, "auto") not in SETTINGS:
+        raise ConfigError(
+            f"the environment variable {SWITCH} is {os.environ[SWITCH]!r}: set it to one of "
+            f"{', '.join(SETTINGS)}, or not at all"
+        )
     if model.precision != "fp8":
         return
     missing = _missing_for_fp8()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._impl import uses_triton
 from sip_engine.kernels._paged import FP8, FP8_MAX
 from sip_engine.kernels.decode_attention import decode_attention
 from sip_engine.kernels.dense_decode_attention import dense_decode_attention
@@ -233,7 +234,7 @@ class ExactAttention(PagedAttention):
     """The same function with bits that depend on a sequence alone (see `exact_attention`); slow."""
 
     def __init__(self, pages: KVPages, max_context: int) -> None:
-        super().__init__(pages, "reference" if not pages.keys[0].is_cuda else "triton")
+        super().__init__(pages, "triton" if uses_triton(pages.keys[0]) else "reference")
         self.max_context = max_context
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sip_engine.distributed.mesh import Axis
+from sip_engine.kernels._impl import uses_triton
 from sip_engine.kernels.exact import exact_linear
 from sip_engine.kernels.rms_norm import rms_norm
 from sip_engine.kernels.rotary import rotary
@@ -77,7 +78,7 @@ class Decoder:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Our kernel with CUDA; on the CPU torch's own single pass is the fastest."""
-        if x.is_cuda:
+        if uses_triton(x):
             return rms_norm(x, weight, self.weights.norm_eps)
         return F.rms_norm(x, x.shape[-1:], weight, self.weights.norm_eps)
 

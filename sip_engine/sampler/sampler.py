@@ -10,6 +10,7 @@ import torch
 
 from sip_engine.config.schema import SamplerConfig
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.kernels._impl import uses_triton
 from sip_engine.policy.weights import PolicyWeights
 from sip_engine.sampler.attention import AttentionImpl, KVPages, page_bytes
 from sip_engine.sampler.continuous import decode_continuously
@@ -144,7 +145,7 @@ def _default_impl(weights: PolicyWeights, cfg: SamplerConfig) -> AttentionImpl:
     if cfg.batch_invariant:
         return "exact"
     if weights.device.type == "cuda":
-        return "triton"
+        return "triton" if uses_triton(weights.layers[0].qkv) else "reference"
     return "reference" if cfg.kv_dtype == "fp8" else "dense"
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from emulated_cuda import emulated_cuda
 from interpreter import DEVICE
 
 from sip_engine.kernels import _impl
@@ -46,6 +47,10 @@ def test_the_default_follows_the_device():
         assert resolve_impl(None, CPU.cuda(), allowed=("reference",)) == "reference"
 
 
+def test_kernels_are_interpreted_only_where_there_is_no_gpu():
+    assert _impl.INTERPRETED is not torch.cuda.is_available()
+
+
 def test_the_explicit_choice_is_kept():
     assert resolve_impl("reference", CPU) == "reference"
     assert resolve_impl("triton", CPU.to(DEVICE)) == "triton"
@@ -65,3 +70,12 @@ def test_references_need_no_triton():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "needs the triton package" in done.stdout
+
+
+def test_a_setting_turns_every_kernel_off(monkeypatch):
+    with emulated_cuda():
+        x = torch.zeros(1, device="cuda")
+        assert resolve_impl(None, x) == "triton"
+        monkeypatch.setenv("SIP_KERNELS", "reference")
+        assert resolve_impl(None, x) == "reference"
+        assert resolve_impl("triton", x) == "triton"

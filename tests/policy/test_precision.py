@@ -112,3 +112,9 @@ def test_fp8_layers_hold_the_parameters_of_bf16_ones(mesh: Mesh) -> None:
     (plain, plain_keys), (fp8, fp8_keys) = found
     assert plain.keys() == fp8.keys() and plain_keys == fp8_keys
     assert all(plain[n][0] == fp8[n][0] and torch.equal(plain[n][1], fp8[n][1]) for n in plain)
+
+
+def test_an_unknown_setting_of_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIP_KERNELS", "fast")
+    with pytest.raises(ConfigError, match="SIP_KERNELS is 'fast': set it to one of auto, reference"):
+        check_precision(SMALL_MODEL, ParallelConfig())
