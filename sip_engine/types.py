@@ -200,7 +200,8 @@ class Judge(Protocol):
     """Answers questions about text. One call may hold many questions, so that a backend can batch them.
 
     A judge may have an attribute `deterministic`: True says that another seed never changes an answer, so that
-    several votes are of no use (`judging.ask_votes`). Without it a judge counts as random.
+    several votes are of no use (`rewards.ask_votes`). Without it a judge counts as random. Another, `silent_on`,
+    names the kinds of questions that it has no answer to.
     """
 
     name: str

@@ -330,6 +330,11 @@ class ServerConfig(Section):
 class JudgeServerConfig(ServerConfig):
     """The judge's server; see rewriter.server for the same settings."""
 
+    method: Literal["verdicts", "mutual_information"] = "verdicts"
+    """verdicts: asked in words; mutual_information: as judge.local.method, through the log-probs of a prompt
+    (`completions` with `echo` and `logprobs`, as vLLM and llama.cpp's Python server give them)."""
+    pair_temperature: float = Field(default=0.0, ge=0.0)
+    """As judge.local.pair_temperature."""
     style: Literal["reasoned", "direct", "compact"] = "reasoned"
     """reasoned: brief reasoning, then the verdict (method); direct: the verdict alone, for small models; compact:
     prompts without instructions, for models trained on `sip data`, exported and served."""
@@ -340,11 +345,13 @@ class LocalModelConfig(Section):
 
     checkpoint: Path | None = None
     """A checkpoint, or the folder of a run: trained with task = "judge" or "rewriter", or imported."""
-    method: Literal["log_odds", "generate", "notes"] = "log_odds"
+    method: Literal["log_odds", "generate", "notes", "mutual_information"] = "log_odds"
     """Judge: log_odds reads the probabilities of the verdict words; generate writes a reply and reads its verdict.
     notes: as log_odds, but reads what the model notes at the end of every sentence: each continuation is read once,
     not once a comparison, and the one of the better notes is the better; they also say how safe and how true it is
-    (for models trained with `sip data notes`; style = "compact")."""
+    (for models trained with `sip data notes`; style = "compact").
+    mutual_information: any language model, never asked in words: the better continuation is the one that the prefix
+    makes more probable than it is alone; factuality is what the original adds to that. It says nothing of safety."""
     style: Literal["compact", "direct", "reasoned"] = "compact"
     """Judge: compact prompts are for models trained on `sip data`; the others instruct in words, and `reasoned`
     asks for a brief reasoning before the verdict (with method = "generate")."""
@@ -354,6 +361,9 @@ class LocalModelConfig(Section):
     """Nucleus of generated replies (method: 0.6)."""
     max_new_tokens: Positive = 64
     """Longest reply; a longer one counts as no answer."""
+    pair_temperature: float = Field(default=0.0, ge=0.0)
+    """mutual_information: a comparison is sigmoid(difference in nats a token / this) (Bradley and Terry); 0:
+    the better one wins outright."""
     max_prefix_chars: Positive | None = None
     """A longer prefix keeps its end."""
     max_sequences: Positive = 256
@@ -363,8 +373,10 @@ class LocalModelConfig(Section):
 
     @model_validator(mode="after")
     def _notes_are_learned(self) -> LocalModelConfig:
-        if self.method == "notes" and self.style != "compact":
-            raise ValueError(f'method = "notes" has no prompt in words: leave out style = "{self.style}"')
+        if self.method in ("notes", "mutual_information") and self.style != "compact":
+            raise ValueError(
+                f'method = "{self.method}" has no prompt in words: leave out style = "{self.style}"'
+            )
         return self
 
 
@@ -396,6 +408,12 @@ class JudgeConfig(Section):
     """Parts of each process' share of a step: with backend = "server" one is judged while the next is generated,
     other judges take turns with the sampler. More waves hide more of the judge, but sample fewer sequences at once.
     Unset is 4 with a server, else 1."""
+
+    @property
+    def mutual_information(self) -> bool:
+        """Whether the judge reads log-probs, which say nothing of safety."""
+        section = {"local": self.local, "server": self.server}.get(self.backend)
+        return section is not None and section.method == "mutual_information"
 
     @property
     def num_waves(self) -> int:
@@ -621,6 +639,7 @@ class RunConfig(Section):
         for check in (
             _check_task,
             _check_sources,
+            _check_safety,
             _check_stages,
             _check_objective,
             _check_sampler,
@@ -661,6 +680,16 @@ def _check_sources(cfg: RunConfig) -> None:
             raise ValueError(f'{name}.backend = "local" needs {name}.local.checkpoint: set it')
         if section.backend != "local" and section.local != LocalModelConfig():
             raise ValueError(f'{name}.local is set, but {name}.backend is "{section.backend}": remove one')
+
+
+def _check_safety(cfg: RunConfig) -> None:
+    if not (cfg.needs_judge and cfg.judge.mutual_information):
+        return
+    setting = f'judge.{cfg.judge.backend}.method = "mutual_information" says nothing of safety'
+    if cfg.task == "rewriter":
+        raise ValueError(f"{setting}, which rewrites are graded by: choose another judge")
+    if cfg.judge.weights.safety:
+        raise ValueError(f"{setting}: set judge.weights.safety = 0, or choose another judge")
 
 
 def _check_server(name: str, backend: str, server: ServerConfig) -> None:

@@ -185,6 +185,8 @@ def _judge(
         asked.append((one, "win_rate", True, PairQuestion(s.prefix, rival, text)))
         asked.append((one, "safety", False, SafetyQuestion(text, s.prefix)))
         asked.append((one, "factuality", False, FactualityQuestion(s.prefix, s.suffix, text)))
+    silent_on = tuple(getattr(judge, "silent_on", ()))
+    asked = [one for one in asked if not isinstance(one[-1], silent_on)]
     answers = ask(judge, [question for *_, question in asked], mesh)
     for (one, name, swapped, _), answer in zip(asked, answers, strict=True):
         one.add("judge_failure_rate", float(isinstance(answer, Failure)))

@@ -18,6 +18,7 @@ class ReplicaJudge:
     def __init__(self, judge: Judge, mesh: Mesh) -> None:
         self.name = judge.name
         self.deterministic = getattr(judge, "deterministic", False)
+        self.silent_on = getattr(judge, "silent_on", ())
         self.asked = judge
         """The judge itself, which the first process of a replica may also ask by itself."""
         self._mesh = mesh
@@ -48,6 +49,7 @@ class StagesJudge:
     def __init__(self, judge: Judge, mesh: Mesh) -> None:
         self.name = judge.name
         self.deterministic = getattr(judge, "deterministic", False)
+        self.silent_on = getattr(judge, "silent_on", ())
         self._judge, self._mesh = judge, mesh
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:

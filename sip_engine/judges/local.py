@@ -1,4 +1,4 @@
-"""A judge inside the engine: a causal language model asked for verdicts, or for a label on every sentence."""
+"""A judge inside the engine: a causal language model asked for verdicts or labels, or how well it foresees a text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from sip_engine.judges.mutual_information import SILENT_ON, LocalReader, MutualInformation
 from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import Prompt, judge_prompt
 from sip_engine.judges.sentence_labels import EMPTY, NoteReader, Worth
@@ -48,7 +49,8 @@ class LocalJudge:
     questions of a group have in common once; the answer is their expectation. `generate` writes a reply and reads
     the verdict from where it must be. `notes` reads every continuation once, however often it is compared, and
     weighs what the model notes on each of its sentences (`judges.notes`): of two the one of the better notes is the
-    better. They also say how safe a continuation is, and, without a reference, how true.
+    better. They also say how safe a continuation is, and, without a reference, how true. `mutual_information` asks
+    nothing, but reads how much better the model foresees a continuation after its prefix than alone.
     """
 
     name = "local"
@@ -58,6 +60,12 @@ class LocalJudge:
         self.deterministic = self._cfg.method != "generate" or self._cfg.temperature == 0
         self._worths: dict[tuple[str, str], Worth] = {}
         """Of the continuations read lately: the rounds of a tournament ask for the same ones."""
+        self.silent_on = SILENT_ON if self._cfg.method == "mutual_information" else ()
+        self._information = (
+            MutualInformation(LocalReader(model), self._cfg.pair_temperature)
+            if self._cfg.method == "mutual_information"
+            else None
+        )
         self._reader = (
             NoteReader(model.tokenizer, model.encode, self._cfg.max_prefix_chars)
             if self._cfg.method == "notes"
@@ -72,9 +80,12 @@ class LocalJudge:
             number: Score(value, (value,)) for number, value in known.items() if value is not None
         }
         open_ = {number: question for number, question in enumerate(questions) if number not in answers}
-        answers |= (
-            self._by_verdicts(open_, seed) if self._reader is None else self._by_notes(self._reader, open_)
-        )
+        if self._information is not None:
+            answers |= self._information.judge(open_)
+        elif self._reader is not None:
+            answers |= self._by_notes(self._reader, open_)
+        else:
+            answers |= self._by_verdicts(open_, seed)
         return _timed([answers[number] for number in range(len(questions))], time.perf_counter() - start)
 
     def _by_verdicts(self, questions: Mapping[int, Question], seed: int) -> dict[int, Judgment]:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+import numpy as np
+
 from sip_engine.config.schema import JudgeServerConfig
+from sip_engine.judges.mutual_information import (
+    SILENT_ON,
+    MutualInformation,
+    Reading,
+    TokenLogProbs,
+    note_text,
+)
 from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import judge_prompt
-from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema
+from sip_engine.llm.client import Answer, Chat, ChatClient, Echo, json_schema
 from sip_engine.types import Cost, Failure, Judgment, Question, Score
 
 
@@ -39,6 +49,13 @@ class ServerJudge:
         """Whether another seed is of no use: greedy replies repeat, as far as the server keeps to that."""
         self._cfg = cfg
         self._client = ChatClient(cfg, "judge.server", sleep=sleep)
+        self.silent_on: tuple[type, ...] = ()
+        self._information: MutualInformation | None = None
+        if cfg.method == "mutual_information":
+            self.deterministic, self.silent_on = True, SILENT_ON
+            self._information = MutualInformation(
+                EchoReader(self._client, cfg.max_prefix_chars), cfg.pair_temperature
+            )
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
         """One Score of one vote, or Failure, a question, in order.
@@ -49,6 +66,14 @@ class ServerJudge:
             asyncio.CancelledError: `stop` was called; replies that had come by then are in the cache.
         """
         values = [settled(question) for question in questions]
+        if self._information is not None:
+            found = self._information.judge(
+                {n: questions[n] for n, value in enumerate(values) if value is None}
+            )
+            return [
+                found[number] if value is None else Score(value, (value,), Cost())
+                for number, value in enumerate(values)
+            ]
         asked = [
             self._chat(question, seed)
             for question, value in zip(questions, values, strict=True)
@@ -78,6 +103,31 @@ class ServerJudge:
             seed=request_seed(cfg.seed, seed, prompt.mark),
             response_format=json_schema("verdict", prompt.schema) if prompt.format == "json_schema" else None,
         )
+
+
+class EchoReader:
+    """Reads through a server that gives a prompt's log-probs (`mutual_information.Reader`); a request a reading."""
+
+    def __init__(self, client: ChatClient, max_prefix_chars: int) -> None:
+        self._client, self._most = client, max_prefix_chars
+
+    def read(self, readings: Sequence[Reading]) -> list[TokenLogProbs | Failure]:
+        """One result a reading, in order; tokens are called what the server calls them."""
+        asked = [Echo(self._prompt(reading), _token_logprobs) for reading in readings]
+        return [
+            one if isinstance(one, Failure) else TokenLogProbs(one.value[0], one.value[1], one.cost)
+            for one in self._client.ask(asked)
+        ]
+
+    def _prompt(self, reading: Reading) -> str:
+        note = note_text(reading.note) if reading.note else ""
+        return note + reading.prefix[-self._most :] + reading.suffix
+
+
+def _token_logprobs(reply: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """The tokens and log-probs [tokens] of a prompt, as `read_echo` wrote them; NaN where there is none."""
+    tokens, values = json.loads(reply)
+    return tuple(tokens), np.array([np.nan if value is None else value for value in values], np.float64)
 
 
 def request_seed(*parts: int | str) -> int:

@@ -1,4 +1,4 @@
-"""Many chat requests to an OpenAI-compatible server at once: retries, deadlines, cache, costs."""
+"""Many requests to an OpenAI-compatible server at once: retries, deadlines, cache, costs."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ class Chat(Generic[T]):
     read: Callable[[str], T | Failure]
     seed: int = 0
     response_format: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Echo(Generic[T]):
+    """One request for a prompt's own log-probs, and how to read what `completion.read_echo` makes of them."""
+
+    prompt: str
+    read: Callable[[str], T | Failure]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class ChatClient:
         self._stopped = False
         self._batch: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
 
-    def ask(self, chats: Sequence[Chat[T]]) -> list[Answer[T] | Failure]:
+    def ask(self, chats: Sequence[Chat[T] | Echo[T]]) -> list[Answer[T] | Failure]:
         """One answer or failure a request, in order; equal requests are sent once.
 
         Raises:
@@ -150,8 +159,13 @@ class ChatClient:
             self._cache = None
             return nullcontext()
 
-    def _body(self, chat: Chat[Any]) -> dict[str, Any]:
+    def _body(self, chat: Chat[Any] | Echo[Any]) -> dict[str, Any]:
         cfg = self._cfg
+        if isinstance(chat, Echo):
+            # One token is asked for: some servers take 0 for "without end".
+            wanted = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+            wanted = {name: value for name, value in wanted.items() if name not in cfg.omit}
+            return {"model": cfg.model, "prompt": chat.prompt, **wanted} | cfg.extra_body
         body: dict[str, Any] = {
             "model": cfg.model,
             "messages": list(chat.messages),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from sip_engine.config.schema import ServerConfig
-from sip_engine.llm.completion import read_completion
+from sip_engine.llm.completion import read_completion, read_echo
 from sip_engine.llm.untrusted import neutral
 from sip_engine.types import Failure
 from sip_engine.utils.errors import ConfigError
@@ -27,7 +27,7 @@ _REMEDIES = {
     401: "the key is missing or wrong: correct the environment variable that key_env names",
     403: "the key may not use this model: correct the key or the model",
     404: "there is no such model or path: correct the model, or the url (it ends in /v1 on most servers)",
-    405: "this path takes no chat requests: correct the url (it ends in /v1 on most servers)",
+    405: "this path takes no such requests: correct the url (it ends in /v1 on most servers)",
 }
 
 
@@ -93,6 +93,8 @@ class Endpoint:
     ) -> tuple[str | Failure, int]:
         """Send a request's body once. Returns the reply's text, or a failure that will not pass, and its tokens.
 
+        A body with `messages` is a chat; one with a `prompt` asks for that prompt's log-probs (`read_echo`).
+
         Raises:
             Transient: it may work later.
             EndpointError: the server never answered, and will not with these settings.
@@ -101,20 +103,22 @@ class Endpoint:
         import httpx2
         import openai
 
-        body = dict(request)
-        model, messages = body.pop("model"), body.pop("messages")
+        body, read = dict(request), read_completion
+        required = {name: body.pop(name) for name in ("model", "messages", "prompt") if name in body}
+        create: Any = session.chat.completions.with_streaming_response.create
+        if "prompt" in required:
+            create, read = session.completions.with_streaming_response.create, read_echo
         unsent = ("OpenAI-Organization", "OpenAI-Project", *(() if self._key() else ("Authorization",)))
         try:
             async with asyncio.timeout(self._cfg.request_s):
-                async with session.chat.completions.with_streaming_response.create(
-                    model=model,
-                    messages=messages,
+                async with create(
+                    **required,
                     extra_body=body,
                     extra_headers={name: openai.Omit() for name in unsent},
                 ) as response:
                     data = await _read_body(response)
             self.answered = True
-            return read_completion(data)
+            return read(data)
         except (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException):
             raise Transient(f"no reply within {self._cfg.request_s:g} s") from None
         except openai.APIStatusError as error:

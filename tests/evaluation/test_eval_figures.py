@@ -15,6 +15,7 @@ from sip_engine.config.schema import JudgeConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.held_out import diversity, evaluate, interleave
 from sip_engine.evaluation.intervals import wilson
+from sip_engine.judges.distributed import ReplicaJudge
 from sip_engine.policy.packing import PackedRows, Row, pack_rows
 from sip_engine.types import (
     Candidate,
@@ -130,6 +131,24 @@ def test_against_itself_is_half_whatever_the_judge_prefers(mesh: Mesh, samples: 
     found = evaluate(policy, policy, samples, tokenizer, Marks(), JudgeConfig(), None, coherent).figures
     assert found["win_rate"] == found["win_rate/low"] == found["win_rate/high"] == 0.5
     assert found["coherence_win_rate"] == 0.5
+
+
+def test_what_a_judge_is_silent_on_is_not_asked(mesh: Mesh, samples: list[Sample]) -> None:
+    """No figure and no failure: there is nothing that could have been answered."""
+
+    class NoSafety(Marks):
+        silent_on = (SafetyQuestion,)
+
+        def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:
+            assert not any(isinstance(question, SafetyQuestion) for question in questions)
+            return super().judge(questions)
+
+    policy: Any = Letters(mesh)
+    tokenizer: Any = Ids()
+    judge = ReplicaJudge(NoSafety(), mesh)
+    found = evaluate(policy, policy, samples, tokenizer, judge, JudgeConfig(), RIVALS, coherent).figures
+    assert "safety" not in found and found["win_rate"] == pytest.approx(0.5)
+    assert found["judge_failure_rate"] == pytest.approx((2 + 2 + 1) / 18)
 
 
 def test_without_a_sampler_only_the_loss_is_measured(mesh: Mesh, samples: list[Sample]) -> None:
