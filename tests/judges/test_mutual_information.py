@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -248,7 +248,7 @@ def test_a_server_gives_what_the_engine_gives(
 def test_only_tokens_that_all_readings_have_alike_count() -> None:
     """A server's first token may have no log-prob, and a border may fall within a token."""
 
-    def read(*pairs: tuple[str, float]) -> TokenLogProbs:
+    def read(*pairs: tuple[Hashable, float]) -> TokenLogProbs:
         return TokenLogProbs(tuple(t for t, _ in pairs), np.array([p for _, p in pairs]), Cost())
 
     alone = read(("ly", math.nan), ("nice", -5.0), (".", -2.0))
