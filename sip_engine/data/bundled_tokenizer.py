@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from sip_engine.data.tokenizer import _LOSSLESS_PROBE, _SentencePiece
+from sip_engine.data.sentencepiece import LOSSLESS_PROBE, SentencePieceBackend
 from sip_engine.utils.errors import DataError
 
 _FORMAT = "sip-engine tokenizer bundle 1"
@@ -53,7 +53,7 @@ class BundledTokenizer:
         head, files = _read(model, name), bundled_files(model, name)
         backend: Any
         if SENTENCEPIECE_FILE in files:
-            backend = _SentencePiece(files[SENTENCEPIECE_FILE], name)
+            backend = SentencePieceBackend(files[SENTENCEPIECE_FILE], name)
         elif FAST_FILE in files:
             backend = FastBackend(files[FAST_FILE], name)
         else:
@@ -88,7 +88,7 @@ class FastBackend:
         self._fast.no_padding()
         self._fast.encode_special_tokens = True
         self.token_bytes = self._bytes_of_all(is_byte_level)
-        probe = unicodedata.normalize("NFC", _LOSSLESS_PROBE)
+        probe = unicodedata.normalize("NFC", LOSSLESS_PROBE)
         (ids,) = self.encode([probe], num_threads=1)
         if b"".join([self.token_bytes[token] for token in ids]) != probe.encode():
             raise DataError(f"{name}: this tokenizer changes text; use one that keeps case, spaces and lines")

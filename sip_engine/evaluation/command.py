@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from sip_engine.config.parse import parse_config
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import open_corpus
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.evaluation.answers import SetAnswers, answer_set
+from sip_engine.evaluation.answers import answer_set
 from sip_engine.evaluation.baseline_cache import kept_evaluation
 from sip_engine.evaluation.harness import check_harness, run_tasks
-from sip_engine.evaluation.held_out import Evaluation, Measure, ask, evaluate, interleave
-from sip_engine.evaluation.results import comparison_table, to_json
+from sip_engine.evaluation.held_out import Measure, ask, evaluate, interleave
+from sip_engine.evaluation.results import PolicyResults, comparison_table, to_json
 from sip_engine.evaluation.sets import EvalSet, load_set
 from sip_engine.evaluation.truth import open_measure
 from sip_engine.judges.open import open_judge
@@ -44,17 +44,6 @@ class Questions:
     task_path: Path | None
     limit: int | None
     max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class PolicyResults:
-    """One policy's answers to them."""
-
-    checkpoint: Path
-    step: int
-    held_out: Evaluation
-    sets: list[SetAnswers] = field(default_factory=list)
-    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class CountedJudge:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
+from sip_engine.evaluation.answers import SetAnswers
+from sip_engine.evaluation.held_out import Evaluation
 from sip_engine.evaluation.intervals import (
     CONFIDENCE,
     NUM_RESAMPLES,
@@ -18,9 +22,6 @@ from sip_engine.evaluation.intervals import (
     pooled,
     relative_gains,
 )
-
-if TYPE_CHECKING:
-    from sip_engine.evaluation.command import PolicyResults
 
 WIN_RATES = ("win_rate", "coherence_win_rate")
 LOSS = "heldout_loss"
@@ -33,6 +34,17 @@ METHODS = (
     f"{CONFIDENCE:.0%} intervals over prefixes: Wilson's for yes/no answers, else percentile bootstrap "
     f"({NUM_RESAMPLES} resamples); gains by paired bootstrap. They hold the judge and the training seed fixed."
 )
+
+
+@dataclass(frozen=True)
+class PolicyResults:
+    """What one policy answered: continuations of held-out prefixes, evaluation sets, lm-eval tasks."""
+
+    checkpoint: Path
+    step: int
+    held_out: Evaluation
+    sets: list[SetAnswers] = field(default_factory=list)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def to_json(

@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from sip_engine.config.schema import JudgeConfig
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.judges.distributed import ReplicaJudge, on_leader
+from sip_engine.distributed.sharing import on_leader
+from sip_engine.judges.distributed import ReplicaJudge
 from sip_engine.judges.rewards import judge_pools
 from sip_engine.types import Candidate, Judge, Sample, Verdict
 

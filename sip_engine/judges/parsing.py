@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from typing import Any
-
 from sip_engine.judges.prompts import Prompt
+from sip_engine.llm.messages import MAX_REPLY_CHARS, read_object
 from sip_engine.types import Failure, PairQuestion, Question
-
-MAX_REPLY_CHARS = 100_000
 
 
 def settled(question: Question) -> float | None:
@@ -56,22 +51,3 @@ def _read_json(reply: str, prompt: Prompt) -> float | Failure:
     if isinstance(value, Failure):
         return value
     return prompt.verdicts.get(value["verdict"], Failure("the verdict is not one of the words asked for"))
-
-
-def read_object(reply: str, keys: Sequence[str], mark: str) -> dict[str, str] | Failure:
-    """A reply that is one JSON object of strings with these keys, each once, and the mark as its `id`."""
-    try:
-        value = json.loads(reply, object_pairs_hook=_object)
-    except (ValueError, RecursionError):
-        return Failure("the reply is not one JSON object")
-    if not isinstance(value, dict) or value.keys() != set(keys):
-        return Failure("the reply is not a JSON object with the keys asked for, each once")
-    if not all(isinstance(field, str) for field in value.values()):
-        return Failure("the reply's fields are not all strings")
-    return value if value["id"] == mark else Failure("the reply has a wrong mark")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
-    """None for an object that names a key twice: which of the two was meant?"""
-    value = dict(pairs)
-    return value if len(value) == len(pairs) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from sip_engine.judges.mutual_information import (
 )
 from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import judge_prompt
-from sip_engine.llm.client import Answer, Chat, ChatClient, Echo, json_schema
+from sip_engine.llm.client import Answer, Chat, ChatClient, Echo, json_schema, request_seed
 from sip_engine.types import Cost, Failure, Judgment, Question, Score
 
 
@@ -128,11 +127,6 @@ def _token_logprobs(reply: str) -> tuple[tuple[str, ...], np.ndarray]:
     """The tokens and log-probs [tokens] of a prompt, as `read_echo` wrote them; NaN where there is none."""
     tokens, values = json.loads(reply)
     return tuple(tokens), np.array([np.nan if value is None else value for value in values], np.float64)
-
-
-def request_seed(*parts: int | str) -> int:
-    """A seed that every server takes, in [0, 2³¹), from all of `parts`."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 def _judgment(answer: Answer[float] | Failure) -> Judgment:

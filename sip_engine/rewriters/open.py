@@ -5,8 +5,8 @@ from __future__ import annotations
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import open_world
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.judges.distributed import ReplicaRewriter, StagesRewriter
 from sip_engine.llm.local_model import open_local_model
+from sip_engine.rewriters.distributed import ReplicaRewriter, StagesRewriter
 from sip_engine.rewriters.local import LocalRewriter
 from sip_engine.rewriters.server import ServerRewriter
 from sip_engine.types import Rewriter

@@ -6,10 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sip_engine.judges.parsing import MAX_REPLY_CHARS, read_object
-from sip_engine.judges.prompts import DATA_RULE, Format, chat_messages
 from sip_engine.llm.compact_prompts import last_words
-from sip_engine.llm.untrusted import fence, has_hidden, make_mark, neutral
+from sip_engine.llm.messages import MAX_REPLY_CHARS, Format, chat_messages, read_object
+from sip_engine.llm.untrusted import DATA_RULE, fence, has_hidden, make_mark, neutral
 from sip_engine.types import Failure, RewriteRequest
 
 REWRITE_RULES = """\

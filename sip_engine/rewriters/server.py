@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from sip_engine.config.schema import ServerConfig
-from sip_engine.judges.server import request_seed
-from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema
+from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema, request_seed
 from sip_engine.rewriters.prompt import read_rewrite, rewrite_prompt
 from sip_engine.types import Cost, Failure, RewriteRequest
 

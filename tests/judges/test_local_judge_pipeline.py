@@ -17,12 +17,14 @@ from test_loop import metrics, pools, run_config
 from sip_engine.data.corpus import Corpus
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.judges.distributed import StagesJudge, StagesRewriter, share_out
+from sip_engine.distributed.sharing import share_out
+from sip_engine.judges.distributed import StagesJudge
 from sip_engine.judges.local import LocalJudge
 from sip_engine.judges.open import open_judge
 from sip_engine.policy.checkpoint import CheckpointState, save_checkpoint
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.weights import weight_views
+from sip_engine.rewriters.distributed import StagesRewriter
 from sip_engine.rewriters.open import open_rewriter
 from sip_engine.train import train
 from sip_engine.types import (

@@ -17,10 +17,10 @@ from test_loop import run_config
 from benchmarks.injection_texts import INJECTIONS
 from sip_engine.config.schema import ServerConfig
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.judges.distributed import ReplicaRewriter
 from sip_engine.llm.endpoint import EndpointError
 from sip_engine.llm.untrusted import has_hidden, neutral
 from sip_engine.monitoring.records import read_records
+from sip_engine.rewriters.distributed import ReplicaRewriter
 from sip_engine.rewriters.prompt import RewritePrompt, read_rewrite, rewrite_prompt
 from sip_engine.rewriters.server import ServerRewriter
 from sip_engine.train import train

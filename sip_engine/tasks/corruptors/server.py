@@ -7,9 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from sip_engine.config.schema import ServerConfig
-from sip_engine.judges.prompts import Format
-from sip_engine.judges.server import request_seed
-from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema
+from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema, request_seed
+from sip_engine.llm.messages import Format
 from sip_engine.llm.untrusted import neutral
 from sip_engine.rewriters.prompt import RewritePrompt, passage_prompt, read_rewrite
 from sip_engine.tasks.corruptors.rules import Corruption, rng_of
