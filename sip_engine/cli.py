@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sip_engine.utils.errors import ConfigError, SipError
+from sip_engine.utils.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from sip_engine.config.schema import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Self-improving pretraining. Start with `sip quickstart`; settings: `sip settings`.",
 )
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -27,11 +25,11 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors a user can act on become one line on stderr and their exit code."""
-    _quiet_libraries()
+    quiet_libraries()
     from sip_engine.utils.progress import console
 
     try:
-        app(argv, standalone_mode=False)
+        app(argv, standalone_mode=False, prog_name="sip")
     except SipError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node have the same to say
             console.print(f"[red]error:[/] {_one_line(error)}", markup=True, soft_wrap=True)
@@ -48,6 +46,29 @@ def main(argv: list[str] | None = None) -> None:
         raise
     finally:
         _leave_process_group()
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        from sip_engine.utils.versions import versions
+
+        typer.echo("\n".join(f"{name:<14}{version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def _sip(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions a result comes from.",
+        ),
+    ] = False,
+) -> None:
+    """Self-improving pretraining. Start with `sip quickstart`; settings: `sip settings`."""
 
 
 @app.command()
@@ -443,18 +464,7 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split()).replace("[", "\\[")
 
 
-def _quiet_libraries() -> None:
-    """Warnings of libraries about optional packages we do without would bury our own lines."""
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
 def _leave_process_group() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    mesh = sys.modules.get("sip_engine.distributed.mesh")  # a command without processes has not imported it
+    if mesh is not None:
+        mesh.stop_mesh()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from sip_engine.candidates import propose, reply
@@ -143,6 +142,12 @@ def _due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    from sip_engine.cli import main
+    import runpy
+    import sys
 
-    main(["train", *sys.argv[1:]])
+    print(
+        "`python -m sip_engine.train` is now `python -m sip_engine train`; this name works in version 0.1 only",
+        file=sys.stderr,
+    )
+    sys.argv = [sys.argv[0], "train", *sys.argv[1:]]
+    runpy.run_module("sip_engine", run_name="__main__", alter_sys=True)

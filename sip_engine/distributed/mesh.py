@@ -194,12 +194,13 @@ def start_mesh(tensor_parallel: int = 1, pipeline_parallel: int = 1, *, seed: in
 
 def stop_mesh() -> None:
     """Leave the process group; a later `start_mesh` may lay another mesh."""
+    if not dist.is_initialized():
+        return
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _init_process_group() -> None:
