@@ -27,8 +27,9 @@ finally:
 WITHOUT_GPU = """
 import sys
 import torch
-torch.version.cuda, torch.cuda._is_compiled = "13.0", lambda: True  # torch's CUDA build ...
-torch.cuda.is_available = lambda: False  # ... on a machine without a GPU
+# To the module that looks for CUDA's compiler this is torch's CUDA build, on a machine without a GPU.
+torch.cuda._is_compiled = lambda: sys._getframe(1).f_globals["__name__"] == "torch.utils.cpp_extension"
+torch.version.cuda = "13.0"
 from sip_engine.cli import main
 main(sys.argv[1:])
 """
