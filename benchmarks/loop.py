@@ -22,7 +22,8 @@ from benchmarks.sampler import MODEL, VOCAB
 from benchmarks.update import SUFFIX, PlainDpo, run_config
 from sip_engine.config.schema import ObjectiveConfig, SamplerConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.objectives.update import rows_of_choices, update
+from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.update import update
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 from sip_engine.policy.weights import weight_views
@@ -46,8 +47,8 @@ def measure(mesh: Mesh, prefix: int, rollouts: int, prompts: int, repeats: int) 
     reference.copy_from(policy)
     settings = SamplerConfig(max_sequences=prompts * rollouts, kv_memory_mb=4096)
     sampler = Sampler(weight_views(policy.model, VOCAB, 0), mesh, settings)
-    objective = ObjectiveConfig(kind="dpo", beta=0.1)
-    peer = PlainDpo(policy, objective.beta)
+    objective = open_objective(ObjectiveConfig(kind="dpo", beta=0.1))
+    peer = PlainDpo(policy, objective.cfg.beta)
     batch = sampling.prefixes(prompts, prefix)
     seconds: dict[str, list[float]] = {
         name: [] for name in ("ours_generate", "ours_update", "peer_generate", "peer_update")
@@ -66,7 +67,7 @@ def measure(mesh: Mesh, prefix: int, rollouts: int, prompts: int, repeats: int) 
     for turn in range(repeats + 1):
         found = {"ours_generate": timed(generate), "peer_generate": timed(peer_generate)}
         ours, theirs = choices_of(batch, drawn["ours"]), choices_of(batch, drawn["peer"])
-        training = rows_of_choices(ours, paired=True)
+        training = [objective.row_of_choice(choice) for choice in ours]
         found["ours_update"] = timed(lambda rows=training: update(policy, reference, rows, objective))
         found["peer_update"] = timed(lambda pairs=theirs: peer.step(pairs))
         if turn:  # the first is the warm-up

@@ -31,10 +31,12 @@ from benchmarks.sampler import MODEL, VOCAB
 from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.kernels.shared_prefix_attention import attention_cost, rows_of
-from sip_engine.objectives.update import rows_of_choices, update
-from sip_engine.policy.packing import PackedRows, Row
+from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.update import update
+from sip_engine.policy.packing import PackedRows
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
+from sip_engine.policy.rows import LossSums, Row
 from sip_engine.types import Candidate, Choice, Kind, Sample
 
 SUFFIX = 128
@@ -69,11 +71,11 @@ def gradients(policy: Policy, rows: Sequence[Row]) -> float:
     """Forward and backward of NLL on all suffix tokens; gradients are left in the buffers. Returns the loss."""
     policy.ddp.zero_grad_buffer()
 
-    def loss(log_probs: Tensor, _: PackedRows, __: int) -> tuple[Tensor, int, dict[str, float]]:
-        return -log_probs.sum(), len(log_probs), {}
+    def loss(log_probs: Tensor, _: PackedRows, __: int) -> LossSums:
+        return LossSums(-log_probs.sum(), len(log_probs))
 
     results = policy.forward_backward(policy.micro_batches(rows), loss)
-    return sum(total for total, _, _ in results) / sum(units for _, units, _ in results)
+    return sum(found.loss.item() for found in results) / sum(found.units for found in results)
 
 
 def count_flops(action: Callable[[], object]) -> int:
@@ -198,10 +200,10 @@ def measure_step(mesh: Mesh, prefix: int, count: int, repeats: int) -> dict[str,
     cfg = run_config(micro_batch_tokens=count * (prefix + 2 * SUFFIX))
     policy, reference = Policy(cfg, VOCAB, mesh), Reference(cfg, VOCAB, mesh)
     reference.copy_from(policy)
-    objective = ObjectiveConfig(kind="dpo", beta=0.1)
-    peer = PlainDpo(policy, objective.beta)
+    objective = open_objective(ObjectiveConfig(kind="dpo", beta=0.1))
+    peer = PlainDpo(policy, objective.cfg.beta)
     batch = pairs(prefix, count)
-    training = rows_of_choices(batch, paired=True)
+    training = [objective.row_of_choice(choice) for choice in batch]
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
     worst = 0.0
     for turn in range(repeats + 1):

@@ -22,6 +22,7 @@ from sip_engine.monitoring.metrics import flatten
 from sip_engine.monitoring.monitors import Monitors
 from sip_engine.monitoring.records import Records
 from sip_engine.monitoring.thresholds import Thresholds
+from sip_engine.objectives.base import Objective, open_objective
 from sip_engine.policy.checkpoint import (
     CheckpointState,
     checkpoint_tokenizer,
@@ -54,6 +55,7 @@ class Run:
     cfg: RunConfig
     mesh: Mesh
     corpus: Corpus
+    objective: Objective
     policy: Policy
     reference: Reference | None
     sampler: Sampler | None
@@ -196,6 +198,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         cfg,
         mesh,
         corpus,
+        open_objective(cfg.objective),
         policy,
         reference,
         sampler,

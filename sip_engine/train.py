@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from sip_engine.candidates import propose, reply
-from sip_engine.config.schema import JUDGED, PAIRED, RunConfig
+from sip_engine.config.objective import LearnsFrom
+from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.overlap import WaveJudge, split
 from sip_engine.monitoring.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
-from sip_engine.objectives.choose import choose
-from sip_engine.objectives.update import (
-    TrainingRows,
-    rows_of_choices,
-    rows_of_generations,
-    rows_of_samples,
-    update,
-)
+from sip_engine.objectives.update import update
+from sip_engine.policy.rows import Row
 from sip_engine.policy.weights import assert_shared
 from sip_engine.run import Run, open_run
 from sip_engine.types import Candidate, Sample, Verdict
@@ -40,18 +35,25 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
             clock, means = Clock(), Means()
             with clock("data"):
                 samples = run.next_samples()
-            if cfg.objective.kind == "next_token":
-                training = rows_of_samples(samples, cfg.objective.loss_on)
-            elif cfg.objective.kind == "grpo":
-                training = learn_task(run, samples, clock, means)
-            else:
-                training = self_improve(run, samples, clock, means)
+            match run.objective.learns_from:
+                case LearnsFrom.SAMPLES:
+                    rows = [run.objective.row_of_sample(sample) for sample in samples]
+                case LearnsFrom.POOLS:
+                    rows = self_improve(run, samples, clock, means)
+                case LearnsFrom.GENERATIONS:
+                    rows = learn_task(run, samples, clock, means)
             with clock("update"):
-                stats = update(run.policy, run.reference, training, cfg.objective)
+                stats = update(run.policy, run.reference, rows, run.objective)
                 if run.reference is not None:
                     run.reference.follow(run.policy, run.step + 1)
 
-            metrics = {**update_metrics(stats), **means.over(mesh), **flatten("seconds", clock.seconds)}
+            learnt = run.objective.metrics({**stats.sums, **stats.maxima})
+            metrics = {
+                **update_metrics(stats),
+                **learnt,
+                **means.over(mesh),
+                **flatten("seconds", clock.seconds),
+            }
             run.thresholds.check(run.step, metrics)
             run.step += 1
             run.records.metrics(run.step, {**metrics, "elapsed": run.elapsed})
@@ -68,7 +70,7 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
         return run.checkpoints / f"step_{run.step:08d}"
 
 
-def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) -> TrainingRows:
+def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) -> list[Row]:
     """Candidates of each prefix, judged; what the objective chose of them, ready to be trained on.
 
     The prefixes come in waves (`judge.waves`): one is generated while the one before it is judged, where the judge
@@ -76,7 +78,7 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
     judge worked, and `judge/lag` the most waves in judgement while another one was generated, 0 or 1.
     """
     cfg, stage = run.cfg, run.cfg.candidates_at(run.step)
-    judged = cfg.objective.kind in JUDGED and stage.num_candidates > 1
+    judged = run.objective.needs_judge and stage.num_candidates > 1
     if run.sampler is not None:
         assert_shared(run.sampler.weights, run.policy.model)
     pools: list[list[Candidate]] = []
@@ -106,18 +108,18 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
             clock.seconds["judge_busy"] = judging.busy
             means.add("judge/lag", judging.lag)
     choices = [
-        choose(cfg.objective, sample, pool, verdict, seed=cfg.seed)
+        run.objective.choose(sample, pool, verdict, seed=cfg.seed)
         for sample, pool, verdict in zip(samples, pools, verdicts or [None] * len(samples), strict=True)
     ]
     pool_means(means, pools, verdicts, choices)
     means.add("rewriter/failure_rate", num_failed, len(samples) * stage.rewrite)
     run.thresholds.hear(verdicts)
     run.records.pools(run.step, samples, pools, verdicts, choices)
-    return rows_of_choices([c for c in choices if c is not None], cfg.objective.kind in PAIRED)
+    return [run.objective.row_of_choice(choice) for choice in choices if choice is not None]
 
 
-def learn_task(run: Run, samples: list[Sample], clock: Clock, means: Means) -> TrainingRows:
-    """Generations of each prompt, graded; those whose rewards differ, ready to be trained on (GRPO)."""
+def learn_task(run: Run, samples: list[Sample], clock: Clock, means: Means) -> list[Row]:
+    """Generations of each prompt, graded; those that teach something, ready to be trained on."""
     cfg = run.cfg
     assert run.sampler is not None and run.grader is not None
     assert_shared(run.sampler.weights, run.policy.model)
@@ -134,7 +136,9 @@ def learn_task(run: Run, samples: list[Sample], clock: Clock, means: Means) -> T
         rewards = run.grader.grade(samples, replies, seed=run.step)
     group_means(means, replies, generations, rewards)
     run.records.generations(run.step, samples, replies, rewards)
-    return rows_of_generations(samples, generations, rewards)
+    graded = zip(samples, generations, rewards, strict=True)
+    rows = [run.objective.row_of_group(*group) for group in graded]
+    return [row for row in rows if row is not None]
 
 
 def _due(step: int, every: int) -> bool:

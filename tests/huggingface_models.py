@@ -14,8 +14,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Fast
 
 from sip_engine.config.schema import SamplerConfig
-from sip_engine.policy.packing import Row, pack_rows
+from sip_engine.policy.packing import pack_rows
 from sip_engine.policy.policy import score
+from sip_engine.policy.rows import Row
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.files import load_policy
 from sip_engine.sampler.requests import Request, SamplingParams

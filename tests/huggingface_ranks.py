@@ -11,10 +11,12 @@ from megatron.core import parallel_state
 
 from sip_engine.config.schema import ObjectiveConfig, SamplerConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.objectives.update import rows_of_samples, update
+from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.update import update
 from sip_engine.policy.checkpoint import load_weights, read_state
-from sip_engine.policy.packing import Row, pack_rows
+from sip_engine.policy.packing import pack_rows
 from sip_engine.policy.policy import Policy
+from sip_engine.policy.rows import Row
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
@@ -57,7 +59,8 @@ def _update(out: Path, checkpoint: Path, parallel: dict, mesh: Mesh) -> None:
     sampler = Sampler(weight_views(policy.model, state.vocab_size, mesh.tp.rank), mesh, SamplerConfig())
     (drawn,) = sampler.generate([Request(rows[0].prefix, 2)], SamplingParams(max_new_tokens=8, seed=1))
     samples = [Sample(n, 0, row.prefix, row.suffixes[0], "", "") for n, row in enumerate(rows[:3])]
-    update(policy, None, rows_of_samples(samples, "all"), ObjectiveConfig(kind="next_token"))
+    objective = open_objective(ObjectiveConfig(kind="next_token"))
+    update(policy, None, [objective.row_of_sample(s) for s in samples], objective)
     after = [part.numpy() for part in policy.score([packed])]
     if mesh.pp.is_last and mesh.tp.is_first and mesh.dp.is_first:
         np.savez(

@@ -6,31 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from sip_engine.config.objective import LearnsFrom, ObjectiveConfig
+from sip_engine.config.section import Decay, Positive, Section, Seed, Share
 from sip_engine.utils.errors import ConfigError
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-JUDGED = ("dpo", "rf_nll")
-"""Objectives that choose by the judge's rewards."""
-PAIRED = ("dpo", "dpo_rewrite_over_rollout")
-"""Objectives that prefer one candidate to another one."""
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, attribute docstrings become descriptions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Fp8Config(Section):
@@ -439,34 +419,6 @@ class CorruptorConfig(Section):
     server: ServerConfig = ServerConfig()
 
 
-class ObjectiveConfig(Section):
-    """What an update does with the judged candidates."""
-
-    kind: Literal[
-        "dpo", "rf_nll", "next_token", "sft_rewrite", "sft_rollout", "dpo_rewrite_over_rollout", "grpo"
-    ] = "dpo"
-    """dpo: chosen over rejected; rf_nll: likelihood of the best candidate; grpo: graded generations of a task's
-    prompt; the others are baselines without judge."""
-    beta: float = Field(default=0.1, gt=0)
-    """DPO: strength of the pull towards the reference policy."""
-    ties: Literal["drop", "keep"] = "drop"
-    """DPO: what to do with a prefix whose best and worst reward are equal."""
-    min_margin: float = Field(default=0.0, ge=0)
-    """DPO: drop a prefix whose reward gap is not above this."""
-    length_normalised: bool = False
-    """DPO: mean instead of summed log-probs."""
-    nll_weight: float = Field(default=0.0, ge=0)
-    """DPO: weight of the chosen suffix's mean NLL a token, added to the loss."""
-    loss_on: Literal["suffix", "all"] = "all"
-    """next_token: train on the suffix only, or on every token of prefix and suffix."""
-    generations: Annotated[int, Field(ge=2)] = 16
-    """grpo: generations of a prompt, whose rewards are normalised together."""
-    clip: float = Field(default=0.2, gt=0, lt=1)
-    """grpo: a token's ratio to the policy that sampled it counts up to 1 +- this."""
-    kl_weight: float = Field(default=0.0, ge=0)
-    """grpo: weight of the estimated KL divergence from the reference policy; 0 needs no reference."""
-
-
 class ReferenceConfig(Section):
     """The reference policy of DPO: frozen at the start unless told otherwise."""
 
@@ -613,35 +565,36 @@ class RunConfig(Section):
     @property
     def needs_sampler(self) -> bool:
         """Whether the policy writes text in this run: as rollouts, or to be evaluated."""
-        rollouts = self.objective.kind != "next_token" and any(s.rollouts for s in self.candidates)
-        return rollouts or self.objective.kind == "grpo" or self.eval.generate
+        source = self.objective.facts.learns_from
+        rollouts = source is LearnsFrom.POOLS and any(s.rollouts for s in self.candidates)
+        return rollouts or source is LearnsFrom.GENERATIONS or self.eval.generate
 
     @property
     def needs_judge(self) -> bool:
         """Whether anything is judged: candidates, rewrites in training, or what is written to be evaluated."""
         if self.task != "policy":
             return self.task == "rewriter"
-        return self.eval.generate or self.objective.kind in JUDGED
+        return self.eval.generate or self.objective.facts.needs_judge
 
     @property
     def needs_rewriter(self) -> bool:
         """Whether suffixes are rewritten in this run."""
-        return self.objective.kind not in ("next_token", "grpo") and any(s.rewrite for s in self.candidates)
+        pools = self.objective.facts.learns_from is LearnsFrom.POOLS
+        return pools and any(s.rewrite for s in self.candidates)
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares the policy with a reference policy."""
-        objective = self.objective
-        return objective.kind in PAIRED or (objective.kind == "grpo" and objective.kl_weight > 0)
+        return self.objective.facts.needs_reference
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         for check in (
-            _check_task,
             _check_sources,
             _check_safety,
             _check_stages,
             _check_objective,
+            _check_task,
             _check_sampler,
             _check_parallel,
             _check_lengths,
@@ -651,15 +604,8 @@ class RunConfig(Section):
 
 
 def _check_task(cfg: RunConfig) -> None:
-    kind = cfg.objective.kind
-    if cfg.task == "policy" and kind == "grpo":
-        raise ValueError('objective.kind="grpo" trains on graded prompts: set task="judge" or "rewriter"')
     if cfg.task == "policy":
         return
-    if kind not in ("next_token", "grpo"):
-        raise ValueError(f'task="{cfg.task}" trains with objective.kind "next_token" or "grpo", not "{kind}"')
-    if kind == "next_token" and cfg.objective.loss_on == "all":
-        raise ValueError(f'task="{cfg.task}" learns answers, not prompts: set objective.loss_on="suffix"')
     if cfg.data.path is None or cfg.data.eval_path is None:
         raise ValueError(
             f'task="{cfg.task}" needs data.path and data.eval_path, files of prompts; `sip data` writes them'
@@ -710,22 +656,7 @@ def _check_stages(cfg: RunConfig) -> None:
 
 
 def _check_objective(cfg: RunConfig) -> None:
-    kind = cfg.objective.kind
-    if kind in ("next_token", "grpo"):
-        return
-    for stage in cfg.candidates:
-        if stage.rewrite and cfg.rewriter.backend == "none":
-            raise ValueError("candidates.rewrite needs a rewriter: set rewriter.backend, or rewrite=false")
-        least = 1 if kind == "rf_nll" else 2
-        if kind in JUDGED and stage.num_candidates < least:
-            raise ValueError(
-                f"{kind} needs {least} or more candidates a prefix, stage from_step={stage.from_step} has "
-                f"{stage.num_candidates}: add original, rewrite or rollouts"
-            )
-        if kind in ("sft_rewrite", "dpo_rewrite_over_rollout") and not stage.rewrite:
-            raise ValueError(f"{kind} trains on rewrites: set candidates.rewrite=true")
-        if kind in ("sft_rollout", "dpo_rewrite_over_rollout") and not stage.rollouts:
-            raise ValueError(f"{kind} trains on a rollout: set candidates.rollouts to 1 or more")
+    cfg.objective.facts.check(cfg)
 
 
 def _check_sampler(cfg: RunConfig) -> None:
@@ -733,7 +664,7 @@ def _check_sampler(cfg: RunConfig) -> None:
         return
     most = max((stage.rollouts for stage in cfg.candidates), default=0)
     asked = {"candidates.rollouts": most} if cfg.task == "policy" else {}
-    if cfg.objective.kind == "grpo":
+    if cfg.objective.facts.learns_from is LearnsFrom.GENERATIONS:
         asked = {"objective.generations": cfg.objective.generations}
     for name, count in asked.items():
         if count > cfg.sampler.max_sequences:

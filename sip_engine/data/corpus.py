@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.documents import read_documents
 from sip_engine.data.permutation import hash_key, mix64
@@ -117,7 +118,7 @@ def _open_prompts(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Co
 
     samples, held_out = read(data.path), read(data.eval_path)
     labelled = next((s for s in samples if s.labels is not None), None)
-    if labelled is not None and cfg.objective.kind == "grpo":
+    if labelled is not None and cfg.objective.facts.learns_from is LearnsFrom.GENERATIONS:
         raise DataError(
             f"{data.path}:{labelled.document + 1}: labels are not written in reply, so GRPO has nothing to grade: "
             'train on them with objective.kind = "next_token"'

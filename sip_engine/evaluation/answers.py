@@ -12,7 +12,7 @@ from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.held_out import ask, interleave
 from sip_engine.evaluation.intervals import Estimate, estimates
 from sip_engine.evaluation.sets import Choices, EvalSet, Prompt
-from sip_engine.policy.packing import Row
+from sip_engine.policy.rows import Row
 from sip_engine.sampler.frozen import FrozenPolicy, encode_continuation, encode_prompt, fit_prefix
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.policy.packing import Row
+from sip_engine.policy.rows import Row
 from sip_engine.sampler.frozen import FrozenPolicy, encode_continuation, encode_prompt, fit_prefix
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler

@@ -19,7 +19,8 @@ from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.intervals import Estimate, estimates
 from sip_engine.monitoring.metrics import distinct_ngrams
-from sip_engine.policy.packing import PackedRows, Row, row_of
+from sip_engine.policy.packing import PackedRows
+from sip_engine.policy.rows import Row, row_of
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.types import (

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.policy.packing import Row, split_by_tokens
+from sip_engine.policy.packing import split_by_tokens
+from sip_engine.policy.rows import Row
 from sip_engine.sampler.frozen import FrozenPolicy
 from sip_engine.types import Labels
 

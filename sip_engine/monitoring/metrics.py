@@ -111,19 +111,11 @@ def group_means(
 
 
 def update_metrics(stats: UpdateStats) -> dict[str, float]:
-    """Turn an update's sums (already over all processes) into metrics; drift goes by its own count."""
-    sums = dict(stats.sums)
+    """What every update is watched by, over all processes; drift goes by the tokens that were sampled."""
     out = {"loss": stats.loss, "lr": stats.lr, "grad_norm": stats.grad_norm}
-    tokens = sums.pop("drift_tokens", 0.0)
-    total, largest = sums.pop("drift_sum", 0.0), sums.pop("drift_max", 0.0)
+    tokens = stats.sums.get("drift_tokens", 0.0)
     if tokens:
-        out["drift/mean"], out["drift/max"] = total / tokens, largest
-    generated = sums.pop("grpo_tokens", 0.0)
-    for name in ("clipped", "kl"):
-        if name in sums:
-            out[f"grpo/{name}"] = sums.pop(name) / max(generated, 1.0)
-    pairs = sums.pop("pairs", 0.0)
-    out.update({f"dpo/{name}": value / pairs for name, value in sums.items() if pairs})
+        out |= {"drift/mean": stats.sums["drift_sum"] / tokens, "drift/max": stats.maxima["drift_max"]}
     return out
 
 

@@ -1,1 +1,1 @@
-"""Objectives: what of a judged pool is trained on, and by which loss."""
+"""Objectives: what of a step is trained on, and by which loss; one file an objective."""

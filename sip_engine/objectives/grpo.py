@@ -2,13 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from sip_engine.config.objective import LearnsFrom, ObjectiveConfig
+from sip_engine.config.schema import RunConfig
+from sip_engine.objectives.base import Objective
+from sip_engine.policy.rows import LossSums, Row
+from sip_engine.types import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sip_engine.policy.packing import PackedRows
+    from sip_engine.sampler.requests import Completion
 
 EPSILON = 1e-6
 """Added to a group's standard deviation, so that equal rewards give no advantage."""
+
+
+class GRPO(Objective):
+    """The clipped loss on every token of every generation, weighted by its advantage (method §judge training)."""
+
+    learns_from = LearnsFrom.GENERATIONS
+
+    def __init__(self, cfg: ObjectiveConfig) -> None:
+        super().__init__(cfg)
+        self.needs_reference = cfg.kl_weight > 0
+
+    def check(self, cfg: RunConfig) -> None:
+        if cfg.task == "policy":
+            raise ValueError('objective.kind="grpo" trains on graded prompts: set task="judge" or "rewriter"')
+
+    def row_of_group(
+        self, sample: Sample, group: Sequence[Completion], rewards: Sequence[float | None]
+    ) -> Row | None:
+        found = advantages(rewards)
+        if found is None:
+            return None
+        return Row(
+            sample.prefix_ids,
+            tuple(c.ids for c in group),
+            sampled=tuple(c.logprobs for c in group),
+            advantages=tuple(found),
+            document=sample.document,
+        )
+
+    def loss(self, log_probs: Tensor, rows: PackedRows, reference: Tensor | None) -> LossSums:
+        assert rows.sampled is not None and rows.advantages is not None
+        kl = None if reference is None else kl_to_reference(log_probs, reference)
+        losses, clipped = grpo_losses(
+            log_probs,
+            rows.sampled,
+            rows.advantages,
+            clip=self.cfg.clip,
+            kl=kl,
+            kl_weight=self.cfg.kl_weight,
+        )
+        logged = {"grpo_tokens": float(len(losses)), "clipped": clipped.double().sum().item()}
+        if kl is not None:
+            logged["kl"] = kl.detach().double().sum().item()
+        return LossSums(losses.sum(), len(losses), logged)
+
+    def metrics(self, logged: Mapping[str, float]) -> dict[str, float]:
+        tokens = max(logged.get("grpo_tokens", 0.0), 1.0)
+        return {f"grpo/{name}": logged[name] / tokens for name in ("clipped", "kl") if name in logged}
 
 
 def advantages(rewards: Sequence[float | None]) -> list[float] | None:
@@ -17,6 +75,8 @@ def advantages(rewards: Sequence[float | None]) -> list[float] | None:
     A generation without a reward (None) has advantage 0 and does not enter mean or deviation. None if the group
     teaches nothing: fewer than two rewards, or all equal.
     """
+    import torch
+
     known = torch.tensor([r for r in rewards if r is not None], dtype=torch.float64)
     if len(known) < 2 or bool((known == known[0]).all()):
         return None
@@ -44,7 +104,7 @@ def grpo_losses(
     ratio = (log_probs - sampled).exp()
     kept = ratio.clamp(1 - clip, 1 + clip)
     plain, clamped = ratio * advantages, kept * advantages
-    losses = -torch.minimum(plain, clamped)
+    losses = -plain.minimum(clamped)
     if kl is not None:
         losses = losses + kl_weight * kl
     return losses, (clamped < plain).detach()

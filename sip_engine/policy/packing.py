@@ -11,37 +11,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels.shared_prefix_attention import RowLayout
-from sip_engine.types import Labels, Sample
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prefix and the suffixes to be scored on it, as int arrays of token ids.
-
-    A suffix token is predicted from the token before it. With an empty prefix the first token of a
-    suffix has nothing before it and is not scored. `labels`, one for each suffix, are scored instead.
-    """
-
-    prefix: np.ndarray
-    suffixes: tuple[np.ndarray, ...]
-    labels: tuple[Labels, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prefix and all suffixes."""
-        return len(self.prefix) + sum(len(s) for s in self.suffixes)
-
-    @property
-    def num_scored(self) -> tuple[int, ...]:
-        """Scored tokens of each suffix."""
-        if self.labels:
-            return tuple(len(labels.ids) for labels in self.labels)
-        return tuple(len(s) - (len(self.prefix) == 0) for s in self.suffixes)
-
-
-def row_of(sample: Sample) -> Row:
-    """A sample's prefix and suffix; the labels of the suffix, if it has any."""
-    return Row(sample.prefix_ids, (sample.suffix_ids,), (sample.labels,) if sample.labels else ())
+from sip_engine.policy.rows import Row
 
 
 @dataclass(frozen=True)
@@ -53,6 +23,12 @@ class PackedRows:
         scored: [num_targets] int64, stream index whose hidden state predicts the target.
         targets: [num_targets] int64, the suffix tokens (or labels) in row, suffix, token order.
         target_lens: scored tokens of each suffix, in order.
+        sampled: [num_targets] float32, log-prob of each target under the policy that sampled it, NaN where
+            it was not sampled.
+        advantages: [num_targets] float32, 0 where it has none.
+        weights: [num_targets] float32, 1 where it has none.
+
+    The last three are None where no row of the micro-batch has such values; see `Row`.
     """
 
     layout: RowLayout
@@ -60,6 +36,9 @@ class PackedRows:
     scored: Tensor
     targets: Tensor
     target_lens: tuple[int, ...]
+    sampled: Tensor | None = None
+    advantages: Tensor | None = None
+    weights: Tensor | None = None
     # Megatron asks its packing parameters for this; any value but "thd" leaves the tensors to us.
     qkv_format: str = "shared_prefix"
 
@@ -120,7 +99,25 @@ def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -
     def tensor(parts: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
 
-    return PackedRows(layout, tensor(tokens), tensor(scored), tensor(targets), tuple(target_lens))
+    return PackedRows(
+        layout,
+        tensor(tokens),
+        tensor(scored),
+        tensor(targets),
+        tuple(target_lens),
+        **{name: _side_values(padded, name, device) for name in _MISSING},
+    )
+
+
+_MISSING = {"sampled": float("nan"), "advantages": 0.0, "weights": 1.0}
+"""What stands for a side value that a row of the micro-batch lacks."""
+
+
+def _side_values(rows: Sequence[Row], name: str, device: torch.device) -> Tensor | None:
+    if all(value is None for row in rows for value in getattr(row, name)):
+        return None
+    values = np.concatenate([row.side_values(name, _MISSING[name]) for row in rows])
+    return torch.from_numpy(values).to(device)
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -24,25 +24,41 @@ from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.adam_state import fill_adam_state
 from sip_engine.policy.model import PolicyModel, build_model
-from sip_engine.policy.packing import PackedRows, Row, pack_rows, split_by_tokens
+from sip_engine.policy.packing import PackedRows, pack_rows, split_by_tokens
 from sip_engine.policy.precision import FP8_MULTIPLE, parameter_dtype
+from sip_engine.policy.rows import LossSums, Row
 from sip_engine.utils.errors import NonFiniteError
 
-MicroBatchLoss = Callable[[Tensor, PackedRows, int], tuple[Tensor, int, dict[str, float]]]
-"""(log-probs [num_targets], rows, micro-batch number) -> (summed loss, units it sums over, sums to log).
-
-The update divides the loss by the units of all micro-batches and processes.
-"""
+MicroBatchLoss = Callable[[Tensor, PackedRows, int], LossSums]
+"""(log-probs [num_targets] float32 in nats, rows, micro-batch number) -> the loss and what is logged of it."""
 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one update did, over all processes."""
+    """What one update did, over all micro-batches and processes."""
 
     loss: float
     grad_norm: float
     lr: float
     sums: dict[str, float]
+    maxima: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Totals:
+    """What the losses of several micro-batches, or processes, come to."""
+
+    loss: float = 0.0
+    units: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: float, units: int, sums: Mapping[str, float], maxima: Mapping[str, float]) -> None:
+        self.loss, self.units = self.loss + loss, self.units + units
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for name, value in maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, value), value)
 
 
 class Policy:
@@ -83,23 +99,19 @@ class Policy:
             group.setdefault("lr", 0.0)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        total_loss, units, sums = 0.0, 0, {}
-        for loss_sum, num_units, logged in self.forward_backward(batches, loss):
-            total_loss, units = total_loss + loss_sum, units + num_units
-            for name, value in logged.items():
-                sums[name] = sums.get(name, 0.0) + value
-        total_loss, units, sums = self._reduce(total_loss, units, sums)
-        self._check_finite(total_loss, documents)
+        totals = self._over_replicas(self.forward_backward(batches, loss))
+        self._check_finite(totals.loss, documents)
         grad_norm = 0.0
         with megatron_device():
             self.scheduler.step(1)
-            if units:  # an optimizer step without data would still decay weights and move by momentum
+            if totals.units:  # an optimizer step without data would still decay weights and move by momentum
                 _, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
         return UpdateStats(
-            loss=total_loss / max(units, 1),
+            loss=totals.loss / max(totals.units, 1),
             grad_norm=float(grad_norm or 0.0),
             lr=float(self.optimizer.param_groups[0]["lr"]),
-            sums=sums,
+            sums=totals.sums,
+            maxima=totals.maxima,
         )
 
     def score(self, batches: Sequence[PackedRows], model: PolicyModel | None = None) -> list[Tensor]:
@@ -109,38 +121,34 @@ class Policy:
         """
         return score(model or self.model, batches)
 
-    def forward_backward(
-        self, batches: Sequence[PackedRows], loss: MicroBatchLoss
-    ) -> list[tuple[float, int, dict[str, float]]]:
+    def forward_backward(self, batches: Sequence[PackedRows], loss: MicroBatchLoss) -> list[LossSums]:
         """Add this process' gradients of all micro-batches to the buffers; what `loss` found of each.
 
-        The list is empty before the last pipeline stage.
+        The results carry no gradient; the list is empty before the last pipeline stage.
         """
         numbered = iter(enumerate(batches))
 
         def forward_step(data: Iterator[tuple[int, PackedRows]], model: Any) -> tuple[Tensor, Any]:
             number, rows = next(data)
 
-            def loss_func(log_probs: Tensor) -> tuple[Tensor, Tensor, tuple]:
-                loss_sum, units, logged = loss(log_probs, rows, number)
-                num_units = torch.tensor(units, dtype=torch.int, device=loss_sum.device)
-                return loss_sum, num_units, (loss_sum.item(), units, logged)
+            def loss_func(log_probs: Tensor) -> tuple[Tensor, Tensor, LossSums]:
+                found = loss(log_probs, rows, number)
+                num_units = torch.tensor(found.units, dtype=torch.int, device=found.loss.device)
+                return found.loss, num_units, found._replace(loss=found.loss.detach().clone())
 
             return model(rows), loss_func
 
         with megatron_device():
             return _run_schedule(forward_step, numbered, self.ddp, batches, forward_only=False)
 
-    def _reduce(self, loss: float, units: int, sums: dict[str, float]) -> tuple[float, int, dict[str, float]]:
-        """Totals over the data axis; the other pipeline stages learn them from the last one."""
-        names, values = list(sums), list(sums.values())
-        names, values, loss, units = self.mesh.from_last_stage((names, values, loss, units))
-        everywhere = self.mesh.gather_replicas((loss, units, dict(zip(names, values, strict=True))))
-        totals: dict[str, float] = {}
-        for _, _, part in everywhere:
-            for name, value in part.items():
-                totals[name] = totals.get(name, 0.0) + value
-        return sum(p[0] for p in everywhere), sum(p[1] for p in everywhere), totals
+    def _over_replicas(self, found: Sequence[LossSums]) -> _Totals:
+        """Totals over micro-batches and the data axis; the other pipeline stages learn them from the last one."""
+        mine, total = _Totals(), _Totals()
+        for part in found:
+            mine.add(part.loss.item(), part.units, part.sums, part.maxima)
+        for part in self.mesh.gather_replicas(self.mesh.from_last_stage(astuple(mine))):
+            total.add(*part)
+        return total
 
     def _check_finite(self, loss: float, documents: str) -> None:
         bad_grad = any(

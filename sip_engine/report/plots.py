@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from sip_engine.config.objective import recorded_facts
 from sip_engine.monitoring.curves import Curve
 from sip_engine.monitoring.load import RunRecords
 from sip_engine.report.svg import Line, draw_lines, draw_stack
@@ -150,7 +151,8 @@ def losses(runs: Sequence[RunRecords]) -> Plot:
 
 
 def _loss_unit(run: RunRecords) -> str:
-    return "nats a pair" if str(run.setting("objective.kind", "")).startswith("dpo") else "nats a token"
+    facts = recorded_facts(run.setting("objective", {}))
+    return facts.loss_unit if facts is not None else "in its own unit"
 
 
 def diversity(runs: Sequence[RunRecords]) -> Plot:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sip_engine.config.schema import JUDGED
+from sip_engine.config.objective import LearnsFrom, recorded_facts
 from sip_engine.monitoring.load import RunRecords
 
 STAGES = ("base", "standard", "self_improving")
@@ -147,7 +147,9 @@ def overview(runs: Sequence[RunRecords]) -> list[RunRow]:
 def _run_row(run: RunRecords) -> RunRow:
     elapsed = run.curves.get("elapsed")
     objective = str(run.setting("objective.kind", "–"))
-    judged = objective in JUDGED
+    facts = recorded_facts(run.setting("objective", {}))
+    pools = facts is None or facts.learns_from is LearnsFrom.POOLS
+    judged = facts is not None and facts.needs_judge
     ends = []
     for figure in FIGURES:
         curve = run.curves.get(f"eval/{figure.key}")
@@ -158,7 +160,7 @@ def _run_row(run: RunRecords) -> RunRow:
     return RunRow(
         name=run.name,
         objective=objective,
-        candidates="–" if objective in ("next_token", "–") else _candidates(run),
+        candidates=_candidates(run) if pools and objective != "–" else "–",
         judge=str(run.setting("judge.backend", "–")) if judged else "–",
         progress=_progress(run),
         elapsed=_duration(float(elapsed.values[-1])) if elapsed is not None else "–",

@@ -14,7 +14,8 @@ import numpy as np
 from sip_engine.config.schema import SamplerConfig
 from sip_engine.distributed.mesh import start_mesh
 from sip_engine.policy.checkpoint import resolve_checkpoint
-from sip_engine.policy.packing import Row, split_by_tokens
+from sip_engine.policy.packing import split_by_tokens
+from sip_engine.policy.rows import Row
 from sip_engine.sampler.frozen import FrozenPolicy
 from sip_engine.sampler.requests import Request, SamplingParams, check_params
 from sip_engine.utils.errors import DataError, RequestError

@@ -16,7 +16,8 @@ from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.checkpoint import CheckpointState, checkpoint_tokenizer, load_weights, read_state
 from sip_engine.policy.model import PolicyModel, build_model
-from sip_engine.policy.packing import PackedRows, Row, pack_rows, split_by_tokens
+from sip_engine.policy.packing import PackedRows, pack_rows, split_by_tokens
+from sip_engine.policy.rows import Row
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.requests import SamplingParams

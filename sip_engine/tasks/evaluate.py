@@ -8,8 +8,8 @@ import numpy as np
 
 from sip_engine.evaluation.held_out import Evaluation, held_out_losses, interleave
 from sip_engine.monitoring.metrics import Means
-from sip_engine.policy.packing import Row
 from sip_engine.policy.policy import Policy
+from sip_engine.policy.rows import Row
 from sip_engine.sampler.requests import Completion
 from sip_engine.tasks.graders import Grader
 from sip_engine.types import Labels, Sample

@@ -48,6 +48,28 @@ class Registry(Generic[T]):
         """Take a registered name back, as a test does."""
         del self._registered[name]
 
+    def __contains__(self, name: object) -> bool:
+        """Whether a name is known; nothing is imported, and packages are looked at last."""
+        return (
+            name in self._built_in
+            or name in self._registered
+            or any(point.name == name for point in entry_points(group=self.group))
+        )
+
+    def check(self, name: str) -> str:
+        """The name itself, for a setting's validator; nothing is imported.
+
+        Raises:
+            ValueError: there is no such name; says those there are.
+        """
+        if name not in self:
+            raise ValueError(self._unknown(name))
+        return name
+
+    def is_built_in(self, name: str) -> bool:
+        """Whether a name is one of the engine's own."""
+        return name in self._built_in
+
     def names(self) -> list[str]:
         """All names: built in, registered, and of installed packages."""
         found = {point.name for point in entry_points(group=self.group)}

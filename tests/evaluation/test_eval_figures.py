@@ -16,7 +16,8 @@ from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.held_out import diversity, evaluate, interleave
 from sip_engine.evaluation.intervals import wilson
 from sip_engine.judges.distributed import ReplicaJudge
-from sip_engine.policy.packing import PackedRows, Row, pack_rows
+from sip_engine.policy.packing import PackedRows, pack_rows
+from sip_engine.policy.rows import Row
 from sip_engine.types import (
     Candidate,
     FactualityQuestion,

@@ -25,7 +25,7 @@ from sip_engine.evaluation.answers import answer_set
 from sip_engine.evaluation.harness import HarnessModel, check_harness, run_tasks
 from sip_engine.evaluation.sets import Choices, EvalSet, Prompt
 from sip_engine.policy.model import build_model
-from sip_engine.policy.packing import Row
+from sip_engine.policy.rows import Row
 from sip_engine.sampler.frozen import FrozenPolicy, encode_continuation
 from sip_engine.types import FactualityQuestion, Failure, PairQuestion, SafetyQuestion, Score
 from sip_engine.utils.errors import ConfigError, DataError, RequestError

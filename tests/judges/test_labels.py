@@ -18,9 +18,11 @@ from sip_engine.config.parse import parse_config
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.objectives.update import rows_of_samples, update
-from sip_engine.policy.packing import Row, pack_rows
+from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.update import update
+from sip_engine.policy.packing import pack_rows
 from sip_engine.policy.policy import Policy, score
+from sip_engine.policy.rows import Row
 from sip_engine.train import train
 from sip_engine.types import Labels, Sample
 from sip_engine.utils.errors import DataError
@@ -81,7 +83,8 @@ def test_updates_equal_plain_torch(mesh: Mesh, micro_batch_tokens: int) -> None:
         Sample(n, 0, row.prefix, row.suffixes[0], "", "", labels=row.labels[0]) for n, row in enumerate(rows)
     ]
     plain = Sample(9, 0, np.array([3, 4], np.int32), np.array([7, 8, 9], np.int32), "", "")
-    stats = update(policy, None, rows_of_samples([*samples, plain], "suffix"), cfg.objective)
+    objective = open_objective(cfg.objective)
+    stats = update(policy, None, [objective.row_of_sample(s) for s in (*samples, plain)], objective)
     parts = [llama_labels(llama, Row(r.prefix, r.suffixes[:1], r.labels[:1]))[0] for r in rows]
     own = Row(np.array([3], np.int32), (np.array([4, 7, 8], np.int32),))
     own = Row(own.prefix, own.suffixes, (Labels(np.arange(3), np.array([7, 8, 9])),))

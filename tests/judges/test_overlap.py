@@ -26,7 +26,7 @@ from sip_engine.judges.overlap import WaveJudge, split
 from sip_engine.judges.rewards import judge_pools
 from sip_engine.judges.server import ServerJudge
 from sip_engine.llm.endpoint import EndpointError
-from sip_engine.objectives.choose import choose
+from sip_engine.objectives.base import open_objective
 from sip_engine.train import train
 from sip_engine.types import Candidate, Failure, Judgment, Kind, Question, SafetyQuestion, Sample, Score
 from sip_engine.utils.errors import DataError, SipError
@@ -158,9 +158,9 @@ def test_verdicts_and_pairs_do_not_depend_on_the_waves(
             judging.submit(wave)
         got = judging.verdicts()
     assert got == want
-    dpo = ObjectiveConfig()
+    dpo = open_objective(ObjectiveConfig())
     for (sample, pool), ours, theirs in zip(all_pools, got, want, strict=True):
-        assert choose(dpo, sample, pool, ours, seed=1) == choose(dpo, sample, pool, theirs, seed=1)
+        assert dpo.choose(sample, pool, ours, seed=1) == dpo.choose(sample, pool, theirs, seed=1)
 
 
 def test_two_votes_on_a_question_and_two_questions_of_two_waves_draw_apart() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sip_engine.config.schema import JudgeConfig, JudgeVotes, ObjectiveConfig, RewardWeights
 from sip_engine.judges.rewards import ask_votes, combine_votes, judge_pools
-from sip_engine.objectives.choose import choose
+from sip_engine.objectives.base import open_objective
 from sip_engine.types import (
     Candidate,
     Cost,
@@ -88,7 +88,7 @@ def test_a_candidate_without_any_verdict_is_dropped_not_scored() -> None:
     assert verdict.quality[:2] == (0.0, 1.0), "failed comparisons count for nobody"
     assert verdict.failures == ("quality: no verdict",) * 2
     assert verdict.cost.tokens == 4
-    choice = choose(ObjectiveConfig(), SAMPLE, pool("one", "three", "??"), verdict, seed=0)
+    choice = open_objective(ObjectiveConfig()).choose(SAMPLE, pool("one", "three", "??"), verdict, seed=0)
     assert choice is not None and (choice.chosen, choice.rejected) == (1, 0)
 
 
@@ -196,7 +196,7 @@ def test_what_fails_is_dropped_in_every_schedule(cfg: JudgeConfig) -> None:
     assert verdict.quality[14] is None and verdict.rewards[14] is None
     assert len(verdict.failures) == sum(win is None for _, _, win in verdict.pairs) > 0
     assert all(q is not None and 0.0 <= q <= 1.0 for q in verdict.quality[:14])
-    choice = choose(ObjectiveConfig(), SAMPLE, pool(*texts), verdict, seed=0)
+    choice = open_objective(ObjectiveConfig()).choose(SAMPLE, pool(*texts), verdict, seed=0)
     assert choice is not None and choice.chosen != 14 and choice.rejected != 14
     if cfg.schedule != "pivot":
         assert (choice.chosen, choice.rejected) == (TEXTS.index("s" * 14), TEXTS.index("s"))
@@ -263,7 +263,7 @@ def test_a_tournament_looks_for_the_best_and_worst_total() -> None:
     weights = RewardWeights(quality=0.5, safety=1.0, factuality=0)
     cfg = JudgeConfig(schedule="tournament", weights=weights)
     (verdict,) = judge_pools(LongestWins(), cfg, [(SAMPLE, pool(*texts))], seed=0)
-    choice = choose(ObjectiveConfig(), SAMPLE, pool(*texts), verdict, seed=0)
+    choice = open_objective(ObjectiveConfig()).choose(SAMPLE, pool(*texts), verdict, seed=0)
     assert choice is not None and choice.rejected is not None
     assert (texts[choice.chosen], texts[choice.rejected]) == ("fine" + "s" * 13, "bad")
 
@@ -305,7 +305,7 @@ def test_the_base_counts_as_much_as_the_weights_say(weight: float) -> None:
     best, worst = Counter[str](), Counter[str]()
     for seed in range(20):
         (verdict,) = judge_pools(LongestWins(), cfg, [(SAMPLE, pool(*texts))], seed=seed)
-        choice = choose(ObjectiveConfig(), SAMPLE, pool(*texts), verdict, seed=0)
+        choice = open_objective(ObjectiveConfig()).choose(SAMPLE, pool(*texts), verdict, seed=0)
         assert choice is not None and choice.rejected is not None
         best[texts[choice.chosen]] += 1
         worst[texts[choice.rejected]] += 1
@@ -357,7 +357,7 @@ def verdict_of(rewards: Sequence[float | None]):
 )
 def test_dpo_takes_a_best_and_a_worst_candidate(rewards: list[float | None], seed: int) -> None:
     candidates = pool(*("x" * len(rewards)))
-    choice = choose(ObjectiveConfig(), SAMPLE, candidates, verdict_of(rewards), seed)
+    choice = open_objective(ObjectiveConfig()).choose(SAMPLE, candidates, verdict_of(rewards), seed=seed)
     known = [reward for reward in rewards if reward is not None]
     if not known or min(known) == max(known):
         assert choice is None
@@ -373,7 +373,7 @@ def test_equal_rewards_favour_no_position() -> None:
     verdict = verdict_of([1.0, 1.0, 0.0, 0.0])
     picks = Counter()
     for seed in range(400):
-        choice = choose(ObjectiveConfig(), SAMPLE, candidates, verdict, seed)
+        choice = open_objective(ObjectiveConfig()).choose(SAMPLE, candidates, verdict, seed=seed)
         assert choice is not None
         picks[choice.chosen, choice.rejected] += 1
     assert set(picks) == {(0, 2), (0, 3), (1, 2), (1, 3)} and min(picks.values()) > 60
@@ -393,10 +393,12 @@ def test_equal_rewards_favour_no_position() -> None:
     ],
 )
 def test_tie_and_margin_policy(settings: dict, rewards: list[float | None], taken: bool) -> None:
-    choice = choose(ObjectiveConfig(**settings), SAMPLE, pool("a", "b"), verdict_of(rewards), seed=0)
+    choice = open_objective(ObjectiveConfig(**settings)).choose(
+        SAMPLE, pool("a", "b"), verdict_of(rewards), seed=0
+    )
     assert (choice is not None) == taken
 
 
 def test_a_lone_candidate_is_rf_nlls_choice_without_a_judge() -> None:
-    choice = choose(ObjectiveConfig(kind="rf_nll"), SAMPLE, pool("a"), None, seed=0)
+    choice = open_objective(ObjectiveConfig(kind="rf_nll")).choose(SAMPLE, pool("a"), None, seed=0)
     assert choice is not None and choice.chosen == 0 and choice.rejected is None

@@ -22,10 +22,12 @@ from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
 from sip_engine.monitoring.records import read_records
+from sip_engine.objectives.base import Objective, open_objective
 from sip_engine.objectives.grpo import advantages, grpo_losses
-from sip_engine.objectives.update import rows_of_generations, update
+from sip_engine.objectives.update import update
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
+from sip_engine.policy.rows import Row
 from sip_engine.sampler.requests import Completion
 from sip_engine.tasks.graders import RewriteGrader, VerdictGrader, word_overlap
 from sip_engine.train import train
@@ -85,10 +87,15 @@ def generated(seed: int) -> tuple[list[Sample], list[list[Completion]], list[lis
     return samples, groups, [[1.0, 0.0, None, 0.5], [1.0, 1.0], [0.0, 1.0, 0.0]]
 
 
+def rows_of(objective: Objective, *batch: Any) -> list[Row]:
+    rows = [objective.row_of_group(*group) for group in zip(*batch, strict=True)]
+    return [row for row in rows if row is not None]
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [4096, 12])
 def test_grpo_updates_equal_plain_torch(mesh: Mesh, micro_batch_tokens: int) -> None:
     """Two updates, the second away from the reference, against Llama and a written-out loss."""
-    objective = ObjectiveConfig(kind="grpo", clip=0.1, kl_weight=0.3)
+    objective = open_objective(ObjectiveConfig(kind="grpo", clip=0.1, kl_weight=0.3))
     cfg = small_run(
         parallel={"micro_batch_tokens": micro_batch_tokens},
         optimizer={"lr": 1e-2, "warmup_steps": 0, "min_lr_ratio": 1.0, "weight_decay": 0.0, "eps": 1e-4},
@@ -99,7 +106,8 @@ def test_grpo_updates_equal_plain_torch(mesh: Mesh, micro_batch_tokens: int) -> 
     adam = torch.optim.AdamW(llama.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.0)
     for seed in range(2):
         samples, groups, rewards = generated(seed)
-        stats = update(policy, reference, rows_of_generations(samples, groups, rewards), objective)
+        rows = rows_of(objective, samples, groups, rewards)
+        stats = update(policy, reference, rows, objective)
         total, count, clipped = torch.tensor(0.0), 0, 0
         for sample, group, values in zip(samples, groups, rewards, strict=True):
             known = [v for v in values if v is not None]
@@ -135,9 +143,10 @@ def test_a_batch_that_teaches_nothing_makes_no_update(mesh: Mesh) -> None:
     policy = Policy(small_run(), VOCAB, mesh)
     before = [p.clone() for p in policy.model.parameters()]
     samples, groups, rewards = generated(0)
-    training = rows_of_generations(samples, groups, [[1.0] * len(values) for values in rewards])
-    assert not training.real
-    update(policy, None, training, ObjectiveConfig(kind="grpo"))
+    objective = open_objective(ObjectiveConfig(kind="grpo"))
+    rows = rows_of(objective, samples, groups, [[1.0] * len(values) for values in rewards])
+    assert not rows
+    update(policy, None, rows, objective)
     assert all(torch.equal(p, q) for p, q in zip(policy.model.parameters(), before, strict=True))
 
 

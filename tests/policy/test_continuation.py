@@ -15,7 +15,8 @@ from torch import Tensor
 from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.objectives.update import rows_of_choices, update
+from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.update import update
 from sip_engine.policy.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
@@ -51,7 +52,8 @@ def steps_of(policy: Policy, reference: Reference, first: int, last: int) -> lis
     found = []
     for step in range(first, last):
         mine = choices(step, 4)[policy.mesh.dp.rank :: policy.mesh.dp.size]
-        stats = update(policy, reference, rows_of_choices(mine, paired=True), ObjectiveConfig(beta=0.3))
+        objective = open_objective(ObjectiveConfig(beta=0.3))
+        stats = update(policy, reference, [objective.row_of_choice(c) for c in mine], objective)
         reference.follow(policy, step + 1)
         found.append((stats.loss, stats.grad_norm, stats.lr))
     return found

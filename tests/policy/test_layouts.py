@@ -15,7 +15,8 @@ from test_policy import VOCAB, choices
 from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.objectives.update import rows_of_choices, update
+from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.update import update
 from sip_engine.policy.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
@@ -41,10 +42,10 @@ def dpo_steps(folder: Path, layout: str) -> None:
     mesh = start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline)
     policy, reference = Policy(cfg, VOCAB, mesh), Reference(cfg, VOCAB, mesh)
     reference.copy_from(policy)
-    losses = []
+    losses, objective = [], open_objective(ObjectiveConfig(beta=0.3))
     for step in range(STEPS):
         mine = choices(step, 5)[mesh.dp.rank :: mesh.dp.size]
-        stats = update(policy, reference, rows_of_choices(mine, paired=True), ObjectiveConfig(beta=0.3))
+        stats = update(policy, reference, [objective.row_of_choice(c) for c in mine], objective)
         losses.append((stats.loss, stats.grad_norm))
     tokenizer = Tokenizer.train(TEXTS, 290, folder / f"tokenizer-{mesh.rank}.model")
     state = CheckpointState(STEPS, cfg.model, VOCAB, {})
@@ -103,8 +104,8 @@ def test_updates_are_the_same_at_every_layout(
     ):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0, msg=name)
     # The optimizer came along: the next update is the same as well.
-    training, objective = rows_of_choices(choices(9, 5), paired=False), ObjectiveConfig(kind="rf_nll")
+    objective = open_objective(ObjectiveConfig(kind="sft_rewrite"))
     for policy in (ours, theirs):
-        update(policy, None, training, objective)
+        update(policy, None, [objective.row_of_choice(c) for c in choices(9, 5)], objective)
     for got, expected in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -14,11 +15,13 @@ from llama import llama_logprobs, llama_of
 
 from sip_engine.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.objectives.update import rows_of_choices, rows_of_samples, update
+from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.update import update
 from sip_engine.policy.model import build_model
-from sip_engine.policy.packing import Row, pack_rows, split_by_tokens
+from sip_engine.policy.packing import pack_rows, split_by_tokens
 from sip_engine.policy.policy import Policy, score
 from sip_engine.policy.reference import Reference
+from sip_engine.policy.rows import LossSums, Row, documents_of
 from sip_engine.policy.weights import weight_views
 from sip_engine.types import Candidate, Choice, Kind, Sample
 from sip_engine.utils.errors import NonFiniteError
@@ -105,13 +108,21 @@ def choices(seed: int, count: int) -> list[Choice]:
     return made
 
 
+NLL = open_objective(ObjectiveConfig(kind="rf_nll"))
+
+
+def best_of(made: list[Choice]) -> list[Row]:
+    """The chosen ones alone, as RF-NLL trains on them."""
+    return [NLL.row_of_choice(replace(choice, rejected=None)) for choice in made]
+
+
 @pytest.mark.parametrize(
     ("settings", "micro_batch_tokens"),
     [({}, 4096), ({}, 25), ({"length_normalised": True}, 30), ({"nll_weight": 0.3}, 40)],
 )
 def test_dpo_updates_equal_plain_torch(mesh: Mesh, settings: dict, micro_batch_tokens: int) -> None:
     """Three updates against Llama, a written-out DPO loss and torch's own AdamW and gradient clipping."""
-    objective = ObjectiveConfig(kind="dpo", beta=0.3, **settings)
+    objective = open_objective(ObjectiveConfig(kind="dpo", beta=0.3, **settings))
     cfg = small_run(
         parallel={"micro_batch_tokens": micro_batch_tokens},
         optimizer={
@@ -129,8 +140,8 @@ def test_dpo_updates_equal_plain_torch(mesh: Mesh, settings: dict, micro_batch_t
     adam = torch.optim.AdamW(llama.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0)
     for step in range(3):
         batch = choices(step, 5)
-        stats = update(policy, reference, rows_of_choices(batch, paired=True), objective)
-        loss = plain_dpo(llama, frozen, batch, objective)
+        stats = update(policy, reference, [objective.row_of_choice(c) for c in batch], objective)
+        loss = plain_dpo(llama, frozen, batch, objective.cfg)
         adam.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), 0.5)
@@ -174,29 +185,29 @@ def test_next_token_loss_equals_plain_torch(mesh: Mesh, loss_on: str) -> None:
             full = s.prefix_ids.tolist() + s.suffix_ids.tolist()
             split = 1 if loss_on == "all" else len(s.prefix_ids)
             parts.append(llama_logprobs(llama, full[:split], full[split:]))
-    objective = ObjectiveConfig(kind="next_token")
-    stats = update(policy, None, rows_of_samples(samples, loss_on), objective)
+    objective = open_objective(ObjectiveConfig.model_validate({"kind": "next_token", "loss_on": loss_on}))
+    stats = update(policy, None, [objective.row_of_sample(s) for s in samples], objective)
     assert stats.loss == pytest.approx(-torch.cat(parts).mean().item(), abs=1e-5)
 
 
 def test_a_non_finite_loss_leaves_the_parameters(mesh: Mesh) -> None:
     policy = Policy(small_run(), VOCAB, mesh)
     before = [p.clone() for p in policy.model.parameters()]
-    training = rows_of_choices(choices(0, 3), paired=False)
+    rows = best_of(choices(0, 3))
 
-    def broken(log_probs, rows, number):
-        return log_probs.sum() * float("nan"), 1, {}
+    def broken(log_probs, packed, number):
+        return LossSums(log_probs.sum() * float("nan"), 1)
 
     with pytest.raises(NonFiniteError, match="documents 0, 1, 2"):
-        policy.update(policy.micro_batches(training.rows), broken, training.documents)
+        policy.update(policy.micro_batches(rows), broken, documents_of(rows))
     assert all(torch.equal(p, q) for p, q in zip(policy.model.parameters(), before, strict=True))
-    update(policy, None, training, ObjectiveConfig(kind="rf_nll"))  # the run could go on
+    update(policy, None, rows, NLL)  # the run could go on
 
 
 def test_a_batch_that_teaches_nothing_changes_nothing(mesh: Mesh) -> None:
     policy = Policy(small_run(), VOCAB, mesh)
     before = [p.clone() for p in policy.model.parameters()]
-    stats = update(policy, None, rows_of_choices([], paired=False), ObjectiveConfig(kind="rf_nll"))
+    stats = update(policy, None, [], NLL)
     assert stats.loss == 0.0
     assert all(torch.equal(p, q) for p, q in zip(policy.model.parameters(), before, strict=True))
 
@@ -206,7 +217,7 @@ def test_views_share_the_optimizers_storage(mesh: Mesh) -> None:
     views = weight_views(policy.model, VOCAB, 0)
     assert views.head is not None
     before = views.head.clone()
-    update(policy, None, rows_of_choices(choices(0, 3), paired=False), ObjectiveConfig(kind="rf_nll"))
+    update(policy, None, best_of(choices(0, 3)), NLL)
     assert not torch.equal(views.head, before)
     pointers = {p.data_ptr() for p in policy.model.parameters()}
     assert {t.data_ptr() for t in views.tensors()} == pointers

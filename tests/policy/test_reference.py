@@ -13,10 +13,13 @@ from test_policy import VOCAB, choices
 
 from sip_engine.config.schema import ObjectiveConfig
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.objectives.update import rows_of_choices, update
+from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.update import update
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 from sip_engine.train import train
+
+DPO = open_objective(ObjectiveConfig())
 
 
 def three_updates(mesh: Mesh, **settings: Any) -> tuple[Reference, list[list[torch.Tensor]]]:
@@ -26,7 +29,7 @@ def three_updates(mesh: Mesh, **settings: Any) -> tuple[Reference, list[list[tor
     reference.copy_from(policy)
     history = [[p.detach().clone() for p in policy.model.parameters()]]
     for step in range(1, 4):
-        update(policy, reference, rows_of_choices(choices(step, 4), paired=True), ObjectiveConfig())
+        update(policy, reference, [DPO.row_of_choice(c) for c in choices(step, 4)], DPO)
         reference.follow(policy, step)
         history.append([p.detach().clone() for p in policy.model.parameters()])
     return reference, history
@@ -59,7 +62,7 @@ def test_offloaded_it_scores_the_same_and_keeps_its_storage(mesh: Mesh) -> None:
     policy, reference = Policy(cfg, VOCAB, mesh), Reference(cfg, VOCAB, mesh)
     reference.copy_from(policy)
     stored = [p.data_ptr() for p in reference.model.parameters()]
-    batches = policy.micro_batches(rows_of_choices(choices(0, 3), paired=True).rows)
+    batches = policy.micro_batches([DPO.row_of_choice(c) for c in choices(0, 3)])
     for got, want in zip(reference.score(batches), policy.score(batches), strict=True):
         assert torch.equal(got, want)
     assert [p.data_ptr() for p in reference.model.parameters()] == stored

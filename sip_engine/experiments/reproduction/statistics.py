@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from sip_engine.config.schema import JUDGED, RunConfig
+from sip_engine.config.objective import LearnsFrom
+from sip_engine.config.schema import RunConfig
 from sip_engine.experiments.reproduction.plan import Row, Table
 from sip_engine.types import Kind
 
@@ -192,7 +193,7 @@ class RowRuns:
 
     @property
     def is_judged(self) -> bool:
-        return self.cfg.objective.kind in JUDGED
+        return self.cfg.objective.facts.needs_judge
 
     @property
     def kinds(self) -> set[str]:
@@ -307,7 +308,7 @@ def all_pairs(orders: Iterable[Mapping[str, Order]]) -> Order:
 def standard_row(one: RowRuns, rows: Sequence[RowRuns]) -> RowRuns | None:
     """Standard pretraining from the same beginning, if a run of it is there."""
     same = [r for r in rows if r.from_scratch == one.from_scratch and r.results]
-    return next((r for r in same if r.cfg.objective.kind == "next_token"), None)
+    return next((r for r in same if r.cfg.objective.facts.learns_from is LearnsFrom.SAMPLES), None)
 
 
 def alike_rows(rows: Sequence[RowRuns], *, judge: set[str], candidates: set[str]) -> list[list[RowRuns]]:
