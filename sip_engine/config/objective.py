@@ -78,7 +78,7 @@ class ObjectiveConfig(Section):
     """grpo: a token's ratio to the policy that sampled it counts up to 1 +- this."""
     kl_weight: float = Field(default=0.0, ge=0)
     """grpo: weight of the estimated KL divergence from the reference policy; 0 needs no reference."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Settings of an objective from another package, which says what they are; the built-in ones have none."""
 
     @field_validator("kind")

@@ -255,7 +255,7 @@ class ServerConfig(Section):
     """Longest reply; a reply cut off there is a failure."""
     seed: Seed = 0
     """Mixed into the seed of each request, and into the marks that fence texts."""
-    extra_body: dict[str, Any] = {}
+    extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request, such as chat_template_kwargs or max_completion_tokens."""
     omit: tuple[Literal["temperature", "top_p", "max_tokens", "seed"], ...] = ()
     """Fields to leave out, for servers that refuse them."""

@@ -26,7 +26,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from sip_engine.llm.local_model import LocalModel
-from sip_engine.policy.packing import Row, split_by_tokens
+from sip_engine.policy.packing import split_by_tokens
+from sip_engine.policy.rows import Row
 from sip_engine.types import (
     Cost,
     FactualityQuestion,

@@ -6,7 +6,7 @@ Settings ask an objective what it needs before anything heavy is loaded, so its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -64,7 +64,7 @@ class Objective:
     def __init__(self, cfg: ObjectiveConfig) -> None:
         """Raises ConfigError where the options are not what `Options` says."""
         self.cfg = cfg
-        self.options = _read_options(self.Options, cfg)
+        self.options: Any = _read_options(self.Options, cfg)
 
     def check(self, cfg: RunConfig) -> None:
         """Raise ValueError, with the remedy, where the other settings of a run do not suit."""

@@ -105,18 +105,17 @@ def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -
         tensor(scored),
         tensor(targets),
         tuple(target_lens),
-        **{name: _side_values(padded, name, device) for name in _MISSING},
+        sampled=_side_values(padded, "sampled", float("nan"), device),
+        advantages=_side_values(padded, "advantages", 0.0, device),
+        weights=_side_values(padded, "weights", 1.0, device),
     )
 
 
-_MISSING = {"sampled": float("nan"), "advantages": 0.0, "weights": 1.0}
-"""What stands for a side value that a row of the micro-batch lacks."""
-
-
-def _side_values(rows: Sequence[Row], name: str, device: torch.device) -> Tensor | None:
+def _side_values(rows: Sequence[Row], name: str, missing: float, device: torch.device) -> Tensor | None:
+    """[num_targets] float32, `missing` where a row has none; None where all have none."""
     if all(value is None for row in rows for value in getattr(row, name)):
         return None
-    values = np.concatenate([row.side_values(name, _MISSING[name]) for row in rows])
+    values = np.concatenate([row.side_values(name, missing) for row in rows])
     return torch.from_numpy(values).to(device)
 
 
