@@ -89,8 +89,8 @@ def quickstart(
 @app.command()
 def reproduce(
     plan: Annotated[
-        Path, typer.Argument(help="A plan: stages, rows, tables; see configs/world/reproduction.toml.")
-    ] = Path("configs/world/reproduction.toml"),
+        Path, typer.Argument(help="A plan: stages, rows, tables; see configs/reproduction/small.toml.")
+    ] = Path("configs/reproduction/small.toml"),
     out: Annotated[
         Path | None, typer.Option(help="Folder of everything made; default: the plan's own.")
     ] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from pydantic import BaseModel, ValidationError
 from sip_engine.config.schema import CandidateStage, RunConfig, Section, WorldConfig
 from sip_engine.utils.errors import ConfigError
 
+Merge = Callable[[dict[str, Any], dict[str, Any], Path, Path], dict[str, Any]]
+"""The table of a file over that of the one it extends: the latter's table, its own, the latter's path, its own."""
+_MOVED = {
+    "world/reproduction.toml": "reproduction/small.toml",
+    "world/large.toml": "reproduction/large.toml",
+    "world/win_rate.toml": "reproduction/win_rate.toml",
+}
 _NESTED: dict[str, type[Section]] = {"candidates": CandidateStage, "world": WorldConfig}
 """Sections that their field's type does not name at once: one of several, or one that may be missing."""
 
@@ -38,14 +46,69 @@ def load_config(path: Path) -> RunConfig:
     return parse_config(read_toml(path), str(path))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The file's table; ConfigError when it is missing or not TOML."""
+def read_toml(path: Path, merge: Merge | None = None) -> dict[str, Any]:
+    """The file's table, over that of the file it `extends`.
+
+    `extends = "other.toml"` stands at the top of a file or of one of its tables, which then is that file with what
+    the table says in its place: tables are merged setting by setting (`merge_settings`, or at the top of the file
+    `merge`), all else is replaced. The name is relative to the file that says it; the other file may extend a
+    third one.
+
+    Raises:
+        ConfigError: a file is missing or not TOML, or files extend each other in a circle.
+    """
+    return _read_extended(find_config(path), merge or _merge_plainly, ())
+
+
+def find_config(path: Path) -> Path:
+    """The path itself or, with a notice, where a file of the examples has gone that lay there in the last version."""
+    moved = _MOVED.get("/".join(path.parts[-2:]))
+    if moved is None or path.exists():
+        return path
+    from sip_engine.utils.progress import console
+
+    found = path.parent.parent / moved
+    console.print(
+        f"{path} is {found} now; the old name works in this version only", soft_wrap=True, markup=False
+    )
+    return found
+
+
+def _read_extended(path: Path, merge: Merge, extending: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; configs/ holds examples") from None
+        by = f" ({extending[-1]} extends it)" if extending else ""
+        raise ConfigError(f"{path}: no such config file{by}; configs/ holds examples") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+
+    def extended(table: dict[str, Any], merge: Merge, where: str) -> dict[str, Any]:
+        own = {
+            name: extended(value, _merge_plainly, f"{where}{name}.") if isinstance(value, dict) else value
+            for name, value in table.items()
+            if name != "extends"
+        }
+        if "extends" not in table:
+            return own
+        name = table["extends"]
+        if not isinstance(name, str) or not name:
+            raise ConfigError(
+                f"{path}: {where}extends: must be the name of another file, beside this one if it is relative"
+            )
+        other = find_config(path.parent / name)
+        chain = (*extending, path)
+        if any(other.resolve() == one.resolve() for one in chain):
+            circle = " -> ".join(one.name for one in (*chain, other))
+            raise ConfigError(f"{path}: {where}extends itself ({circle}); name another file")
+        return merge(_read_extended(other, merge, chain), own, other, path)
+
+    return extended(values, merge, "")
+
+
+def _merge_plainly(base: dict[str, Any], over: dict[str, Any], other: Path, path: Path) -> dict[str, Any]:
+    del other, path
+    return merge_settings(base, over)
 
 
 def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

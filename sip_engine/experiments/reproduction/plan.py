@@ -219,7 +219,7 @@ def load_plan(path: Path) -> Plan:
     Raises:
         ConfigError: the file, or one that it extends, is missing, is not TOML, or does not hold a plan.
     """
-    values = _read_extended(path, ())
+    values = read_toml(path, _merge_plans)
     try:
         return Plan.model_validate(values)
     except ValidationError as error:
@@ -241,21 +241,10 @@ def _place(loc: Sequence[int | str], values: dict[str, Any]) -> str:
     return ".".join(map(str, parts))
 
 
-def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in extending:
-        raise ConfigError(f"{path}: extends itself; name another plan")
-    values = read_toml(path)
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    if not isinstance(base, str) or not base:
-        raise ConfigError(
-            f"{path}: extends: must be the name of another plan, beside this one if it is relative"
-        )
-    other = path.parent / base
-    before = _read_extended(other, (*extending, path.resolve()))
+def _merge_plans(before: dict[str, Any], values: dict[str, Any], other: Path, path: Path) -> dict[str, Any]:
+    """A plan over the one it extends: stages, rows and tables of the same name are merged, new ones come last."""
     if isinstance(stages := before.get("stages"), list):
-        before["stages"] = [_placed(stage, other.resolve().parent) for stage in stages]
+        before = {**before, "stages": [_placed(stage, other.resolve().parent) for stage in stages]}
     merged = merge_settings(before, values)
     for name in ("stages", "rows", "tables"):
         if name in before and name in values:

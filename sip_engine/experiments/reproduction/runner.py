@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import torch
 
+from sip_engine.config.parse import find_config
 from sip_engine.experiments.reproduction.page import write_page
 from sip_engine.experiments.reproduction.plan import (
     Plan,
@@ -87,6 +88,7 @@ def reproduce(
         ConfigError: a bad plan, seed or row, or results made with other settings; before anything is done.
         RowsFailedError: at the end, if some jobs failed. The page says which.
     """
+    path = find_config(path)
     plan = scaled(load_plan(path), scale)
     out = out or plan.out or plan.root
     check_writable(out, folder=True)
