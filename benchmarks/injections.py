@@ -55,7 +55,8 @@ from sip_engine.data.corpus import Corpus, open_corpus, open_world
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.judges.open import open_judge
 from sip_engine.policy.checkpoint import checkpoint_tokenizer, resolve_checkpoint
-from sip_engine.tasks.corruptors.rules import RuleCorruptor, WorldCorruptor
+from sip_engine.tasks.corruptors.rules import RuleCorruptor
+from sip_engine.tasks.corruptors.world import WorldCorruptor
 from sip_engine.tasks.labels import cut_text
 from sip_engine.types import Failure, Judge, RewriteRequest
 from sip_engine.utils.errors import ConfigError, SipError

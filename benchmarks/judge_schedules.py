@@ -22,7 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import RESULTS, header, write_csv
-from sip_engine.judges.schedules.schedules import AllPairs, Pivot, Schedule, Tournament, tournament_budget
+from sip_engine.judges.schedules.all_pairs import AllPairs
+from sip_engine.judges.schedules.base import Schedule
+from sip_engine.judges.schedules.pivot import Pivot
+from sip_engine.judges.schedules.tournament import Tournament, tournament_budget
 
 ACCURACIES = (0.70, 0.80, 0.90, 0.95)
 DRAWS = {2: 1000, 4: 1000, 8: 1000, 16: 1500, 32: 250}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sip_engine.tasks.commands import add_spec_commands
 from sip_engine.utils.errors import ConfigError, SipError
 from sip_engine.utils.quiet import quiet_libraries
 
@@ -216,6 +217,7 @@ def eval_(
 
     Every setting can be overridden: `--eval.num_prefixes 500`. `sip settings` lists them.
     """
+    from sip_engine.config.overrides import parse_overrides
     from sip_engine.config.parse import merge_settings, read_toml
     from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings
 
@@ -223,7 +225,7 @@ def eval_(
     evaluate_checkpoint(
         checkpoint,
         out,
-        merge_settings(settings, _parse_overrides(context.args)),
+        merge_settings(settings, parse_overrides(context.args)),
         source=source,
         baseline=baseline,
         sets=sets or (),
@@ -276,120 +278,6 @@ def inspect_data(
     describe_data(_read_config(config, context))
 
 
-@data.command("judge-pairs", context_settings=_OVERRIDES)
-def judge_pairs(
-    context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(help="A TOML file that says which documents; its judge labels safety.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
-    pairs: Annotated[
-        int, typer.Option(min=0, help="Suffixes to compare with a corrupted copy, each in both orders.")
-    ] = 4000,
-    safety: Annotated[
-        int, typer.Option(min=0, help="Suffixes with a safety label, half of them unsafe.")
-    ] = 4000,
-    factuality: Annotated[
-        int, typer.Option(min=0, help="Suffixes with a factuality label, beside the original.")
-    ] = 0,
-    held_out: Annotated[int, typer.Option(min=2, help="Most prompts of each kind in eval.jsonl.")] = 200,
-    corruptor: Annotated[
-        str | None,
-        typer.Option(
-            help="rules (for any text), world (its own) or server (a model); default: the config's corruptor.backend."
-        ),
-    ] = None,
-    max_prefix_chars: Annotated[
-        int | None, typer.Option(min=1, help="A longer prefix keeps its end.")
-    ] = None,
-) -> None:
-    """Make prompts with known answers to train a judge on: quality pairs, safety, factuality."""
-    from sip_engine.tasks.judge_pairs import make_judge_data
-
-    if corruptor is not None:
-        context.args += ["--corruptor.backend", corruptor]
-    make_judge_data(
-        _read_config(config, context),
-        out,
-        num_pairs=pairs,
-        num_safety=safety,
-        num_factuality=factuality,
-        num_eval=held_out,
-        max_prefix_chars=max_prefix_chars,
-    )
-
-
-@data.command("rollout-pairs", context_settings=_OVERRIDES)
-def rollout_pairs(
-    context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(help="A TOML file: documents, init (whose rollouts), judge (whose labels).")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
-    pairs: Annotated[int, typer.Option(min=0, help="Pairs of rollouts, each in both orders.")] = 4000,
-    safety: Annotated[int, typer.Option(min=0, help="Rollouts with a safety label.")] = 0,
-    factuality: Annotated[int, typer.Option(min=0, help="Rollouts with a factuality label.")] = 0,
-    held_out: Annotated[int, typer.Option(min=2, help="Most prompts of each kind in eval.jsonl.")] = 200,
-    mix: Annotated[
-        Path | None, typer.Option(help="Folder of a judge's prompts to shuffle among these.")
-    ] = None,
-    mix_num: Annotated[int | None, typer.Option(min=1, help="Most prompts of it; default: all.")] = None,
-    max_prefix_chars: Annotated[
-        int | None, typer.Option(min=1, help="A longer prefix keeps its end.")
-    ] = None,
-) -> None:
-    """Make prompts to train a judge on of a policy's own rollouts, labelled by another judge."""
-    from sip_engine.tasks.rollout_pairs import make_rollout_data
-
-    make_rollout_data(
-        _read_config(config, context),
-        out,
-        num_pairs=pairs,
-        num_safety=safety,
-        num_factuality=factuality,
-        num_eval=held_out,
-        mix=mix,
-        mix_num=mix_num,
-        max_prefix_chars=max_prefix_chars,
-    )
-
-
-@data.command("notes", context_settings=_OVERRIDES)
-def notes(
-    context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(help="A TOML file: world, whose documents, and init, whose rollouts.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
-    num: Annotated[int, typer.Option(min=8, help="Texts with a note on each sentence.")] = 24_000,
-    held_out: Annotated[int, typer.Option(min=8, help="Texts in eval.jsonl.")] = 400,
-    mix: Annotated[
-        Path | None, typer.Option(help="Folder of a judge's prompts to shuffle among these.")
-    ] = None,
-) -> None:
-    """Make texts with a note on every sentence, what a judge is trained on first (world only)."""
-    from sip_engine.tasks.sentence_labels import make_notes
-
-    make_notes(_read_config(config, context), out, num=num, num_eval=held_out, mix=mix)
-
-
-@data.command("rewrites", context_settings=_OVERRIDES)
-def rewrites(
-    context: typer.Context,
-    config: Annotated[
-        Path,
-        typer.Argument(help="A TOML file that says which documents; its judge labels, its rewriter teaches."),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and eval.jsonl.")],
-    num: Annotated[int, typer.Option(min=2, help="Prompts, half of them of safe suffixes.")] = 8000,
-    held_out: Annotated[int, typer.Option(min=2, help="Prompts in eval.jsonl.")] = 200,
-) -> None:
-    """Make prompts to train a rewriter on: safe suffixes to be copied, unsafe ones to be mended."""
-    from sip_engine.tasks.judge_pairs import make_rewrite_data
-
-    make_rewrite_data(_read_config(config, context), out, num=num, num_eval=held_out)
-
-
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs to show side by side.")],
@@ -419,45 +307,16 @@ def _parse_seed(text: str) -> int:
         ) from None
 
 
-def _read_config(config: Path, context: typer.Context) -> RunConfig:
-    """A config file with the command line's overrides."""
+def _read_config(config: Path, context: typer.Context, over: dict[str, Any] | None = None) -> RunConfig:
+    """A config file with the command line's overrides, and `over` on top."""
+    from sip_engine.config.overrides import parse_overrides
     from sip_engine.config.parse import merge_settings, parse_config, read_toml
 
-    return parse_config(merge_settings(read_toml(config), _parse_overrides(context.args)), str(config))
+    settings = merge_settings(read_toml(config), parse_overrides(context.args))
+    return parse_config(merge_settings(settings, over or {}), str(config))
 
 
-def _parse_overrides(args: list[str]) -> dict[str, Any]:
-    """`--a.b value` and `--a.b=value` pairs as nested tables; values are TOML where they parse as it."""
-    result: dict[str, Any] = {}
-    rest = list(args)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise ConfigError(f"{flag!r}: expected --section.setting VALUE")
-        name, equals, value = flag[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"{flag} needs a value")
-            value = rest.pop(0)
-        table = result
-        *sections, key = name.replace("-", "_").split(".")
-        for section in sections:
-            table = table.setdefault(section, {})
-            if not isinstance(table, dict):
-                raise ConfigError(
-                    f"{flag}: {section!r} was given a value before and has no settings of its own"
-                )
-        table[key] = _parse_value(value)
-    return result
-
-
-def _parse_value(text: str) -> Any:
-    import tomllib
-
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+add_spec_commands(data, _read_config)
 
 
 def _one_line(error: object) -> str:

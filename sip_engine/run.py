@@ -187,7 +187,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         if reference is not None:
             reference.copy_from(policy)
     judge = open_judge(cfg, corpus, mesh) if cfg.needs_judge else None
-    rewriter = open_rewriter(cfg, mesh) if cfg.needs_rewriter else None
+    rewriter = open_rewriter(cfg, corpus, mesh) if cfg.needs_rewriter else None
     sampler = None
     if cfg.needs_sampler:
         sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh, cfg.sampler)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from sip_engine.config.backends import CORRUPTORS, JUDGES, REWRITERS
 from sip_engine.config.objective import LearnsFrom, ObjectiveConfig
 from sip_engine.config.section import Decay, Positive, Section, Seed, Share
 from sip_engine.utils.errors import ConfigError
+from sip_engine.utils.registry import Registry
 
 
 class Fp8Config(Section):
@@ -363,9 +365,11 @@ class LocalModelConfig(Section):
 class JudgeConfig(Section):
     """Who judges the candidates and what counts."""
 
-    backend: Literal["heuristic", "world", "server", "local"] = "heuristic"
+    backend: Annotated[str, AfterValidator(JUDGES.check)] = "heuristic"
     """heuristic: rules over text, no model; world: the synthetic world's own truth; server: a model behind a URL;
-    local: a checkpoint inside the engine."""
+    local: a checkpoint inside the engine; or the name of another package's."""
+    options: dict[str, Any] = {}
+    """Settings of another package's judge."""
     server: JudgeServerConfig = JudgeServerConfig()
     local: LocalModelConfig = LocalModelConfig()
     weights: RewardWeights = RewardWeights()
@@ -404,9 +408,11 @@ class JudgeConfig(Section):
 class RewriterConfig(Section):
     """Who rewrites suffixes."""
 
-    backend: Literal["none", "world", "server", "local"] = "none"
+    backend: Annotated[str, AfterValidator(REWRITERS.check)] = "none"
     """none: there are no rewrites; world: the synthetic world's own rules; server: a model behind a URL;
-    local: a checkpoint inside the engine."""
+    local: a checkpoint inside the engine; or the name of another package's."""
+    options: dict[str, Any] = {}
+    """Settings of another package's rewriter."""
     server: ServerConfig = ServerConfig()
     local: LocalModelConfig = LocalModelConfig()
 
@@ -414,8 +420,11 @@ class RewriterConfig(Section):
 class CorruptorConfig(Section):
     """Who writes the worse copies of suffixes in a judge's training data (`sip data judge-pairs`)."""
 
-    backend: Literal["rules", "world", "server"] = "rules"
-    """rules: for any text, no model; world: the synthetic world's own rules; server: a model behind a URL."""
+    backend: Annotated[str, AfterValidator(CORRUPTORS.check)] = "rules"
+    """rules: for any text, no model; world: the synthetic world's own rules; server: a model behind a URL; or the
+    name of another package's."""
+    options: dict[str, Any] = {}
+    """Settings of another package's corruptor."""
     server: ServerConfig = ServerConfig()
 
 
@@ -621,6 +630,12 @@ def _check_sources(cfg: RunConfig) -> None:
                 f'{name}.backend = "world" knows the synthetic world only: add a [world] section'
             )
         _check_server(name, section.backend, section.server)
+        known: Registry[Any] = {"judge": JUDGES, "rewriter": REWRITERS, "corruptor": CORRUPTORS}[name]
+        if section.options and known.is_built_in(section.backend):
+            raise ValueError(
+                f'{name}.options is set, but {name}.backend = "{section.backend}" has none: remove it, or name '
+                "another package's"
+            )
     for name, section in (("judge", cfg.judge), ("rewriter", cfg.rewriter)):
         if section.backend == "local" and section.local.checkpoint is None:
             raise ValueError(f'{name}.backend = "local" needs {name}.local.checkpoint: set it')

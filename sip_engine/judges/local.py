@@ -9,11 +9,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from sip_engine.config.schema import RunConfig
+from sip_engine.data.corpus import Corpus
+from sip_engine.distributed.mesh import Mesh
+from sip_engine.judges.distributed import StagesJudge
 from sip_engine.judges.mutual_information import SILENT_ON, LocalReader, MutualInformation
 from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import Prompt, judge_prompt
 from sip_engine.judges.sentence_labels import EMPTY, NoteReader, Worth
-from sip_engine.llm.local_model import LocalModel
+from sip_engine.llm.local_model import LocalModel, open_local_model
 from sip_engine.llm.option_probs import Reading, first_tokens, weigh
 from sip_engine.types import (
     Cost,
@@ -155,6 +159,12 @@ class LocalJudge:
             values = torch.tensor(list(one.prompt.verdicts.values()), dtype=torch.float64)
             value = float(weighed.shares[0] @ values)
             yield Score(value, (value,), Cost(1, weighed.num_tokens))
+
+
+def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> StagesJudge:
+    """`judge.backend = "local"`: every pipeline stage holds the model whole."""
+    del corpus
+    return StagesJudge(LocalJudge(open_local_model(cfg.judge.local, mesh, "judge")), mesh)
 
 
 def _texts_of(question: Question) -> list[tuple[str, str]]:

@@ -9,7 +9,8 @@ from itertools import count
 import numpy as np
 
 from sip_engine.config.schema import JudgeConfig
-from sip_engine.judges.schedules.schedules import Schedule, make_schedule
+from sip_engine.judges.schedules.base import Schedule
+from sip_engine.judges.schedules.open import make_schedule
 from sip_engine.types import (
     Candidate,
     Cost,

@@ -9,7 +9,9 @@ from functools import partial
 
 import numpy as np
 
-from sip_engine.config.schema import JudgeServerConfig
+from sip_engine.config.schema import JudgeServerConfig, RunConfig
+from sip_engine.data.corpus import Corpus
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.mutual_information import (
     SILENT_ON,
     MutualInformation,
@@ -127,6 +129,12 @@ def _token_logprobs(reply: str) -> tuple[tuple[str, ...], np.ndarray]:
     """The tokens and log-probs [tokens] of a prompt, as `read_echo` wrote them; NaN where there is none."""
     tokens, values = json.loads(reply)
     return tuple(tokens), np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> ServerJudge:
+    """`judge.backend = "server"`."""
+    del corpus, mesh
+    return ServerJudge(cfg.judge.server)
 
 
 def _judgment(answer: Answer[float] | Failure) -> Judgment:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sip_engine.config.schema import RunConfig
+from sip_engine.data.corpus import Corpus
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.llm.compact_prompts import rewrite_prompt
-from sip_engine.llm.local_model import LocalModel
+from sip_engine.llm.local_model import LocalModel, open_local_model
+from sip_engine.rewriters.distributed import StagesRewriter
 from sip_engine.types import Failure, RewriteRequest
 
 
@@ -33,3 +37,9 @@ class LocalRewriter:
                 text if text else Failure("the rewrite did not end" if text is None else "it is empty")
             )
         return texts
+
+
+def open_rewriter(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> StagesRewriter:
+    """`rewriter.backend = "local"`: every pipeline stage holds the model whole."""
+    del corpus
+    return StagesRewriter(LocalRewriter(open_local_model(cfg.rewriter.local, mesh, "rewriter")), mesh)

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from sip_engine.config.backends import REWRITERS
 from sip_engine.config.schema import RunConfig
-from sip_engine.data.corpus import open_world
+from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.llm.local_model import open_local_model
 from sip_engine.rewriters.distributed import ReplicaRewriter, StagesRewriter
-from sip_engine.rewriters.local import LocalRewriter
-from sip_engine.rewriters.server import ServerRewriter
 from sip_engine.types import Rewriter
-from sip_engine.world import WorldRewriter
+
+register_rewriter = REWRITERS.register
+"""`@register_rewriter("mine")` on an opener makes `rewriter.backend = "mine"` a rewriter of any config."""
 
 
-def open_rewriter(cfg: RunConfig, mesh: Mesh) -> Rewriter | None:
+def open_rewriter(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> Rewriter | None:
     """The rewriter of a run, if it has one; all processes of a replica ask it together.
+
+    The opener that `rewriter.backend` names is called as `opener(cfg, corpus, mesh)` on every process. The first
+    process of a replica asks what it returns, and all get the rewrites; unless that is a `StagesRewriter`.
 
     Raises:
         ConfigError, CheckpointError, DataError: it cannot be had.
     """
-    world = open_world(cfg)
-    if cfg.rewriter.backend == "local":
-        return StagesRewriter(LocalRewriter(open_local_model(cfg.rewriter.local, mesh, "rewriter")), mesh)
-    if cfg.rewriter.backend == "server":
-        return ReplicaRewriter(ServerRewriter(cfg.rewriter.server), mesh)
-    if cfg.rewriter.backend == "world" and world is not None:
-        return WorldRewriter(world)
-    return None
+    rewriter: Rewriter | None = REWRITERS.get(cfg.rewriter.backend)(cfg, corpus, mesh)
+    if rewriter is None or isinstance(rewriter, StagesRewriter):
+        return rewriter
+    return ReplicaRewriter(rewriter, mesh)
+
+
+def open_nobody(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
+    """`rewriter.backend = "none"`."""
+    del cfg, corpus, mesh

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from sip_engine.config.schema import ServerConfig
+from sip_engine.config.schema import RunConfig, ServerConfig
+from sip_engine.data.corpus import Corpus
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema, request_seed
 from sip_engine.rewriters.prompt import read_rewrite, rewrite_prompt
 from sip_engine.types import Cost, Failure, RewriteRequest
@@ -55,3 +57,9 @@ class ServerRewriter:
             seed=request_seed(cfg.seed, seed, prompt.mark),
             response_format=json_schema("rewrite", prompt.schema) if cfg.format == "json_schema" else None,
         )
+
+
+def open_rewriter(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> ServerRewriter:
+    """`rewriter.backend = "server"`."""
+    del corpus, mesh
+    return ServerRewriter(cfg.rewriter.server)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sip_engine.config.schema import RunConfig
-from sip_engine.data.prompts import prompt_records
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.judges.open import open_judge
 from sip_engine.llm.compact_prompts import compact_prompt
@@ -18,10 +17,11 @@ from sip_engine.policy.checkpoint import resolve_checkpoint
 from sip_engine.sampler.frozen import FrozenPolicy
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
-from sip_engine.tasks.judge_pairs import held_out_numbers, open_documents, write_records
-from sip_engine.tasks.labels import Record, labels_of, records_of_labels, shuffled
+from sip_engine.tasks.files import Record, held_out_numbers, open_documents, read_mix, shuffled, write_records
+from sip_engine.tasks.labels import labels_of, records_of_labels
+from sip_engine.tasks.specs import RolloutPairs
 from sip_engine.types import FactualityQuestion, Judge, PairQuestion, SafetyQuestion, Sample
-from sip_engine.utils.errors import ConfigError, DataError, RequestError
+from sip_engine.utils.errors import ConfigError, RequestError
 from sip_engine.utils.progress import steps
 
 ROLLOUTS = 4
@@ -29,32 +29,21 @@ ROLLOUTS = 4
 _CHUNK = 64
 
 
-def make_rollout_data(
-    cfg: RunConfig,
-    out: Path,
-    *,
-    num_pairs: int,
-    num_safety: int,
-    num_factuality: int,
-    num_eval: int,
-    mix: Path | None,
-    mix_num: int | None,
-    max_prefix_chars: int | None,
-) -> None:
+def make_rollout_pairs(cfg: RunConfig, out: Path, spec: RolloutPairs) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: pairs of rollouts in both orders, safety and factuality.
 
-    The rollouts are those of the checkpoint `init`, the labels those of `judge`. `mix` is a folder that
-    `sip data judge-pairs` wrote, of whose prompts `mix_num` are shuffled among these, or all.
+    The rollouts are those of the checkpoint `init`, the labels those of `judge`. `spec.mix` is a folder that
+    `sip data judge-pairs` wrote, of whose prompts `spec.mix_num` are shuffled among these, or all.
 
     Raises:
         SipError: bad settings or data, before anything is written.
     """
     if cfg.init is None:
         raise ConfigError("rollouts need a policy: set init to a checkpoint")
-    mixed_train, mixed_eval = read_mix(mix)
-    if mix_num is not None:
-        mixed_train = shuffled(mixed_train, cfg.seed)[:mix_num]
-    mesh, corpus = open_documents(cfg, out, "judge", num_eval)
+    mixed_train, mixed_eval = read_mix(spec.mix)
+    if spec.mix_num is not None:
+        mixed_train = shuffled(mixed_train, cfg.seed)[: spec.mix_num]
+    mesh, corpus = open_documents(cfg, out, "judge", spec.held_out)
     policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.init), mesh)
     sampler, judge = policy.sampler(cfg.sampler), open_judge(cfg, corpus, mesh)
 
@@ -67,38 +56,16 @@ def make_rollout_data(
             num_pairs=pairs,
             num_safety=safety,
             num_factuality=factuality,
-            max_prefix_chars=max_prefix_chars,
+            max_prefix_chars=spec.max_prefix_chars,
         )
 
-    number = min(corpus.num_samples, max(num_pairs, num_safety, num_factuality))
-    samples = corpus.stream.samples_at(0, number)
-    made = records(samples, num_pairs, num_safety, num_factuality) + mixed_train
-    held_numbers = held_out_numbers(num_eval, num_safety, num_factuality)
+    wanted = (spec.pairs, spec.safety, spec.factuality)
+    samples = corpus.stream.samples_at(0, min(corpus.num_samples, max(wanted)))
+    made = records(samples, *wanted) + mixed_train
+    held_numbers = held_out_numbers(spec.held_out, spec.safety, spec.factuality)
     held_out = records(corpus.held_out, *held_numbers) + mixed_eval
-    wanted = 2 * num_pairs + num_safety + num_factuality + len(mixed_train)
-    write_records(out, shuffled(made, cfg.seed), held_out, wanted=wanted)
-
-
-def read_mix(folder: Path | None) -> tuple[list[Record], list[Record]]:
-    """The training and held-out records that `sip data` wrote for a judge, to be mixed with others; or none.
-
-    Raises:
-        DataError: a file is missing, or a line of it is no record for a judge.
-    """
-    return (_read_made(folder / "train.jsonl"), _read_made(folder / "eval.jsonl")) if folder else ([], [])
-
-
-def _read_made(path: Path) -> list[Record]:
-    records = prompt_records(path)
-    for number, record in records:
-        if "kind" not in record:
-            raise DataError(
-                f"{path}:{number}: no record for a judge: --mix takes a folder of `sip data judge-pairs`, "
-                "`… rollout-pairs` or `… notes`"
-            )
-    if not records:
-        raise DataError(f"{path}: holds no prompts; leave --mix out, or make them anew")
-    return [record for _, record in records]
+    number = 2 * spec.pairs + spec.safety + spec.factuality + len(mixed_train)
+    write_records(out, shuffled(made, cfg.seed), held_out, wanted=number)
 
 
 def sample_rollouts(

@@ -18,9 +18,9 @@ from sip_engine.llm.compact_prompts import reading_prompt
 from sip_engine.llm.untrusted import neutral
 from sip_engine.policy.checkpoint import resolve_checkpoint
 from sip_engine.sampler.frozen import FrozenPolicy
-from sip_engine.tasks.judge_pairs import open_documents, write_records
-from sip_engine.tasks.labels import Record, shuffled
-from sip_engine.tasks.rollout_pairs import ROLLOUTS, read_mix, sample_rollouts
+from sip_engine.tasks.files import Record, open_documents, read_mix, shuffled, write_records
+from sip_engine.tasks.rollout_pairs import ROLLOUTS, sample_rollouts
+from sip_engine.tasks.specs import SentenceLabels
 from sip_engine.types import Sample
 from sip_engine.utils.errors import ConfigError
 from sip_engine.utils.progress import console
@@ -33,11 +33,11 @@ _ANSWER = 16
 """Tokens of the context that are left free: the prompts these texts are mixed with have an answer there."""
 
 
-def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path | None = None) -> None:
+def make_sentence_labels(cfg: RunConfig, out: Path, spec: SentenceLabels) -> None:
     """Write `out`/train.jsonl and `out`/eval.jsonl: {"text", "labels": [[end, note], ...], "kind"}.
 
     Half of the texts are rollouts of the checkpoint `init`, half are made up of facts, said again or about anyone.
-    Those without a label, or as long as the model's context less an answer, are left out. `mix` is a folder of a
+    Those without a label, or as long as the model's context less an answer, are left out. `spec.mix` is a folder of a
     judge's prompts, that `sip data` wrote, all of which are shuffled among them.
 
     Raises:
@@ -48,8 +48,8 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
         raise ConfigError("notes: only the synthetic world knows what is wrong with a sentence; add [world]")
     if cfg.init is None:
         raise ConfigError("notes are about a policy's rollouts: set init to a checkpoint")
-    mixed_train, mixed_eval = read_mix(mix)
-    mesh, corpus = open_documents(cfg, out, "judge", num_eval)
+    mixed_train, mixed_eval = read_mix(spec.mix)
+    mesh, corpus = open_documents(cfg, out, "judge", spec.held_out)
     policy, _ = FrozenPolicy.load(resolve_checkpoint(cfg.init), mesh)
     sampler = policy.sampler(cfg.sampler)
 
@@ -70,10 +70,10 @@ def make_notes(cfg: RunConfig, out: Path, *, num: int, num_eval: int, mix: Path 
             )
         return shuffled(made, seed)[:wanted]
 
-    number = min(corpus.num_samples, _num_prefixes(num))
-    train = records(corpus.stream.samples_at(0, number), num, cfg.seed) + mixed_train
-    held_out = records(corpus.held_out, num_eval, cfg.seed + 1) + mixed_eval
-    write_records(out, shuffled(train, cfg.seed), held_out, wanted=num + len(mixed_train))
+    number = min(corpus.num_samples, _num_prefixes(spec.num))
+    train = records(corpus.stream.samples_at(0, number), spec.num, cfg.seed) + mixed_train
+    held_out = records(corpus.held_out, spec.held_out, cfg.seed + 1) + mixed_eval
+    write_records(out, shuffled(train, cfg.seed), held_out, wanted=spec.num + len(mixed_train))
 
 
 def _num_prefixes(num_texts: int) -> int:

@@ -90,7 +90,7 @@ def answers(mesh: Mesh, checkpoint: str, parallel: dict[str, int]) -> dict[str, 
         judge = open_judge(cfg, cast(Corpus, None), mesh)
         found[method] = [written(answer) for answer in judge.judge(QUESTIONS, seed=5)]
         found[method] += [written(answer) for answer in judge.judge(QUESTIONS[:1], seed=6)]
-    rewriter = open_rewriter(cfg, mesh)
+    rewriter = open_rewriter(cfg, cast(Corpus, None), mesh)
     assert rewriter is not None
     found["rewrites"] = [written(answer) for answer in rewriter.rewrite(REQUESTS, seed=5)]
     return found

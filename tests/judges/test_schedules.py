@@ -12,17 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from sip_engine.judges.schedules.all_pairs import AllPairs
+from sip_engine.judges.schedules.base import Pair, Schedule, oriented
 from sip_engine.judges.schedules.bradley_terry import expected_mean_wins, fit_strengths
-from sip_engine.judges.schedules.schedules import (
-    AllPairs,
-    Pair,
-    Pivot,
-    Schedule,
-    Tournament,
-    make_schedule,
-    oriented,
-    tournament_budget,
-)
+from sip_engine.judges.schedules.open import make_schedule
+from sip_engine.judges.schedules.pivot import Pivot
+from sip_engine.judges.schedules.tournament import Tournament, tournament_budget
 
 Judge = Callable[[int, int], float | None]
 KINDS = ("all_pairs", "pivot", "tournament")

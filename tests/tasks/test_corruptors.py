@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fault_server import BAD, GOOD, FaultServer, asked_mark, fenced_texts
@@ -14,11 +14,14 @@ from test_makers import config
 from benchmarks.injection_texts import INJECTIONS
 from sip_engine import cli
 from sip_engine.config.schema import RunConfig, ServerConfig
+from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.llm.endpoint import EndpointError
 from sip_engine.llm.untrusted import neutral
 from sip_engine.tasks import judge_pairs
-from sip_engine.tasks.corruptors.rules import Corruption, CountingCorruptor, RuleCorruptor, WorldCorruptor
+from sip_engine.tasks.corruptors.base import Corruption, CountingCorruptor
+from sip_engine.tasks.corruptors.open import open_corruptor
+from sip_engine.tasks.corruptors.rules import RuleCorruptor
 from sip_engine.tasks.corruptors.server import (
     CORRUPT_RULES,
     FLAWS,
@@ -26,6 +29,8 @@ from sip_engine.tasks.corruptors.server import (
     corrupt_prompt,
     draw_flaw,
 )
+from sip_engine.tasks.corruptors.world import WorldCorruptor
+from sip_engine.tasks.specs import JudgePairs
 from sip_engine.types import Cost, Failure, RewriteRequest
 from sip_engine.utils.errors import ConfigError
 
@@ -186,15 +191,8 @@ def test_records_are_made_with_a_server_and_failures_are_said(
 
     def make(server: FaultServer, out: Path) -> None:
         section = {"url": server.url, "model": "m", "concurrency": 1}
-        judge_pairs.make_judge_data(
-            config(tmp_path, corruptor={"backend": "server", "server": section}),
-            out,
-            num_pairs=6,
-            num_safety=0,
-            num_factuality=0,
-            num_eval=2,
-            max_prefix_chars=None,
-        )
+        cfg = config(tmp_path, corruptor={"backend": "server", "server": section})
+        JudgePairs(pairs=6, safety=0, held_out=2).make(cfg, out)
 
     with FaultServer(backwards, ["ok", "say: No.", "say: No.", "ok"]) as server:
         make(server, tmp_path / "made")
@@ -225,7 +223,7 @@ SERVER = {"url": "http://127.0.0.1:1/v1", "model": "m"}
             {"world": None, "judge": {}, "rewriter": {}},
             "knows the synthetic world only",
         ),
-        ({"backend": "none"}, {}, "corruptor.backend: Input should be 'rules', 'world' or 'server'"),
+        ({"backend": "none"}, {}, "corruptor.backend: unknown corruptor 'none'; known: rules, world, server"),
     ],
 )
 def test_settings_in_conflict_are_refused(
@@ -244,7 +242,7 @@ def test_the_command_line_names_the_corruptor(
 ) -> None:
     monkeypatch.setattr(cli, "_leave_process_group", lambda: None)  # the other tests' group
     taken: list[RunConfig] = []
-    monkeypatch.setattr(judge_pairs, "make_judge_data", lambda cfg, out, **rest: taken.append(cfg))
+    monkeypatch.setattr(judge_pairs, "make_judge_pairs", lambda cfg, out, spec: taken.append(cfg))
     settings = '[world]\n[judge]\nbackend = "world"\n'
     if backend == "server":
         settings += '[corruptor.server]\nurl = "http://127.0.0.1:1/v1"\nmodel = "m"\n'
@@ -253,7 +251,7 @@ def test_the_command_line_names_the_corruptor(
     cli.main([*command, *arguments])
     (cfg,) = taken
     assert cfg.corruptor.backend == backend
-    made = judge_pairs._corruptor(cfg)
+    made = open_corruptor(cfg, cast(Corpus, None), cast(Mesh, None))
     kind = {"rules": RuleCorruptor, "world": WorldCorruptor, "server": ServerCorruptor}[backend]
     assert type(made) is kind and made.name == backend
     with pytest.raises(SystemExit) as left:

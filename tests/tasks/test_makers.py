@@ -16,9 +16,13 @@ from sip_engine.data.corpus import Corpus, open_corpus
 from sip_engine.data.prompts import read_prompts
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.llm.compact_prompts import compact_prompt
-from sip_engine.tasks.corruptors.rules import RuleCorruptor, WorldCorruptor
-from sip_engine.tasks.judge_pairs import make_judge_data, make_rewrite_data, write_records
-from sip_engine.tasks.labels import LABEL_VOTES, judge_records, records_of_labels, rewrite_records
+from sip_engine.tasks.corruptors.rules import RuleCorruptor
+from sip_engine.tasks.corruptors.world import WorldCorruptor
+from sip_engine.tasks.files import write_records
+from sip_engine.tasks.judge_pairs import judge_records
+from sip_engine.tasks.labels import LABEL_VOTES, records_of_labels
+from sip_engine.tasks.rewrites import rewrite_records
+from sip_engine.tasks.specs import JudgePairs, Rewrites
 from sip_engine.types import (
     FactualityQuestion,
     Failure,
@@ -240,17 +244,9 @@ def test_rules_change_the_words_or_say_that_they_cannot(suffixes: list[str], see
 
 def test_files_can_be_trained_on(mesh: Mesh, tmp_path: Path) -> None:
     cfg = config(tmp_path)
-    make_judge_data(
-        cfg,
-        tmp_path / "judge",
-        num_pairs=20,
-        num_safety=10,
-        num_factuality=6,
-        num_eval=8,
-        corruptor="world",
-        max_prefix_chars=80,
-    )
-    make_rewrite_data(cfg, tmp_path / "rewriter", num=10, num_eval=4)
+    spec = JudgePairs(pairs=20, safety=10, factuality=6, held_out=8, corruptor="world", max_prefix_chars=80)
+    spec.make(cfg, tmp_path / "judge")
+    Rewrites(num=10, held_out=4).make(cfg, tmp_path / "rewriter")
     made = tmp_path / "cache"
     assert len(list(made.glob("world-*-judge"))) == len(list(made.glob("world-*-rewriter"))) == 1
     from sip_engine.data.tokenizer import Tokenizer
@@ -272,7 +268,7 @@ def test_what_is_missing_is_named(mesh: Mesh, tmp_path: Path, changes: dict, mes
     rewriter = {"rewriter": {"backend": "server", "server": {"url": "http://localhost:9/v1", "model": "m"}}}
     cfg = config(tmp_path, **(rewriter if "world" in changes else {}) | judge | changes)
     with pytest.raises(ConfigError, match=message):
-        make_rewrite_data(cfg, tmp_path / "out", num=4, num_eval=2)
+        Rewrites(num=4, held_out=2).make(cfg, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -287,18 +283,8 @@ def test_prompts_are_no_documents(mesh: Mesh, tmp_path: Path, task: str) -> None
         objective={"kind": "next_token", "loss_on": "suffix"},
     )
     with pytest.raises(ConfigError, match=f'^task = "{task}" reads prompts; give the config of documents$'):
-        if task == "judge":
-            make_judge_data(
-                cfg,
-                tmp_path / "out",
-                num_pairs=2,
-                num_safety=0,
-                num_factuality=0,
-                num_eval=2,
-                max_prefix_chars=None,
-            )
-        else:
-            make_rewrite_data(cfg, tmp_path / "out", num=2, num_eval=2)
+        spec = JudgePairs(pairs=2, safety=0, held_out=2) if task == "judge" else Rewrites(num=2, held_out=2)
+        spec.make(cfg, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

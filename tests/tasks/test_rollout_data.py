@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,8 +19,9 @@ from sip_engine.llm.untrusted import neutral
 from sip_engine.sampler.files import load_policy
 from sip_engine.sampler.frozen import FrozenPolicy
 from sip_engine.sampler.requests import Request, SamplingParams
-from sip_engine.tasks.rollout_pairs import make_rollout_data, read_mix, rollout_records
-from sip_engine.tasks.sentence_labels import make_notes
+from sip_engine.tasks.files import read_mix
+from sip_engine.tasks.rollout_pairs import rollout_records
+from sip_engine.tasks.specs import RolloutPairs, SentenceLabels
 from sip_engine.train import train
 from sip_engine.types import Failure, Judgment, PairQuestion, SafetyQuestion, Sample, Score
 from sip_engine.utils.errors import ConfigError, DataError
@@ -128,17 +128,7 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
     # So young a policy says nothing that the truth could tell apart; the rules can.
     over = {"out": tmp_path / "data", "init": tmp_path / "base", "seed": 3, "judge": {"backend": "heuristic"}}
     cfg = parse_config(settings | over, "test")
-    make_rollout_data(
-        cfg,
-        tmp_path / "data",
-        num_pairs=6,
-        num_safety=0,
-        num_factuality=0,
-        num_eval=4,
-        mix=mixed,
-        mix_num=5,
-        max_prefix_chars=None,
-    )
+    RolloutPairs(pairs=6, held_out=4, mix=mixed, mix_num=5).make(cfg, tmp_path / "data")
     records = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
     kinds = Counter(record["kind"] for record in records)
     assert kinds["quality"] == 5 and 0 < kinds["rollouts"] <= 12
@@ -156,9 +146,9 @@ def test_files_hold_the_policys_rollouts_and_the_mix(mesh: Mesh, tmp_path: Path)
         assert found[compact_prompt(question)] == ("1" if answer.value > 0.5 else "2")
     _check_notes(cfg, tmp_path, texts)
     with pytest.raises(DataError, match="No such file"):
-        make_rollout_data(cfg, tmp_path / "x", **KEPT, mix=tmp_path / "nothing")
+        RolloutPairs(pairs=2, held_out=4, mix=tmp_path / "nothing").make(cfg, tmp_path / "x")
     with pytest.raises(ConfigError, match="set init"):
-        make_rollout_data(cfg.model_copy(update={"init": None}), tmp_path / "x", **KEPT, mix=None)
+        RolloutPairs(pairs=2, held_out=4).make(cfg.model_copy(update={"init": None}), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -182,7 +172,7 @@ def _rollouts_of_the_first_prefix(
 
 def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) -> None:
     """Half are rollouts, half made up; labels are the world's notes; all of the mix is there."""
-    make_notes(cfg, folder / "notes", num=40, num_eval=8, mix=folder / "mix")
+    SentenceLabels(num=40, held_out=8, mix=folder / "mix").make(cfg, folder / "notes")
     lines = (folder / "notes" / "train.jsonl").read_text().splitlines()
     records = {record.get("text", n): record for n, record in enumerate(map(json.loads, lines))}
     kinds = Counter(record["kind"] for record in records.values())
@@ -203,28 +193,20 @@ def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) 
             for place, (end, _) in zip(sample.labels.places, sample.facts["labels"], strict=True):
                 before, with_it = (tokenizer.decode(sample.suffix_ids[: place + n]) for n in (0, 1))
                 assert len(before) < end <= len(with_it)
-    settings: dict[str, Any] = {"num": 9, "num_eval": 2}
+    spec = SentenceLabels(num=9, held_out=8)
     with pytest.raises(ConfigError, match="set init"):
-        make_notes(cfg.model_copy(update={"init": None}), folder / "x", **settings)
+        spec.make(cfg.model_copy(update={"init": None}), folder / "x")
     with pytest.raises(ConfigError, match=r"add \[world\]"):
-        make_notes(cfg.model_copy(update={"world": None}), folder / "x", **settings)
+        spec.make(cfg.model_copy(update={"world": None}), folder / "x")
     with pytest.raises(DataError, match="No such file"):
-        make_notes(cfg, folder / "x", **settings, mix=folder / "nothing")
+        spec.model_copy(update={"mix": folder / "nothing"}).make(cfg, folder / "x")
     (folder / "other").mkdir()
     write_jsonl(folder / "other" / "train.jsonl", [{"prompt": "p", "answer": "a"}])  # of a rewriter
     with pytest.raises(DataError, match=r"train\.jsonl:1: no record for a judge"):
-        make_notes(cfg, folder / "x", **settings, mix=folder / "other")
+        spec.model_copy(update={"mix": folder / "other"}).make(cfg, folder / "x")
 
 
 WORLD = World(seed=0, num_people=12)
-KEPT = {
-    "num_pairs": 2,
-    "num_safety": 0,
-    "num_factuality": 0,
-    "num_eval": 4,
-    "mix_num": None,
-    "max_prefix_chars": None,
-}
 
 
 @pytest.mark.parametrize(

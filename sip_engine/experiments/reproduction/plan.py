@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from sip_engine.config.parse import merge_settings, parse_config, read_toml
-from sip_engine.config.schema import Positive, RunConfig, Section, Seed
+from sip_engine.config.schema import RunConfig, Section, Seed
 from sip_engine.experiments.scale import check_scale, shortened
+from sip_engine.tasks.specs import DataSpec, JudgePairs, Rewrites, RolloutPairs, SentenceLabels
 from sip_engine.utils.errors import ConfigError
 
 FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
 _DATA = ("judge_data", "rollout_data", "notes_data", "rewrite_data")
-_COUNTS = ("pairs", "safety", "factuality", "held_out", "num", "mix_num")
+"""Keys of a stage that makes data; each holds the spec of a command of `sip data`."""
 
 
 def _is_a_folder(value: str) -> str:
@@ -28,44 +29,9 @@ def _is_a_folder(value: str) -> str:
 FolderName = Annotated[str, AfterValidator(_is_a_folder)]
 
 
-class JudgeDataConfig(Section):
-    """Arguments of `sip data judge-pairs`."""
-
-    pairs: Positive
-    safety: Positive
-    factuality: Positive
-    held_out: Positive
-    corruptor: str = "world"
-    max_prefix_chars: Positive | None = None
-
-
-class RolloutDataConfig(Section):
-    """Arguments of `sip data rollout-pairs`."""
-
-    pairs: Positive
-    safety: Positive
-    factuality: Positive
-    held_out: Positive
-    mix: str | None = None
-    """A stage that makes judge data, to be shuffled among these."""
-    mix_num: Positive | None = None
-    max_prefix_chars: Positive | None = None
-
-
-class NotesDataConfig(Section):
-    """Arguments of `sip data notes`."""
-
-    num: Positive
-    held_out: Positive
-    mix: str | None = None
-    """A stage that makes prompts for a judge, to be shuffled among these."""
-
-
-class RewriteDataConfig(Section):
-    """Arguments of `sip data rewrites`."""
-
-    num: Positive
-    held_out: Positive
+def _of_the_world(value: Any) -> Any:
+    """A plan's stages lie in the world: so does their corruptor, where they name none."""
+    return {"corruptor": "world", **value} if isinstance(value, dict) else value
 
 
 class Stage(Section):
@@ -79,13 +45,13 @@ class Stage(Section):
     """Settings that differ from the config's."""
     needs: tuple[str, ...] = ()
     """Stages that must be there before."""
-    judge_data: JudgeDataConfig | None = None
-    """Make prompts for a judge instead of training."""
-    rollout_data: RolloutDataConfig | None = None
-    """Make prompts for a judge of the rollouts of `init` instead of training."""
-    notes_data: NotesDataConfig | None = None
-    """Make texts with a note on each sentence instead of training."""
-    rewrite_data: RewriteDataConfig | None = None
+    judge_data: Annotated[JudgePairs, BeforeValidator(_of_the_world)] | None = None
+    """Make prompts for a judge instead of training (`sip data judge-pairs`); its corruptor is the world's own."""
+    rollout_data: RolloutPairs | None = None
+    """Make prompts for a judge of the rollouts of `init` instead of training; `mix` names a stage."""
+    notes_data: SentenceLabels | None = None
+    """Make texts with a note on each sentence instead of training; `mix` names a stage."""
+    rewrite_data: Rewrites | None = None
     """Make prompts for a rewriter instead of training."""
 
     @model_validator(mode="after")
@@ -101,7 +67,7 @@ class Stage(Section):
         return next((kind for kind in _DATA if getattr(self, kind) is not None), "model")
 
     @property
-    def data(self) -> JudgeDataConfig | RolloutDataConfig | NotesDataConfig | RewriteDataConfig | None:
+    def data(self) -> DataSpec | None:
         """What it makes instead of training."""
         return self.judge_data or self.rollout_data or self.notes_data or self.rewrite_data
 
@@ -190,8 +156,8 @@ class Plan(Section):
         known: set[str] = set()
         for stage in self.stages:
             mix = getattr(stage.data, "mix", None)
-            if mix and mix not in stage.needs:
-                raise ValueError(f"stages.{stage.name} mixes in {mix!r}: name it among the needs, too")
+            if mix and str(mix) not in stage.needs:
+                raise ValueError(f"stages.{stage.name} mixes in {str(mix)!r}: name it among the needs, too")
             missing = sorted(set(stage.needs) - known)
             if missing:
                 raise ValueError(
@@ -286,16 +252,12 @@ def scaled(plan: Plan, scale: float) -> Plan:
     check_scale(scale)
     if scale == 1:
         return plan
-    stages = []
-    for stage in plan.stages:
-        update: dict[str, Any] = {}
-        for name in _DATA:
-            if (data := getattr(stage, name)) is not None:
-                counts = {k: min(v, max(40, round(v * scale))) for k, v in data if k in _COUNTS and v}
-                update[name] = data.model_copy(update=counts)
-        stages.append(stage.model_copy(update=update))
+    stages = tuple(
+        stage.model_copy(update={stage.makes: stage.data.scaled(scale)}) if stage.data is not None else stage
+        for stage in plan.stages
+    )
     evaluation = shortened(plan.evaluation, scale, _LEAST)
-    return plan.model_copy(update={"stages": tuple(stages), "scale": scale, "evaluation": evaluation})
+    return plan.model_copy(update={"stages": stages, "scale": scale, "evaluation": evaluation})
 
 
 def stage_recipe(plan: Plan, stage: Stage, beside: Path) -> dict[str, Any]:

@@ -31,9 +31,6 @@ from sip_engine.experiments.reproduction.plan import (
 from sip_engine.experiments.reproduction.provenance import RESULT, STAGE_RESULT, begin
 from sip_engine.monitoring.records import METRICS, read_records
 from sip_engine.policy.checkpoint import latest_checkpoint, read_state
-from sip_engine.tasks.judge_pairs import make_judge_data, make_rewrite_data
-from sip_engine.tasks.rollout_pairs import make_rollout_data
-from sip_engine.tasks.sentence_labels import make_notes
 from sip_engine.train import train
 from sip_engine.utils.files import sha256_of, write_json
 
@@ -57,42 +54,12 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
     folder = out / stage.name
     result = begin(folder, stage_recipe(plan, stage, beside), [out / name for name in stage.needs])
     result["settings"] = cfg.model_dump(mode="json")
-    if stage.judge_data is not None:
-        wanted = stage.judge_data
-        make_judge_data(
-            cfg,
-            folder,
-            num_pairs=wanted.pairs,
-            num_safety=wanted.safety,
-            num_factuality=wanted.factuality,
-            num_eval=wanted.held_out,
-            corruptor=wanted.corruptor,
-            max_prefix_chars=wanted.max_prefix_chars,
-        )
-    elif stage.rollout_data is not None:
-        made = stage.rollout_data
-        make_rollout_data(
-            cfg,
-            folder,
-            num_pairs=made.pairs,
-            num_safety=made.safety,
-            num_factuality=made.factuality,
-            num_eval=made.held_out,
-            mix=out / made.mix if made.mix else None,
-            mix_num=made.mix_num,
-            max_prefix_chars=made.max_prefix_chars,
-        )
-    elif stage.notes_data is not None:
-        noted = stage.notes_data
-        mix = out / noted.mix if noted.mix else None
-        make_notes(cfg, folder, num=noted.num, num_eval=noted.held_out, mix=mix)
-    elif stage.rewrite_data is not None:
-        make_rewrite_data(cfg, folder, num=stage.rewrite_data.num, num_eval=stage.rewrite_data.held_out)
+    if stage.data is not None:
+        stage.data.under(out).make(cfg, folder)
+        result["files"] = {path.name: sha256_of(path) for path in sorted(folder.glob("*.jsonl"))}
     else:
         result["cost"] = _train(cfg, start_mesh(seed=cfg.seed))
         result["evaluations"] = [r for r in read_records(cfg.out / METRICS) if "eval/heldout_loss" in r]
-    if stage.data is not None:
-        result["files"] = {path.name: sha256_of(path) for path in sorted(folder.glob("*.jsonl"))}
     write_json(folder / STAGE_RESULT, result)
 
 

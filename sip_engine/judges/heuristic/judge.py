@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from sip_engine.config.schema import RunConfig
+from sip_engine.data.corpus import Corpus
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.heuristic.agreement import TAIL_CHARS, Facts, agreement
 from sip_engine.judges.heuristic.lexicon import DEFAULT_PATH, Lexicon
 from sip_engine.judges.heuristic.quality import QualityModel
@@ -13,6 +16,8 @@ from sip_engine.types import Cost, FactualityQuestion, Judgment, PairQuestion, Q
 from sip_engine.utils.errors import ConfigError
 
 _RELATIVE_MARGIN = 0.01
+_DOCUMENTS = 2000
+"""Documents of a run whose trigrams the judge counts."""
 
 
 class HeuristicJudge:
@@ -78,6 +83,12 @@ def _compare(first: float, second: float) -> float:
     if abs(first - second) <= _RELATIVE_MARGIN * max(first, second):
         return 0.5
     return 1.0 if first > second else 0.0
+
+
+def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> HeuristicJudge:
+    """`judge.backend = "heuristic"`."""
+    del mesh
+    return HeuristicJudge.from_texts(corpus.texts(_DOCUMENTS, cfg.data.text_column))
 
 
 def _take(texts: Iterable[str], max_chars: int) -> list[str]:

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
-from sip_engine.config.schema import ServerConfig
+from sip_engine.config.schema import RunConfig, ServerConfig
+from sip_engine.data.corpus import Corpus
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema, request_seed
 from sip_engine.llm.messages import Format
 from sip_engine.llm.untrusted import neutral
 from sip_engine.rewriters.prompt import RewritePrompt, passage_prompt, read_rewrite
-from sip_engine.tasks.corruptors.rules import Corruption, rng_of
+from sip_engine.tasks.corruptors.base import Corruption, rng_of
 from sip_engine.types import Cost, Failure, RewriteRequest
 
 FLAWS: Mapping[str, str] = {
@@ -88,6 +90,12 @@ class ServerCorruptor:
             seed=request_seed(cfg.seed, seed, prompt.mark),
             response_format=json_schema("copy", prompt.schema) if cfg.format == "json_schema" else None,
         )
+
+
+def open_corruptor(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> ServerCorruptor:
+    """`corruptor.backend = "server"`."""
+    del corpus, mesh
+    return ServerCorruptor(cfg.corruptor.server)
 
 
 def draw_flaw(request: RewriteRequest, seed: int) -> str:

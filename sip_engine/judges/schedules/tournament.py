@@ -1,14 +1,14 @@
-"""Schedules: which pairs of a pool a judge is asked about, and what the answers say of every candidate."""
+"""Comparisons chosen round by round, by what each is expected to tell about the best and the worst of a pool."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 
+from sip_engine.judges.schedules.base import Pair
 from sip_engine.judges.schedules.bradley_terry import (
     Answer,
     Known,
@@ -20,51 +20,12 @@ from sip_engine.judges.schedules.bradley_terry import (
     win_odds,
 )
 
-Pair = tuple[int, int]
-"""Two candidate numbers, the one shown first in front."""
-ScheduleKind = Literal["all_pairs", "pivot", "tournament"]
-
 _SOFTNESS = 0.01
 """Temperature, in mean wins, of the soft maximum: without it most single answers seem to be worth nothing."""
 _LEAST_GAIN = 1e-4
 """A tournament ends when no answer is expected to widen the gap of mean wins by more than this."""
 _PATIENCE = 2
 """Failed comparisons after which a candidate without any answer is given up."""
-
-
-class Schedule(Protocol):
-    """The comparisons of one pool: propose a round, record its answers, until nothing is proposed."""
-
-    def propose(self, base: Sequence[float | None] | None) -> list[Pair]:
-        """The pairs to ask next.
-
-        `base` is the part of each candidate's reward that needs no comparison, in units of mean wins; None for
-        a candidate that is out of the race. While it is not known yet `base` is None, and a schedule that needs
-        it proposes nothing.
-        """
-        ...
-
-    def record(self, answers: Sequence[float | None]) -> None:
-        """The answers to the last proposal, in its order: win of the first, None for a failure."""
-        ...
-
-    def quality(self) -> list[float | None]:
-        """Mean win of each candidate over the pool, in [0, 1]; None for a candidate without any answer."""
-        ...
-
-
-def make_schedule(
-    kind: ScheduleKind, num: int, seed: Sequence[int], *, both_orders: bool, pivot: int | None, share: float
-) -> Schedule:
-    """The schedule of a pool of `num` candidates; chance comes from `seed` (non-negative integers) alone.
-
-    `pivot` is a candidate number, None for one drawn by seed; `share` is a tournament's share of all calls.
-    """
-    if kind == "all_pairs":
-        return AllPairs(num, seed, both_orders=both_orders)
-    if kind == "pivot":
-        return Pivot(num, seed, pivot, both_orders=both_orders)
-    return Tournament(num, seed, tournament_budget(num, share, both_orders), both_orders=both_orders)
 
 
 def tournament_budget(num: int, share: float, both_orders: bool = False) -> int:
@@ -77,73 +38,6 @@ def tournament_budget(num: int, share: float, both_orders: bool = False) -> int:
     needed = max(0, (3 * num + 1) // 2 - 2)
     pairs = min(every, max(needed, math.floor(share * every + 1e-9)))
     return pairs * (1 + both_orders)
-
-
-def oriented(pairs: Sequence[Pair], num: int, seed: Sequence[int]) -> list[Pair]:
-    """Each pair in one order, such that over all pairs every candidate stands first as often as second.
-
-    Candidates sit in a circle in an order drawn by seed; of two, the one that is less than half a round ahead
-    stands first. With an even number of candidates everyone is off by half a comparison.
-    """
-    seats = np.random.default_rng([*seed, 1]).permutation(num)
-
-    def is_first(i: int, j: int) -> bool:
-        ahead = 2 * ((seats[j] - seats[i]) % num)
-        return bool(ahead < num or (ahead == num and seats[i] < seats[j]))
-
-    return [(i, j) if is_first(i, j) else (j, i) for i, j in pairs]
-
-
-class _OneRound:
-    """All comparisons in the first round."""
-
-    def __init__(self, num: int, seed: Sequence[int], pairs: list[Pair], *, both_orders: bool) -> None:
-        self._num = num
-        if both_orders:
-            self._pairs = [pair for i, j in pairs for pair in ((i, j), (j, i))]
-        else:
-            self._pairs = oriented(pairs, num, seed)
-        self._answers: list[Answer] | None = None
-
-    def propose(self, base: Sequence[float | None] | None) -> list[Pair]:
-        del base
-        return [] if self._answers is not None else list(self._pairs)
-
-    def record(self, answers: Sequence[float | None]) -> None:
-        self._answers = [(i, j, win) for (i, j), win in zip(self._pairs, answers, strict=True)]
-
-
-class AllPairs(_OneRound):
-    """Every candidate against every other one (method, rewards): num (num - 1) / 2 calls, or twice that."""
-
-    def __init__(self, num: int, seed: Sequence[int], *, both_orders: bool = False) -> None:
-        pairs = [(i, j) for i in range(num) for j in range(i + 1, num)]
-        super().__init__(num, seed, pairs, both_orders=both_orders)
-
-    def quality(self) -> list[float | None]:
-        """Mean win over a candidate's answered comparisons."""
-        won: list[list[float]] = [[] for _ in range(self._num)]
-        for i, j, win in self._answers or ():
-            if win is not None:
-                won[i].append(win)
-                won[j].append(1.0 - win)
-        return [sum(wins) / len(wins) if wins else None for wins in won]
-
-
-class Pivot(_OneRound):
-    """Every candidate against one of them (method, ablations): num - 1 calls, or twice that."""
-
-    def __init__(
-        self, num: int, seed: Sequence[int], pivot: int | None = None, *, both_orders: bool = False
-    ) -> None:
-        if pivot is None:
-            pivot = int(np.random.default_rng([*seed, 2]).integers(num)) if num else 0
-        pairs = [(pivot, i) for i in range(num) if i != pivot]
-        super().__init__(num, seed, pairs, both_orders=both_orders)
-
-    def quality(self) -> list[float | None]:
-        """Expected mean win, see `expected_mean_wins`; those that beat the pivot from the same place are equal."""
-        return expected_mean_wins(self._num, self._answers or ())
 
 
 class Tournament:

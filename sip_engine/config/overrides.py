@@ -1,0 +1,44 @@
+"""Settings given on the command line, such as `--data.path DIR --objective.beta=0.2`."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from sip_engine.utils.errors import ConfigError
+
+
+def parse_overrides(args: list[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` pairs as nested tables; values are TOML where they parse as it.
+
+    Raises:
+        ConfigError: one is not of that form.
+    """
+    result: dict[str, Any] = {}
+    rest = list(args)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag!r}: expected --section.setting VALUE")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{flag} needs a value")
+            value = rest.pop(0)
+        table = result
+        *sections, key = name.replace("-", "_").split(".")
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ConfigError(
+                    f"{flag}: {section!r} was given a value before and has no settings of its own"
+                )
+        table[key] = _parse_value(value)
+    return result
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,62 @@
+"""What a corruptor is: someone who writes worse copies of suffixes, the known losers of a judge's training pairs."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sip_engine.types import Failure, RewriteRequest
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """A worse copy of a suffix."""
+
+    text: str
+    """Empty where none could be made."""
+    flaw: str
+    """What was done to it, in one word."""
+
+
+class Corruptor(Protocol):
+    """Writes a copy of each suffix that is worse as a continuation of its prefix."""
+
+    name: str
+
+    def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[Corruption | Failure]:
+        """One copy or failure a request, in order."""
+        ...
+
+
+class CountingCorruptor:
+    """Another corruptor, and how many copies it was asked for and why some could not be had."""
+
+    def __init__(self, corruptor: Corruptor) -> None:
+        self.name = corruptor.name
+        self.asked = 0
+        self.failures: Counter[str] = Counter()
+        """Failures by their reason."""
+        self._corruptor = corruptor
+
+    def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[Corruption | Failure]:
+        """What the other one gives."""
+        copies = self._corruptor.corrupt(requests, seed=seed)
+        self.asked += len(copies)
+        self.failures.update(copy.reason for copy in copies if isinstance(copy, Failure))
+        return copies
+
+    def summary(self) -> str:
+        """The failures in one line, the commonest reasons first; empty if there are none."""
+        if not self.failures:
+            return ""
+        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in self.failures.most_common(3))
+        more = f"; {len(self.failures) - 3} other reasons" if len(self.failures) > 3 else ""
+        return f"{self.name} corruptor: {self.failures.total():,} of {self.asked:,} copies failed: {reasons}{more}"
+
+
+def rng_of(request: RewriteRequest, seed: int) -> random.Random:
+    """Random numbers that depend on the texts, lone surrogates and all, and on the seed."""
+    return random.Random(f"{seed} {request.prefix} {request.suffix}".encode(errors="surrogatepass"))
