@@ -103,7 +103,7 @@ class SentenceLabels(DataSpec):
     maker = "sip_engine.tasks.sentence_labels:make_sentence_labels"
     num: int = Field(default=24_000, ge=8)
     """Texts with a note on each sentence."""
-    held_out: int = Field(default=400, ge=8)
+    held_out: int = Field(default=400, ge=2)
     """Texts in eval.jsonl."""
     mix: Path | None = None
     """Folder of a judge's prompts to shuffle among these."""
