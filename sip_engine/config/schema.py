@@ -368,7 +368,7 @@ class JudgeConfig(Section):
     backend: Annotated[str, AfterValidator(JUDGES.check)] = "heuristic"
     """heuristic: rules over text, no model; world: the synthetic world's own truth; server: a model behind a URL;
     local: a checkpoint inside the engine; or the name of another package's."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Settings of another package's judge."""
     server: JudgeServerConfig = JudgeServerConfig()
     local: LocalModelConfig = LocalModelConfig()
@@ -411,7 +411,7 @@ class RewriterConfig(Section):
     backend: Annotated[str, AfterValidator(REWRITERS.check)] = "none"
     """none: there are no rewrites; world: the synthetic world's own rules; server: a model behind a URL;
     local: a checkpoint inside the engine; or the name of another package's."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Settings of another package's rewriter."""
     server: ServerConfig = ServerConfig()
     local: LocalModelConfig = LocalModelConfig()
@@ -423,7 +423,7 @@ class CorruptorConfig(Section):
     backend: Annotated[str, AfterValidator(CORRUPTORS.check)] = "rules"
     """rules: for any text, no model; world: the synthetic world's own rules; server: a model behind a URL; or the
     name of another package's."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Settings of another package's corruptor."""
     server: ServerConfig = ServerConfig()
 
