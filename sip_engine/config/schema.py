@@ -194,6 +194,8 @@ class SamplerConfig(Section):
     """Tokens a KV page holds."""
     kv_dtype: Literal["auto", "fp8"] = "auto"
     """Type of the KV pages: auto is the weights', fp8 (e4m3, a scale a layer and head) holds twice as many tokens."""
+    cuda_graph: Literal["on", "off"] = "on"
+    """Replay decode steps as CUDA graphs, captured once a shape; off launches every kernel anew. CUDA only."""
     batch_invariant: bool = False
     """The same bits for any batch, order and parallel layout, by exact sums in float64; many times slower."""
     max_sequences: Positive = 256

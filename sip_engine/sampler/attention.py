@@ -12,6 +12,7 @@ from torch import Tensor
 from sip_engine.kernels._impl import uses_triton
 from sip_engine.kernels._paged import FP8, FP8_MAX
 from sip_engine.kernels.decode_attention import decode_attention
+from sip_engine.kernels.decode_step import next_slots
 from sip_engine.kernels.dense_decode_attention import dense_decode_attention
 from sip_engine.kernels.exact import exact_attention
 from sip_engine.kernels.kv_write import write_kv
@@ -19,6 +20,7 @@ from sip_engine.kernels.prefill_attention import prefill_attention
 from sip_engine.kernels.shared_prefix_attention import RowLayout, shared_prefix_attention
 from sip_engine.policy.weights import PolicyWeights
 from sip_engine.sampler.pages import PagePool, WaveTables
+from sip_engine.sampler.transfer import upload
 from sip_engine.utils.errors import RequestError
 
 AttentionImpl = Literal["dense", "reference", "triton", "exact"]
@@ -65,7 +67,7 @@ def slots_of(pages: KVPages, tables: np.ndarray, lens: np.ndarray) -> Tensor:
     """[sum of lens] int64: the slots of the first lens[r] tokens of each table row, row after row."""
     slots = np.empty(int(lens.sum()), np.int64)
     pages.pool.planner.fill_prefill_slots(tables, np.zeros_like(lens), lens, pages.page_size, slots)
-    return torch.from_numpy(slots).to(pages.keys[0].device)
+    return upload(slots, pages.keys[0].device)
 
 
 class PagedAttention:
@@ -78,7 +80,25 @@ class PagedAttention:
 
     def __init__(self, pages: KVPages, impl: Literal["reference", "triton"]) -> None:
         self.pages, self.impl = pages, impl
-        self.scales: dict[int, tuple[Tensor, Tensor]] = {}
+        self.group_size = 16
+        """The usual number of sequences a group."""
+        self.scales: Tensor | None = None
+        """[layers, 2, kv_heads] float32, of keys and of values; with FP8 pages only."""
+        if pages.is_fp8:
+            self.scales = torch.ones(
+                len(pages.keys), 2, pages.keys[0].shape[2], dtype=torch.float32, device=pages.keys[0].device
+            )
+        self._scaled: set[int] = set()
+
+    def take_scales(self, scales: Tensor) -> None:
+        """Those of another attention over the same pages, into this one's memory."""
+        assert self.scales is not None
+        self.scales.copy_(scales)
+
+    def _scales_of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.scales is None:
+            return None, None
+        return self.scales[layer, 0], self.scales[layer, 1]
 
     def set_prefill(self, tables: np.ndarray, lens: np.ndarray) -> None:
         """Prefixes of `lens` [groups] tokens are about to be stored in `tables` [groups, blocks]."""
@@ -100,25 +120,23 @@ class PagedAttention:
             len(suffix_tables), dtype=torch.int32, device=self.suffix_tables.device
         )
 
-    def set_slots(self, slots: np.ndarray, suffix_lens: np.ndarray) -> None:
-        """Where each sequence's next token goes, and its suffix length with that token."""
-        self.decode_slots, self.suffix_lens = self._device(slots), self._device(suffix_lens)
-
     def begin_step(self, step: int, device_step: Tensor) -> None:
         """Suffix token `step` of every sequence of a wave is about to be stored and attended from.
 
-        `device_step` [1] is the same number on the device; only it is read, so that a graph can be captured.
+        `device_step` [1] is the same number on the device; only it is read, so that nothing waits.
         """
-        size = self.pages.page_size
-        page = self.suffix_tables.index_select(1, device_step // size)[:, 0].long()
-        self.decode_slots = page * size + device_step % size
-        self.suffix_lens.copy_((device_step + 1).expand(len(page)))
+        self.suffix_lens.copy_((device_step + 1).expand(len(self.suffix_lens)))
+        self.decode_slots = next_slots(
+            self.suffix_tables, self.suffix_lens, self.pages.page_size, impl=self.impl
+        )
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
-        if self.pages.is_fp8 and layer not in self.scales:
-            self.scales[layer] = _fp8_scale(k), _fp8_scale(v)
-        k_scale, v_scale = self.scales.get(layer, (None, None))
+        k_scale, v_scale = self._scales_of(layer)
+        if k_scale is not None and v_scale is not None and layer not in self._scaled:
+            k_scale.copy_(_fp8_scale(k))
+            v_scale.copy_(_fp8_scale(v))
+            self._scaled.add(layer)
         write_kv(k, v, keys, values, self.prefill_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl)
         return prefill_attention(
             q,
@@ -134,7 +152,7 @@ class PagedAttention:
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
-        k_scale, v_scale = self.scales.get(layer, (None, None))
+        k_scale, v_scale = self._scales_of(layer)
         write_kv(k, v, keys, values, self.decode_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl)
         return decode_attention(
             q,
@@ -147,12 +165,13 @@ class PagedAttention:
             self.suffix_lens,
             k_scale=k_scale,
             v_scale=v_scale,
+            group_size=self.group_size,
             impl=self.impl,
         )
 
     def _device(self, array: np.ndarray) -> Tensor:
         # A copy: the tables of a rolling batch change in place while the device still reads these.
-        return torch.tensor(array, device=self.pages.keys[0].device)
+        return upload(array, self.pages.keys[0].device)
 
 
 def _fp8_scale(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from sip_engine.sampler.requests import (
     check_request,
     cut_at_stop,
 )
+from sip_engine.sampler.step import DecodeSteps
 from sip_engine.sampler.wave import Wave
 from sip_engine.utils.errors import NonFiniteError
 
@@ -54,6 +55,7 @@ class Sampler:
             cfg.max_sequences,
         )
         self._pages: KVPages | None = None  # allocated when first used
+        self._steps: DecodeSteps | None = None
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """`n` completions for each request, in order. Every process of a replica gets the same.
@@ -71,7 +73,14 @@ class Sampler:
         ):
             with torch.no_grad():
                 done = decode_continuously(
-                    self.decoder, self.draw, self.pages, self.impl, requests, params, self.limits
+                    self.decoder,
+                    self.draw,
+                    self.pages,
+                    self.impl,
+                    requests,
+                    params,
+                    self.limits,
+                    steps=self.steps,
                 )
             _check_drawn(c.ids for group in done for c in group)
             return done
@@ -98,6 +107,19 @@ class Sampler:
             size = self.limits.page_size
             self._pages = KVPages(self.weights, self.limits.num_pages, size, self.kv_dtype)
         return self._pages
+
+    @property
+    def steps(self) -> DecodeSteps | None:
+        """Decode steps with their buffers and graphs, as long as the pages; None where attention is not paged."""
+        if self._steps is None and self.draw is not None and self.impl in ("reference", "triton"):
+            graphs = self.cfg.cuda_graph == "on"
+            self._steps = DecodeSteps(self.decoder, self.draw, self.pages, self.impl, graphs=graphs)
+        return self._steps
+
+    def _wave_steps(self) -> DecodeSteps | None:
+        """On one stage of CUDA; the CPU has no graphs, and there a step's spare rows would cost time."""
+        on_cuda = self.weights.device.type == "cuda"
+        return self.steps if on_cuda and self.mesh.pp.size == 1 else None
 
     def _bundles(self, requests: Sequence[Request], suffix: int) -> Iterator[list[int]]:
         """Numbers of the requests decoded together: equal group sizes, as many as pages and sequences allow."""
@@ -126,7 +148,9 @@ class Sampler:
         ]
         with ExitStack() as stack:
             waves = [
-                stack.enter_context(Wave(self.decoder, self.draw, self.pages, self.impl, share, params))
+                stack.enter_context(
+                    Wave(self.decoder, self.draw, self.pages, self.impl, share, params, self._wave_steps())
+                )
                 for share in shares
             ]
             if self.mesh.pp.size == 1:

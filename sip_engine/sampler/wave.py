@@ -19,6 +19,8 @@ from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.pages import WavePages
 from sip_engine.sampler.requests import Request, SamplingParams, random_keys
+from sip_engine.sampler.step import DecodeSteps, StepShape, StepState
+from sip_engine.sampler.transfer import upload
 
 
 class Wave:
@@ -35,9 +37,13 @@ class Wave:
         impl: AttentionImpl,
         requests: Sequence[Request],
         params: SamplingParams,
+        steps: DecodeSteps | None = None,
     ) -> None:
-        """Take all pages of the wave. `draw` is None before the last stage. Raises OutOfPages."""
-        self.decoder, self.draw, self.params = decoder, draw, params
+        """Take all pages of the wave. `draw` is None before the last stage. Raises OutOfPages.
+
+        With `steps` tokens after the first are drawn by one of them, where this process holds every stage.
+        """
+        self.decoder, self.draw, self.params, self.steps = decoder, draw, params, steps
         device = decoder.weights.device
         prefix_lens = np.array([len(r.prefix_ids) for r in requests], np.int32)
         counts = np.array([r.n for r in requests], np.int32)
@@ -52,17 +58,20 @@ class Wave:
             self.attention.set_decode(
                 tables.prefix_tables, prefix_lens, tables.suffix_tables, tables.group_starts
             )
-        group = torch.from_numpy(tables.group_of_sequence).long().to(device)
-        lens = torch.from_numpy(prefix_lens).long().to(device)
-        self.stream = torch.from_numpy(np.concatenate([r.prefix_ids for r in requests])).long().to(device)
-        self.stream_positions = torch.cat([torch.arange(n) for n in prefix_lens.tolist()]).to(device)
-        self.last_of_prefix = (lens.cumsum(0) - 1)[group]
-        self.first_position = lens[group]
-        self.keys = random_keys(requests, params).to(device)
-        self.starts = torch.tensor([r.start for r in requests], device=device)[group]
+        group = tables.group_of_sequence.astype(np.int64)
+        ends, lens = prefix_lens.cumsum(dtype=np.int64) - 1, prefix_lens.astype(np.int64)
+        stream = np.concatenate([r.prefix_ids for r in requests]).astype(np.int64)
+        self._tables, self._prefix_lens = tables, prefix_lens
+        self._host_keys, self._host_positions = random_keys(requests, params), lens[group]
+        self._host_starts = np.array([r.start for r in requests], np.int64)[group]
+        self.stream = upload(stream, device)
+        self.stream_positions = upload(np.concatenate([np.arange(n) for n in lens]), device)
+        self.last_of_prefix = upload(ends[group], device)
+        self.first_position = upload(self._host_positions, device)
+        self.keys, self.starts = upload(self._host_keys, device), upload(self._host_starts, device)
         self.ids = torch.empty(len(group), params.max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.empty(self.ids.shape, dtype=torch.float32, device=device)
-        # Tokens drawn so far. On the device, so that a captured step can be replayed for every token.
+        # Tokens drawn so far, on the device: positions and lengths follow it without waiting.
         self.drawn = torch.zeros(1, dtype=torch.int64, device=device)
         self.step = 0
 
@@ -99,10 +108,10 @@ class Wave:
         return out
 
     def run(self) -> None:
-        """Decode all tokens where this process holds every stage; with CUDA the steps are one captured graph."""
+        """Decode all tokens where this process holds every stage."""
         tokens = self.advance(None)
-        if self.ids.is_cuda and self.params.max_new_tokens > 3 and not self.decoder.exact:
-            self._replay(self.advance(tokens))
+        if self.steps is not None:
+            self._run_steps(self.steps, tokens)
             return
         for _ in range(1, self.params.max_new_tokens):
             tokens = self.advance(tokens)
@@ -120,19 +129,35 @@ class Wave:
         self.logprobs.index_copy_(1, self.drawn, logprobs[:, None])
         return ids
 
-    def _replay(self, tokens: Tensor) -> None:
-        """Capture one step (the steps before it have compiled every kernel) and replay it for the others.
-
-        Nothing in the step depends on the host: positions, slots and lengths follow `drawn` on the device.
-        """
+    def _run_steps(self, steps: DecodeSteps, tokens: Tensor) -> None:
+        """All tokens after the first, without any work on the host between them."""
         assert isinstance(self.attention, PagedAttention)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.attention.begin_step(self.step - 1, self.drawn - 1)
-            tokens.copy_(self._decode(tokens))
-            self.drawn += 1
-        for _ in range(self.step, self.params.max_new_tokens):
-            graph.replay()
+        num_steps, num_sequences = self.params.max_new_tokens - 1, len(self.ids)
+        if num_steps == 0:
+            return
+        tables = self._tables
+        shape = StepShape(
+            sequences=num_sequences,
+            groups=len(self._prefix_lens),
+            prefix_blocks=tables.prefix_tables.shape[1],
+            suffix_blocks=tables.suffix_tables.shape[1],
+            history=num_steps,
+            group_size=-(-num_sequences // len(self._prefix_lens)),
+        )
+        step = steps.at(shape, self.params)
+        memory, state = StepState.on_host(step.shape)
+        state.set_groups(tables.prefix_tables, self._prefix_lens, tables.group_starts)
+        state.keys[:num_sequences] = self._host_keys
+        state.positions[:num_sequences] = self._host_positions
+        state.draw_positions[:num_sequences] = self._host_starts + 1
+        state.suffix_tables[:num_sequences, : tables.suffix_tables.shape[1]] = tables.suffix_tables
+        state.suffix_lens[:num_sequences] = 1
+        step.load(memory, tokens, self.attention.scales)
+        for _ in range(num_steps):
+            step.run()
+        drawn = step.history[:num_steps, :, :num_sequences].permute(1, 2, 0)  # [2, B, steps]
+        self.ids[:, 1:] = drawn[0]
+        self.logprobs[:, 1:] = drawn[1].contiguous().view(torch.float32)
         self.step = self.params.max_new_tokens
 
     def _all_stopped(self) -> bool:

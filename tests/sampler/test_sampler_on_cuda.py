@@ -1,0 +1,184 @@
+"""The sampler's CUDA path on the emulated device: the CPU's tokens, graphs, and what the host waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_MODEL
+from emulated_cuda import Device, DeviceError, emulated_cuda
+
+from sip_engine.config.schema import ParallelConfig, SamplerConfig
+from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.policy.model import PolicyModel, build_model
+from sip_engine.policy.weights import weight_views
+from sip_engine.sampler.continuous import decode_continuously
+from sip_engine.sampler.requests import Completion, Request, SamplingParams
+from sip_engine.sampler.sampler import Sampler
+
+VOCAB = 90
+LENGTHS = (3, 17)
+PARAMS = SamplingParams(max_new_tokens=6, seed=3)
+MODEL = SMALL_MODEL.model_copy(update={"precision": "fp32"})
+
+
+def requests(n: int = 2) -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [
+        Request(rng.integers(0, VOCAB, size).astype(np.int32), n, document=size, start=2 * size)
+        for size in LENGTHS
+    ]
+
+
+def sampler_of(model: PolicyModel, mesh: Mesh, **settings) -> Sampler:
+    views = weight_views(model, VOCAB, mesh.tp.rank)
+    return Sampler(views, mesh, SamplerConfig(**{"kv_memory_mb": 1, "page_size": 4, **settings}))
+
+
+def small_model(mesh: Mesh) -> PolicyModel:
+    return build_model(MODEL, ParallelConfig(), VOCAB, mesh, seed=1)
+
+
+@pytest.fixture
+def cuda() -> Iterator[Device]:
+    with emulated_cuda() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def on_cpu(mesh: Mesh) -> list[list[Completion]]:
+    return sampler_of(small_model(mesh), mesh).generate(requests(), PARAMS)
+
+
+def tokens(done: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[c.ids.tolist() for c in group] for group in done]
+
+
+def bits(done: list[list[Completion]]) -> list[tuple[list[int], bytes]]:
+    return [(c.ids.tolist(), c.logprobs.tobytes()) for group in done for c in group]
+
+
+def assert_same(done: list[list[Completion]], want: list[list[Completion]]) -> None:
+    assert tokens(done) == tokens(want)
+    for ours, theirs in zip(done, want, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_waves_replay_one_graph_and_draw_the_cpus_tokens(
+    mesh: Mesh, cuda: Device, on_cpu: list[list[Completion]]
+) -> None:
+    """The first wave captures a step; a later one, of other prefixes and weights, replays it from the start."""
+    mesh = start_mesh()
+    model = small_model(mesh)
+    sampler = sampler_of(model, mesh)
+    with cuda.watch() as first:
+        done = sampler.generate(requests(), PARAMS)
+    assert_same(done, on_cpu)
+    steps = PARAMS.max_new_tokens - 1
+    assert first["replay"] == steps - 1
+    assert first["empty_cache"] == 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.125)
+    other = [replace(r, prefix_ids=r.prefix_ids[::-1].copy()) for r in requests()]
+    with cuda.watch() as second:
+        done = sampler.generate(other, PARAMS)
+    assert second["replay"] == steps
+    eager = sampler_of(model, mesh, cuda_graph="off")
+    with cuda.watch() as third:
+        assert bits(eager.generate(other, PARAMS)) == bits(done)
+    assert third["replay"] == 0
+    assert not any(np.isnan(c.logprobs).any() for group in done for c in group)
+
+
+def test_one_more_token_costs_one_replay(mesh: Mesh, cuda: Device) -> None:
+    """No launch, copy, allocation or wait beside it; a wave waits for its results alone."""
+    mesh = start_mesh()
+    sampler = sampler_of(small_model(mesh), mesh)
+    sampler.generate(requests(), replace(PARAMS, max_new_tokens=6))
+    seen = []
+    for num_tokens in (6, 7):  # one shape of buffers
+        with cuda.watch() as counts:
+            sampler.generate(requests(), replace(PARAMS, max_new_tokens=num_tokens))
+        seen.append(counts)
+    six, seven = seen
+    assert (six["replay"], seven["replay"]) == (5, 6)
+    for kind in ("launch", "allocate", "upload", "read", "synchronise", "wait"):
+        assert six[kind] == seven[kind], kind
+    assert all(place.startswith("sip_engine/sampler/sampler.py") for place in six.places["synchronise"])
+    assert six["synchronise"] == 2
+
+
+def stopping(on_cpu: list[list[Completion]]) -> SamplingParams:
+    """Stop at tokens that come at different times."""
+    return replace(PARAMS, stop_ids=(int(on_cpu[0][0].ids[1]), int(on_cpu[1][1].ids[3])))
+
+
+@pytest.mark.parametrize("preempt_every", [0, 2])
+def test_continuous_batching_replays_and_never_waits_for_a_step(
+    mesh: Mesh, cuda: Device, on_cpu: list[list[Completion]], preempt_every: int
+) -> None:
+    params = stopping(on_cpu)
+    mesh = start_mesh()
+    sampler = sampler_of(small_model(mesh), mesh)
+    assert sampler.draw is not None and sampler.impl == "triton" and sampler.steps is not None
+    with cuda.watch() as seen, torch.no_grad():
+        done = decode_continuously(
+            sampler.decoder,
+            sampler.draw,
+            sampler.pages,
+            "triton",
+            requests(),
+            params,
+            sampler.limits,
+            steps=sampler.steps,
+            preempt_every=preempt_every,
+        )
+    lengths = [[len(c.ids) for c in group] for group in done]
+    assert len({n for group in lengths for n in group}) > 1
+    cut = [
+        [Completion(c.ids[:n], c.logprobs[:n]) for c, n in zip(*g, strict=True)]
+        for g in zip(on_cpu, lengths, strict=True)
+    ]
+    assert_same(done, cut)
+    assert all(set(params.stop_ids) & set(c.ids[-1:].tolist()) or len(c.ids) == 6 for g in done for c in g)
+    assert seen["synchronise"] == 0
+    assert seen["read"] == seen["wait"], "every read was waited for, and nothing else"
+    assert seen["replay"] > 0
+    assert sampler.pages_in_use == 0
+
+
+def test_a_step_that_cannot_be_captured_is_run_eagerly_and_says_so(
+    mesh: Mesh, cuda: Device, on_cpu: list[list[Completion]], monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    mesh = start_mesh()
+    sampler = sampler_of(small_model(mesh), mesh)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise DeviceError("operation not permitted")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", refuse)
+    with cuda.watch() as seen:
+        assert_same(sampler.generate(requests(), PARAMS), on_cpu)
+    assert seen["replay"] == 0
+    said = capfd.readouterr().err
+    assert said.count("cannot be captured") == 1
+    assert 'sampler.cuda_graph = "off"' in said.replace("\n", " ")
+
+
+def test_reference_kernels_on_the_device(
+    mesh: Mesh, cuda: Device, on_cpu: list[list[Completion]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIP_KERNELS=reference: no Triton, no graph, and the same tokens."""
+    monkeypatch.setenv("SIP_KERNELS", "reference")
+    mesh = start_mesh()
+    sampler = sampler_of(small_model(mesh), mesh)
+    with cuda.watch() as seen:
+        assert_same(sampler.generate(requests(), PARAMS), on_cpu)
+        stopped = sampler.generate(requests(), stopping(on_cpu))
+    assert seen["triton"] == seen["replay"] == 0 and seen["launch"] > 0
+    assert tokens(stopped)[0][0] == on_cpu[0][0].ids[:2].tolist()
