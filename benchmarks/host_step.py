@@ -1,4 +1,4 @@
-"""Host time of one decode step: the compiled page planner beside its Python twin, in one run.
+"""Host time of one decode step of the compiled page planner.
 
 Paths: "fixed" - suffix pages were taken at admission, a step looks up slots; "variable" - a step also retires
 finished sequences, closes ranks and takes pages; "admit" - new groups take the place of the finished ones.
@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import RESULTS, header, write_csv
-from sip_engine.sampler.pages import Impl, PagePool, RollingPages, WavePages
+from sip_engine.sampler.pages import PagePool, RollingPages, WavePages
 
 TARGET_US = 60.0
 NUM_ROLLOUTS, PREFIX_TOKENS, SUFFIX_TOKENS, MAX_SUFFIX_TOKENS, PAGE_SIZE = 16, 512, 128, 512, 16
-IMPLS: tuple[Impl, ...] = ("cpp", "python")
 
 
 class Stopwatch:
@@ -41,11 +40,10 @@ def groups(num_groups: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full(num_groups, PREFIX_TOKENS, np.int32), np.full(num_groups, NUM_ROLLOUTS, np.int32)
 
 
-def run_fixed(impl: Impl, num_sequences: int, num_steps: int, watch: Stopwatch) -> list[np.ndarray]:
-    """Slots of all sequences of a wave, position after position. Returns the slots of every step."""
-    pool = PagePool(num_sequences * (PREFIX_TOKENS + SUFFIX_TOKENS) // PAGE_SIZE, PAGE_SIZE, impl)
+def run_fixed(num_sequences: int, num_steps: int, watch: Stopwatch) -> None:
+    """Slots of all sequences of a wave, position after position."""
+    pool = PagePool(num_sequences * (PREFIX_TOKENS + SUFFIX_TOKENS) // PAGE_SIZE, PAGE_SIZE)
     slots, lens = np.empty(num_sequences, np.int64), np.zeros(num_sequences, np.int32)
-    results = []
     with WavePages(pool) as wave:
         tables = wave.admit(*groups(num_sequences // NUM_ROLLOUTS), SUFFIX_TOKENS).suffix_tables
 
@@ -58,15 +56,12 @@ def run_fixed(impl: Impl, num_sequences: int, num_steps: int, watch: Stopwatch) 
             lens.fill(number % SUFFIX_TOKENS)
             slots.fill(-7)
             watch("fixed", step)
-            results.append(slots.copy())
-    return results
 
 
-def run_variable(impl: Impl, num_sequences: int, num_steps: int, watch: Stopwatch) -> list[np.ndarray]:
+def run_variable(num_sequences: int, num_steps: int, watch: Stopwatch) -> None:
     """A full batch whose sequences end at random, SUFFIX_TOKENS long on average, and are replaced."""
     generator = np.random.default_rng(0)
-    pool = PagePool(num_sequences * (PREFIX_TOKENS + MAX_SUFFIX_TOKENS) // PAGE_SIZE, PAGE_SIZE, impl)
-    results = []
+    pool = PagePool(num_sequences * (PREFIX_TOKENS + MAX_SUFFIX_TOKENS) // PAGE_SIZE, PAGE_SIZE)
     with RollingPages(
         pool,
         max_sequences=num_sequences,
@@ -84,34 +79,29 @@ def run_variable(impl: Impl, num_sequences: int, num_steps: int, watch: Stopwatc
             )
             batch.slots.fill(-7)
             timer("variable", batch.step)
-            results.append(batch.slots.copy())
-    return results
 
 
 def measure(num_sequences: int, num_steps: int) -> list[dict[str, object]]:
-    """One row for each path, state of the caches and implementation. RuntimeError if slots differ."""
+    """One row for each path and state of the caches."""
     rows = []
     for run in (run_fixed, run_variable):
         for caches in ("warm", "cold"):
-            watches = {impl: Stopwatch(cold=caches == "cold") for impl in IMPLS}
-            slots = {impl: run(impl, num_sequences, num_steps, watches[impl]) for impl in IMPLS}
-            if not np.array_equal(slots["cpp"], slots["python"]):
-                raise RuntimeError(f"{run.__name__}: the implementations give different slots")
-            for path in watches["cpp"].times:
-                for impl, watch in watches.items():
-                    p20, p50, p80 = np.percentile(watch.times[path], (20, 50, 80)).round(1).tolist()
-                    row = {"path": path, "caches": caches, "impl": impl, "num_timed": len(watch.times[path])}
-                    rows.append({**row, "p20_us": p20, "p50_us": p50, "p80_us": p80})
+            watch = Stopwatch(cold=caches == "cold")
+            run(num_sequences, num_steps, watch)
+            for path, times in watch.times.items():
+                p20, p50, p80 = np.percentile(times, (20, 50, 80)).round(1).tolist()
+                row = {"path": path, "caches": caches, "impl": "cpp", "num_timed": len(times)}
+                rows.append({**row, "p20_us": p20, "p50_us": p50, "p80_us": p80})
     return rows
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """One line a row; steps of the compiled planner are held against the target."""
-    print(f"{'path':10}{'caches':8}{'impl':8}{'p20 us':>10}{'p50 us':>10}{'p80 us':>10}")
+    """One line a row; steps are held against the target."""
+    print(f"{'path':10}{'caches':8}{'p20 us':>10}{'p50 us':>10}{'p80 us':>10}")
     for row in rows:
-        line = f"{row['path']:10}{row['caches']:8}{row['impl']:8}"
+        line = f"{row['path']:10}{row['caches']:8}"
         line += "".join(f"{row[column]:10.1f}" for column in ("p20_us", "p50_us", "p80_us"))
-        if row["impl"] == "cpp" and row["path"] != "admit":
+        if row["path"] != "admit":
             met = float(str(row["p50_us"])) <= TARGET_US
             line += f"  target {TARGET_US:g} us {'met' if met else 'MISSED'}"
         print(line)

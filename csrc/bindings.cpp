@@ -100,13 +100,6 @@ int64_t num_wave_pages(Input prefix_lens, Input num_rollouts, int64_t suffix_tok
                              span<const int32_t>(num_rollouts, "num_rollouts"), suffix_tokens, page_size);
 }
 
-int64_t num_groups_that_fit(Input prefix_lens, Input num_rollouts, int64_t suffix_tokens, int32_t page_size,
-                            int64_t num_free_pages, int64_t max_sequences) {
-  return sip::num_groups_that_fit(span<const int32_t>(prefix_lens, "prefix_lens"),
-                                  span<const int32_t>(num_rollouts, "num_rollouts"), suffix_tokens, page_size,
-                                  num_free_pages, max_sequences);
-}
-
 void fill_prefix_tables(Input pages, Input prefix_lens, int32_t page_size, Input tables) {
   sip::fill_prefix_tables(span<const int32_t>(pages, "pages"), span<const int32_t>(prefix_lens, "prefix_lens"),
                           page_size, table<int32_t>(tables, "tables"));
@@ -144,13 +137,11 @@ std::pair<int64_t, int64_t> step(sip::PageAllocator& allocator, Input prefix_tab
 }  // namespace
 
 PYBIND11_MODULE(_csrc, module) {
-  module.doc() = "Compiled host parts of the sampler; sip_engine.sampler.pages defines what they compute.";
+  module.doc() = "Compiled host parts of the sampler; tests/page_twin.py defines what they compute.";
   py::register_local_exception_translator(&translate);
   bind_allocator(module);
   module.def("num_wave_pages", &num_wave_pages, "prefix_lens"_a, "num_rollouts"_a, "suffix_tokens"_a,
              "page_size"_a);
-  module.def("num_groups_that_fit", &num_groups_that_fit, "prefix_lens"_a, "num_rollouts"_a, "suffix_tokens"_a,
-             "page_size"_a, "num_free_pages"_a, "max_sequences"_a);
   module.def("fill_prefix_tables", &fill_prefix_tables, "pages"_a, "prefix_lens"_a, "page_size"_a, "tables"_a);
   module.def("fill_suffix_tables", &fill_suffix_tables, "pages"_a, "suffix_tokens"_a, "page_size"_a,
              "tables"_a);

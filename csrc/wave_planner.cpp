@@ -93,20 +93,6 @@ int64_t num_wave_pages(Span<const int32_t> prefix_lens, Span<const int32_t> num_
   return pages;
 }
 
-int64_t num_groups_that_fit(Span<const int32_t> prefix_lens, Span<const int32_t> num_rollouts,
-                            int64_t suffix_tokens, int32_t page_size, int64_t num_free_pages,
-                            int64_t max_sequences) {
-  check_groups(prefix_lens, num_rollouts, suffix_tokens, page_size);
-  const int64_t suffix_blocks = num_blocks(suffix_tokens, page_size);
-  int64_t group = 0;
-  for (; group < prefix_lens.size; ++group) {
-    max_sequences -= num_rollouts[group];
-    num_free_pages -= num_blocks(prefix_lens[group], page_size) + num_rollouts[group] * suffix_blocks;
-    if (max_sequences < 0 || num_free_pages < 0) break;
-  }
-  return group;
-}
-
 void fill_prefix_tables(Span<const int32_t> pages, Span<const int32_t> prefix_lens, int32_t page_size,
                         Table<int32_t> tables) {
   require_at_least("page_size", page_size, 1);

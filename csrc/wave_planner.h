@@ -15,11 +15,6 @@ namespace sip {
 int64_t num_wave_pages(Span<const int32_t> prefix_lens, Span<const int32_t> num_rollouts, int64_t suffix_tokens,
                        int32_t page_size);
 
-// How many leading groups need at most num_free_pages pages and max_sequences sequences together.
-int64_t num_groups_that_fit(Span<const int32_t> prefix_lens, Span<const int32_t> num_rollouts,
-                            int64_t suffix_tokens, int32_t page_size, int64_t num_free_pages,
-                            int64_t max_sequences);
-
 // Deals `pages` to the rows in order: ceil(prefix_lens[row] / page_size) each, all of them used.
 void fill_prefix_tables(Span<const int32_t> pages, Span<const int32_t> prefix_lens, int32_t page_size,
                         Table<int32_t> tables);

@@ -85,14 +85,13 @@ def rotary(
     sin: Tensor,
     positions: Tensor,
     *,
-    out: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
     """Rotate the heads of `x` [N, heads, D] by the angles of `positions` (int64 [N], each in [0, M)).
 
-    cos, sin: float32 [M, D / 2]. The result has x's dtype and goes to `out` if given, which may be `x` itself;
-    both may be views of a wider tensor, with a last stride of 1. On a GPU the range of positions is not looked
-    at: that would wait for the device. Raises ValueError on shapes, dtypes or an `impl` that do not fit.
+    cos, sin: float32 [M, D / 2]. The result is contiguous and has x's dtype; `x` may be a view of a wider tensor,
+    with a last stride of 1. On a GPU the range of positions is not looked at: that would wait for the device.
+    Raises ValueError on shapes, dtypes or an `impl` that do not fit.
     """
     if x.ndim != 3 or cos.ndim != 2 or cos.shape != sin.shape or x.shape[2] != 2 * cos.shape[1]:
         raise ValueError(
@@ -103,17 +102,14 @@ def rotary(
         raise ValueError(
             f"positions is {positions.dtype} {list(positions.shape)}: must be int64 [{x.shape[0]}], one a token"
         )
-    if out is not None and (out.shape, out.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}: give it x's {x.dtype} {list(x.shape)}")
     if resolve_impl(impl, x) == "reference":
-        y = rotary_reference(x, cos, sin, positions)
-        return y if out is None else out.copy_(y)
-    target = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    if x.stride(2) != 1 or target.stride(2) != 1:
-        raise ValueError(f"last strides {x.stride(2)} (x) and {target.stride(2)} (out) must be 1")
+        return rotary_reference(x, cos, sin, positions)
+    if x.stride(2) != 1:
+        raise ValueError(f"last stride {x.stride(2)} of x must be 1")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
-        _launch(x, cos.contiguous(), sin.contiguous(), positions.contiguous(), target)
-    return target
+        _launch(x, cos.contiguous(), sin.contiguous(), positions.contiguous(), out)
+    return out
 
 
 def compile_cases() -> list[CompileCase]:

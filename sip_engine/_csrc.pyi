@@ -1,4 +1,4 @@
-"""Types of the compiled host extension; sip_engine.sampler.pages defines what each function computes."""
+"""Types of the compiled host extension; tests/page_twin.py defines what each function computes."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,6 @@ class PageAllocator:
 
 def num_wave_pages(
     prefix_lens: NDArray[np.int32], num_rollouts: NDArray[np.int32], suffix_tokens: int, page_size: int
-) -> int: ...
-def num_groups_that_fit(
-    prefix_lens: NDArray[np.int32],
-    num_rollouts: NDArray[np.int32],
-    suffix_tokens: int,
-    page_size: int,
-    num_free_pages: int,
-    max_sequences: int,
 ) -> int: ...
 def fill_prefix_tables(
     pages: NDArray[np.int32], prefix_lens: NDArray[np.int32], page_size: int, tables: NDArray[np.int32]

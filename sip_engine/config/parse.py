@@ -37,15 +37,6 @@ def parse_config(values: dict[str, Any], source: str) -> RunConfig:
         raise ConfigError(f"{source}: {faults}") from None
 
 
-def load_config(path: Path) -> RunConfig:
-    """Read a TOML file.
-
-    Raises:
-        ConfigError: the file is missing, is not TOML, or holds a wrong setting.
-    """
-    return parse_config(read_toml(path), str(path))
-
-
 def read_toml(path: Path, merge: Merge | None = None) -> dict[str, Any]:
     """The file's table, over that of the file it `extends`.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,12 +68,6 @@ class Mesh:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sum numbers over the data axis (float64)."""
-        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.dp.group)
-        return total.tolist()
 
     def any(self, flag: bool) -> bool:
         """True on every process of the world if it is on one."""

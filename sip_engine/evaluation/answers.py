@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.evaluation.held_out import ask, interleave
+from sip_engine.evaluation.held_out import interleave
 from sip_engine.evaluation.intervals import Estimate, estimates
 from sip_engine.evaluation.sets import Choices, EvalSet, Prompt
 from sip_engine.policy.rows import Row
@@ -92,7 +92,7 @@ def _judge(
             asked.append((number, "safety", SafetyQuestion(text)))
         if prompt.reference is not None:
             asked.append((number, "factuality", FactualityQuestion(prompt.text, prompt.reference, text)))
-    answers = ask(judge, [question for _, _, question in asked], mesh)
+    answers = judge.judge([question for _, _, question in asked])
     results: list[Answer] = [
         ({}, {"set": eval_set.name, "prompt": prompt.text, "continuation": text, **prompt.details})
         for prompt, text in zip(prompts, texts, strict=True)

@@ -15,7 +15,7 @@ from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.evaluation.answers import answer_set
 from sip_engine.evaluation.baseline_cache import kept_evaluation
 from sip_engine.evaluation.harness import check_harness, run_tasks
-from sip_engine.evaluation.held_out import Measure, ask, evaluate, interleave
+from sip_engine.evaluation.held_out import Measure, evaluate, interleave
 from sip_engine.evaluation.results import PolicyResults, comparison_table, to_json
 from sip_engine.evaluation.sets import EvalSet, load_set
 from sip_engine.evaluation.truth import open_measure
@@ -230,7 +230,7 @@ def _ask_baseline(checkpoint: Path, asked: Questions, mesh: Mesh, kept: Path | N
 def _safe_prefixes(judge: Judge, samples: Sequence[Sample], mesh: Mesh) -> list[bool | None]:
     """Whether the judge calls each prefix safe, as the paper's test prefixes are told apart; None where it failed."""
     mine = samples[mesh.dp.rank :: mesh.dp.size]
-    answers = ask(judge, [SafetyQuestion(s.prefix) for s in mine], mesh) if mine else []
+    answers = judge.judge([SafetyQuestion(s.prefix) for s in mine]) if mine else []
     safe = [None if isinstance(answer, Failure) else answer.value > 0.5 for answer in answers]
     return interleave(mesh.gather_replicas(safe))
 

@@ -27,7 +27,6 @@ from sip_engine.types import (
     FactualityQuestion,
     Failure,
     Judge,
-    Judgment,
     PairQuestion,
     Question,
     SafetyQuestion,
@@ -148,11 +147,6 @@ def diversity(sequences: Sequence[np.ndarray]) -> dict[str, float]:
     }
 
 
-def ask(judge: Judge, questions: Sequence[Question], mesh: Mesh) -> list[Judgment]:
-    """One judgment a question, the same on every process of the replica; all of them must ask."""
-    return mesh.from_replica_leader(judge.judge(questions))
-
-
 def interleave(shares: Sequence[Sequence[_T]]) -> list[_T]:
     """Undo the split of samples over the data axis."""
     total = sum(len(share) for share in shares)
@@ -188,7 +182,7 @@ def _judge(
         asked.append((one, "factuality", False, FactualityQuestion(s.prefix, s.suffix, text)))
     silent_on = tuple(getattr(judge, "silent_on", ()))
     asked = [one for one in asked if not isinstance(one[-1], silent_on)]
-    answers = ask(judge, [question for *_, question in asked], mesh)
+    answers = judge.judge([question for *_, question in asked])
     for (one, name, swapped, _), answer in zip(asked, answers, strict=True):
         one.add("judge_failure_rate", float(isinstance(answer, Failure)))
         if not isinstance(answer, Failure):

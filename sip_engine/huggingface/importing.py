@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from sip_engine.huggingface.shards import Shards, open_shards
 from sip_engine.huggingface.staging import check_free, new_folder
 from sip_engine.huggingface.tensors import tensor_shapes, tensor_views
 from sip_engine.huggingface.tokenizer_files import read_tokenizer
-from sip_engine.policy.checkpoint import FORMAT, _quiet_megatron, _write_manifest, read_state
+from sip_engine.policy.checkpoint import FORMAT, _quiet_megatron, _write_manifest
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.weights import weight_views
 from sip_engine.utils.errors import ConfigError
@@ -47,14 +46,6 @@ def import_model(folder: Path, out: Path) -> Path:
     with new_folder(out) as temporary:
         _write_checkpoint(temporary, model, source, tokenizer)
     return out
-
-
-def model_section(checkpoint: Path) -> str:
-    """The [model] section, in TOML, that a run with `init` set to this checkpoint needs."""
-    settings = read_state(checkpoint).model.model_dump(
-        exclude_none=True, exclude={"precision", "fp8", "init_std"}
-    )
-    return "\n".join(["[model]", *(f"{name} = {json.dumps(value)}" for name, value in settings.items())])
 
 
 @torch.no_grad()

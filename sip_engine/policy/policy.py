@@ -114,12 +114,12 @@ class Policy:
             maxima=totals.maxima,
         )
 
-    def score(self, batches: Sequence[PackedRows], model: PolicyModel | None = None) -> list[Tensor]:
-        """Log-probs [num_targets] of each micro-batch under `model` (this policy's when None), no gradient.
+    def score(self, batches: Sequence[PackedRows]) -> list[Tensor]:
+        """Log-probs [num_targets] of each micro-batch under this policy, no gradient.
 
         Only the last pipeline stage gets them; the others get an empty list.
         """
-        return score(model or self.model, batches)
+        return score(self.model, batches)
 
     def forward_backward(self, batches: Sequence[PackedRows], loss: MicroBatchLoss) -> list[LossSums]:
         """Add this process' gradients of all micro-batches to the buffers; what `loss` found of each.

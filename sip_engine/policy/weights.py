@@ -61,10 +61,6 @@ class PolicyWeights:
     max_context: int
 
     @property
-    def num_local_heads(self) -> int:
-        return self.layers[0].attention_out.shape[1] // self.head_dim
-
-    @property
     def num_local_kv_heads(self) -> int:
         return self.layers[0].qkv.shape[0] // self.head_dim // (self.num_heads // self.num_kv_heads + 2)
 

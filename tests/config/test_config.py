@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sip_engine.config.parse import describe_settings, load_config, parse_config, read_toml
+from sip_engine.config.parse import describe_settings, parse_config, read_toml
 from sip_engine.config.schema import RunConfig
 from sip_engine.utils.errors import ConfigError
 
@@ -95,7 +95,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, mess
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"{re.escape(str(path))}: {message}"):
-        load_config(path)
+        read_toml(path)
 
 
 def test_every_setting_has_a_meaning() -> None:

@@ -54,8 +54,8 @@ def test_equals_complex_product(impl, dtype, num_tokens, num_heads, dim):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_reads_and_writes_views(impl):
-    """Queries and keys are slices of one projection; turning them in place leaves the values alone."""
+def test_reads_views(impl):
+    """Queries and keys are slices of one projection, which stays as it is."""
     mixed = torch.randn(6, 5, 24)
     q, k, v = mixed[:, :3], mixed[:, 3:4], mixed[:, 4:]
     before, (cos, sin) = mixed.clone(), make_tables(24)
@@ -63,17 +63,8 @@ def test_reads_and_writes_views(impl):
     expected = exact(before, cos, sin, positions)
     assert_rounded_once(rotary(q, cos, sin, positions, impl=impl), expected[:, :3], impl)
     assert torch.equal(mixed, before)
-    wide = torch.full((6, 4, 30), torch.nan)
-    assert (
-        rotary(k, cos, sin, positions, out=wide[:, 1:2, 3:27], impl=impl).data_ptr()
-        == wide[0, 1, 3:].data_ptr()
-    )
-    assert_rounded_once(wide[:, 1:2, 3:27], expected[:, 3:4], impl)
-    assert wide.isnan().sum() == wide.numel() - k.numel()
-    for x in (q, k):
-        assert rotary(x, cos, sin, positions, out=x, impl=impl) is x
-    assert_rounded_once(mixed[:, :4], expected[:, :4], impl)
-    assert torch.equal(v, before[:, 4:])
+    assert_rounded_once(rotary(k, cos, sin, positions, impl=impl), expected[:, 3:4], impl)
+    assert torch.equal(mixed, before) and torch.equal(v, before[:, 4:])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -116,7 +107,7 @@ def test_offsets_beyond_two_to_the_31_elements_are_not_truncated():
     cos, sin = make_tables(16)
     positions = torch.tensor([1, 2, 3])
     expected = exact(far, cos, sin, positions)
-    assert_rounded_once(rotary(far, cos, sin, positions, out=far, impl="triton"), expected, "triton")
+    assert_rounded_once(rotary(far, cos, sin, positions, impl="triton"), expected, "triton")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +118,6 @@ def test_offsets_beyond_two_to_the_31_elements_are_not_truncated():
         ({"sin": torch.zeros(9, 4)}, r"sin \[9, 4\]"),
         ({"positions": torch.zeros(2, dtype=torch.int64)}, r"positions .* int64 \[3\]"),
         ({"positions": torch.zeros(3, dtype=torch.int32)}, "int32"),
-        ({"out": torch.zeros(3, 2, 8, dtype=torch.bfloat16)}, "bfloat16"),
         ({"impl": "cuda"}, "'reference', 'triton'"),
     ),
 )
@@ -145,5 +135,5 @@ def test_bad_input_is_named(change, message):
 def test_kernel_refuses_split_heads():
     cos, sin = make_tables(8)
     x = torch.zeros(3, 8, 2).transpose(1, 2)
-    with pytest.raises(ValueError, match="last strides"):
+    with pytest.raises(ValueError, match="last stride"):
         rotary(x, cos, sin, torch.tensor([0, 1, 2]), impl="triton")

@@ -7,16 +7,17 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import page_twin as TWIN
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from sip_engine.sampler.pages import OutOfPages, PageError, PagePool, RollingPages, WavePages, planner
+from sip_engine import _csrc as CPP
+from sip_engine.sampler.pages import OutOfPages, PageError, PagePool, RollingPages, WavePages
 from sip_engine.utils.errors import ConfigError, SipError
 
-CPP, TWIN = planner("cpp"), planner("python")
-both = pytest.mark.parametrize("impl", ["cpp", "python"])
+both = pytest.mark.parametrize("impl", [CPP, TWIN], ids=["cpp", "python"])
 
 
 def i32(*values: int) -> np.ndarray:
@@ -133,7 +134,7 @@ def test_allocators_agree_over_ten_thousand_operations():
 
 @both
 def test_allocator_literal(impl):
-    pages = planner(impl).PageAllocator(70)
+    pages = impl.PageAllocator(70)
     assert pages.allocate(3).tolist() == [0, 1, 2]
     assert pages.allocate(64).tolist() == list(range(3, 67))
     pages.release(i32(66, 1))
@@ -152,7 +153,7 @@ def test_allocator_literal(impl):
 @pytest.mark.parametrize("num_pages", [0, -1, 2**31])
 def test_pool_size_is_checked(impl, num_pages):
     with pytest.raises(PageError, match=f"num_pages is {num_pages}: a pool has 1 to 2147483647 pages"):
-        planner(impl).PageAllocator(num_pages)
+        impl.PageAllocator(num_pages)
 
 
 # --- planner ------------------------------------------------------------------------------------------------
@@ -189,24 +190,13 @@ def test_page_counts_agree(data, page_size, suffix_tokens):
     num_rollouts = data.draw(int32s(1, 20, usually(groups, few)) | int32s(0, 3, groups))
     args = (prefix_lens, num_rollouts, suffix_tokens, page_size)
     total = agree("num_wave_pages", *args)
-    free = data.draw(st.integers(-1, 1000) if refused(total) else st.integers(-1, total + 1))
-    fitting = agree("num_groups_that_fit", *args, free, data.draw(st.integers(-1, 160)))
-    if not refused(fitting) and fitting:
-        assert agree("num_wave_pages", prefix_lens[:fitting], num_rollouts[:fitting], *args[2:]) <= free
+    assert refused(total) or total >= num_rollouts.sum() * -(-suffix_tokens // page_size)
 
 
 @both
 def test_page_counts_literal(impl):
-    plan, lens, rollouts = planner(impl), i32(17, 16, 0, 1), i32(2, 3, 1, 4)
+    plan, lens, rollouts = impl, i32(17, 16, 0, 1), i32(2, 3, 1, 4)
     assert plan.num_wave_pages(lens, rollouts, 33, 16) == (2 + 1 + 0 + 1) + 10 * 3
-    free_pages = {7: 0, 8: 1, 17: 1, 18: 2, 20: 2, 21: 3, 33: 3, 34: 4}
-    assert {
-        free: plan.num_groups_that_fit(lens, rollouts, 33, 16, free, 99) for free in free_pages
-    } == free_pages
-    sequences = {-1: 0, 1: 0, 2: 1, 4: 1, 5: 2, 6: 3, 9: 3, 10: 4}
-    assert {
-        most: plan.num_groups_that_fit(lens, rollouts, 33, 16, 999, most) for most in sequences
-    } == sequences
     huge = np.full(4, 2**31 - 1, np.int32)
     assert plan.num_wave_pages(huge, huge, 1000, 1) == 4 * (2**31 - 1) * 1001
 
@@ -237,7 +227,7 @@ def test_tables_and_slots_agree(data, page_size):
 
 @both
 def test_tables_and_slots_literal(impl):
-    plan = planner(impl)
+    plan = impl
     tables = np.full((3, 3), 7, np.int32)
     plan.fill_prefix_tables(i32(9, 4, 5, 0), i32(5, 0, 8), 4, tables)
     assert tables.tolist() == [[9, 4, -1], [-1, -1, -1], [5, 0, -1]]
@@ -284,7 +274,7 @@ def test_buffers_are_checked(impl, position, bad, message):
     args = [np.zeros((1, 2), np.int32), i32(0), 4, np.empty(1, np.int64)]
     args[position] = bad
     with pytest.raises(PageError, match=message):
-        planner(impl).fill_slots(*args)
+        impl.fill_slots(*args)
 
 
 # --- waves --------------------------------------------------------------------------------------------------
@@ -292,7 +282,7 @@ def test_buffers_are_checked(impl, position, bad, message):
 
 @both
 def test_wave_literal(impl):
-    pool = PagePool(64, page_size=4, impl=impl)
+    pool = PagePool(64, page_size=4, planner=impl)
     with WavePages(pool) as wave:
         tables = wave.admit(i32(5, 3), i32(1, 2), 6)
         assert tables.prefix_tables.tolist() == [[0, 1], [2, -1]]
@@ -303,12 +293,11 @@ def test_wave_literal(impl):
         assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
         assert wave.admit(i32(4), i32(1), 0).prefix_tables.tolist() == [[9]]
         assert pool.allocator.num_used == 10
-        assert pool.num_groups_that_fit(i32(4, 4), i32(53, 1), 4, 60) == 1
     assert pool.allocator.num_used == 0
 
 
 @settings(deadline=None)
-@given(st.data(), st.integers(1, 40), st.integers(0, 90), st.sampled_from(["cpp", "python"]))
+@given(st.data(), st.integers(1, 40), st.integers(0, 90), st.sampled_from([CPP, TWIN]))
 def test_wave_takes_the_formula_and_gives_all_back(data, page_size, suffix_tokens, impl):
     prefix_lens = data.draw(int32s(0, 300, st.integers(1, 6)))
     num_rollouts = data.draw(int32s(1, 9, st.just(len(prefix_lens))))
@@ -331,14 +320,14 @@ def test_wave_takes_the_formula_and_gives_all_back(data, page_size, suffix_token
 
 @both
 def test_refused_wave_takes_no_page(impl):
-    pool = PagePool(8, page_size=4, impl=impl)
+    pool = PagePool(8, page_size=4, planner=impl)
     with WavePages(pool) as wave:
         with pytest.raises(OutOfPages, match="9 pages asked but 8 free"):
             wave.admit(i32(4), i32(2), 16)
         with pytest.raises(PageError, match=r"num_rollouts\[1\] is 0: it must be at least 1"):
             wave.admit(i32(4, 4), i32(1, 0), 4)
         with pytest.raises(PageError, match="page_size is 0"):
-            PagePool(8, page_size=0, impl=impl)
+            PagePool(8, page_size=0, planner=impl)
         with pytest.raises(PageError, match="max_prefix_tokens is -1: it must be at least 0"):
             RollingPages(pool, max_sequences=1, max_prefix_tokens=-1, max_suffix_tokens=1)
         assert pool.allocator.num_used == 0
@@ -349,7 +338,7 @@ def test_refused_wave_takes_no_page(impl):
 
 @both
 def test_step_literal(impl):
-    pool = PagePool(10, page_size=2, impl=impl)
+    pool = PagePool(10, page_size=2, planner=impl)
     with RollingPages(pool, max_sequences=4, max_prefix_tokens=4, max_suffix_tokens=4) as batch:
         assert batch.admit(i32(3, 1), i32(2, 1)) == slice(0, 3)
         assert [pool.allocator.ref_count(page) for page in range(4)] == [2, 2, 1, 0]
@@ -386,7 +375,7 @@ def test_step_literal(impl):
 
 @both
 def test_short_step_retires_but_grows_nobody(impl):
-    pool = PagePool(3, page_size=1, impl=impl)
+    pool = PagePool(3, page_size=1, planner=impl)
     with RollingPages(pool, max_sequences=3, max_prefix_tokens=0, max_suffix_tokens=3) as batch:
         batch.admit(i32(0), i32(3))
         assert batch.step() == 0
@@ -410,6 +399,12 @@ class Served:
         self.storage = np.full(num_pages * page_size, -1, np.int64)
         self.tokens: list[tuple[int, int]] = []  # (prefix number, sequence number) of each row
         self.batch = RollingPages(self.pool, max_sequences=12, max_prefix_tokens=20, max_suffix_tokens=15)
+
+    def num_fitting(self, prefix_lens, num_rollouts):
+        """How many leading groups find pages for their prefixes and a first token, and rows, at once."""
+        pages = np.cumsum(-(-prefix_lens // self.pool.page_size) + num_rollouts)
+        free, rows = self.pool.allocator.num_free, 12 - self.batch.num_live
+        return int(((pages <= free) & (num_rollouts.cumsum() <= rows)).sum())
 
     def admit(self, prefix_lens, num_rollouts, sequences):
         rows = self.batch.admit(prefix_lens, num_rollouts)
@@ -463,13 +458,13 @@ class Served:
 @given(st.data(), st.integers(12, 30), st.integers(1, 4))
 def test_continuous_batching_with_preemption(data, num_pages, page_size):
     """Random arrivals, ends and preemptions: nobody's tokens are ever overwritten, and both kinds agree."""
-    servers = [Served(impl, num_pages, page_size) for impl in ("cpp", "python")]
+    servers = [Served(impl, num_pages, page_size) for impl in (CPP, TWIN)]
     lead, batch = servers[0], servers[0].batch
     next_sequence = 1
     for _ in range(25):
         lens = data.draw(int32s(0, 20, st.integers(0, 2)))
         rollouts = data.draw(int32s(1, 4, st.just(len(lens))))
-        fitting = lead.pool.num_groups_that_fit(lens, rollouts, 1, 12 - batch.num_live)
+        fitting = lead.num_fitting(lens, rollouts)
         sequences = list(range(next_sequence, next_sequence + int(rollouts[:fitting].sum())))
         next_sequence += len(sequences)
         ended = batch.suffix_lens[: batch.num_live] >= 15
@@ -525,13 +520,11 @@ def test_step_agrees_on_any_input(data):
 # --- choice of implementation -------------------------------------------------------------------------------
 
 
-def test_without_the_extension_the_twin_works_and_cpp_is_refused(monkeypatch):
+def test_without_the_extension_the_twin_works_and_the_default_is_refused(monkeypatch):
     import sip_engine
 
     monkeypatch.delattr(sip_engine, "_csrc")
     monkeypatch.setitem(sys.modules, "sip_engine._csrc", None)
-    assert PagePool(3, page_size=1, impl="python").allocator.allocate(2).tolist() == [0, 1]
-    with pytest.raises(ConfigError, match=r'page implementation "cpp" cannot be loaded .* choose "python"'):
-        PagePool(3, page_size=1, impl="cpp")
-    with pytest.raises(ConfigError, match="page implementation 'rust' is unknown"):
-        planner("rust")  # type: ignore[arg-type]
+    assert PagePool(3, page_size=1, planner=TWIN).allocator.allocate(2).tolist() == [0, 1]
+    with pytest.raises(ConfigError, match=r"planner cannot be loaded .* install the package"):
+        PagePool(3, page_size=1)
