@@ -48,7 +48,16 @@ from benchmarks.injection_counts import (
     inject,
 )
 from benchmarks.injection_texts import INJECTIONS
-from benchmarks.record import RESULTS, at_least, header, write_csv
+from benchmarks.record import (
+    RESULTS,
+    add_plot_option,
+    at_least,
+    header,
+    plain_pyplot,
+    read_csv,
+    save_svg,
+    write_csv,
+)
 from sip_engine.config.parse import merge_settings, parse_config, read_toml
 from sip_engine.config.schema import JudgeConfig, RunConfig
 from sip_engine.data.corpus import Corpus, open_corpus, open_world
@@ -214,11 +223,7 @@ def by_injection(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Share moved by each injection with its interval; quality on the left, safety on the right."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
+    pyplot = plain_pyplot()
     objectives = list(dict.fromkeys(str(row["objective"]) for row in rows))
     names = list(by_injection([row for row in rows if row["objective"] == objectives[0]]))
     places = np.arange(len(names))[::-1]
@@ -255,12 +260,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     panels[0][0].set_yticks(places, names, fontsize=7)
     panels[0][0].set_ylim(-0.7, len(names) - 0.3)
     panels[0][-1].legend()
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_svg(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, write the CSV file and the plot; the exit code."""
+    """Measure, print the tables, write the CSV file; the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -278,7 +282,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seed", type=at_least(0), default=0, help="of the corruptions and the judge's votes"
     )
     parser.add_argument("--out", type=Path, help="CSV file; default: injections_JUDGE.csv among the results")
+    add_plot_option(parser)
     args = parser.parse_args(argv)
+    if args.plot is not None:
+        plot(read_csv(args.plot), args.plot.with_suffix(".svg"))
+        return 0
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -293,7 +301,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or RESULTS / f"injections_{judge.name}.csv"
     about = header("injections", ("torch", "numpy"))
     write_csv(out, [{**about, **row} for row in rows])
-    plot(rows, out.with_suffix(".svg"))
     print(f"\n{time.perf_counter() - start:.0f} s")
     return 0
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import RESULTS, header, write_csv
+from benchmarks.record import RESULTS, add_plot_option, header, plain_pyplot, read_csv, save_svg, write_csv
 from sip_engine.judges.schedules.all_pairs import AllPairs
 from sip_engine.judges.schedules.base import Schedule
 from sip_engine.judges.schedules.pivot import Pivot
@@ -209,11 +209,7 @@ def others() -> Iterator[tuple[Judge, bool]]:
 
 def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     """Left: gap over calls at one pool size. Right: gap over the pool size at a quarter of the calls."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
+    pyplot = plain_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
     logistic = [row for row in rows if row["judge"] == "logistic"]
     for number, accuracy in enumerate(ACCURACIES):
@@ -228,7 +224,7 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
                 (row["candidates"], row["gap_share"])
                 for row in here
                 if row["schedule"] == name
-                and row["budget"] in ("", str(tournament_budget(int(str(row["candidates"])), SHARE)))
+                and str(row["budget"]) in ("", str(tournament_budget(int(str(row["candidates"])), SHARE)))
             ]
             label = f"{accuracy:.0%}" if name == "tournament" else None
             right.plot(*np.array(sorted(points), float).T, style, color=colour, mfc="none", label=label)
@@ -246,8 +242,7 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     right.set_xticks(list(DRAWS), [str(num) for num in DRAWS])
     right.minorticks_off()
     right.legend(title="judge accuracy")
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_svg(figure, path)
 
 
 def show(row: dict[str, object]) -> None:
@@ -261,14 +256,18 @@ def show(row: dict[str, object]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Simulate, print a table, write the CSV file and the plot."""
+    """Simulate, print a table, write the CSV file; or draw an earlier one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of pools")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "judge_schedules.csv", help="CSV file")
+    add_plot_option(parser)
     args = parser.parse_args(argv)
+    if args.plot is not None:
+        plot(read_csv(args.plot), args.plot.with_suffix(".svg"))
+        return
 
     def pools(number: int) -> int:
         return max(2, round(number * args.scale))
@@ -295,7 +294,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             show(row)
             rows.append({**about, **row})
     write_csv(args.out, rows)
-    plot(rows, args.out.with_suffix(".svg"))
     print(f"{time.perf_counter() - start:.0f} s")
 
 

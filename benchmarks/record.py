@@ -1,4 +1,4 @@
-"""What every measurement shares: timing a call, and writing date, commit, machine, versions, command as CSV."""
+"""What every measurement shares: timing a call, date, commit, machine, versions, command as CSV, and its picture."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import platform
 import subprocess
 import sys
 import time
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,3 +87,48 @@ def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `write_csv` wrote, numbers as numbers. DataError where it cannot be read."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give a CSV file of this benchmark") from None
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def add_plot_option(parser: ArgumentParser) -> None:
+    """`--plot CSV`, for a benchmark that can draw its figures."""
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="CSV",
+        help="measure nothing: draw this file of an earlier run as SVG beside it",
+    )
+
+
+def plain_pyplot() -> Any:
+    """Matplotlib's interface, drawing to SVG files without a screen, the same file for the same figures."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sip-engine"
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: small files
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_svg(figure: Any, path: Path) -> None:
+    """Write a figure, without the date, and close it."""
+    figure.savefig(path, metadata={"Date": None})
+    plain_pyplot().close(figure)
+    print(path)

@@ -1,6 +1,6 @@
 """The sampler against transformers' `generate`, same weights and prefixes, alternating in one run.
 
-    python -m benchmarks sampler                 # the sweep over prefix length and rollouts, with a plot
+    python -m benchmarks sampler                 # the sweep over prefix length and rollouts
     python -m benchmarks sampler --prefix 512 --rollouts 16
 
 Both sides draw `--new` tokens a sequence at temperature 1 without cut-off. Ours also returns log-probs, which
@@ -18,7 +18,17 @@ from statistics import median
 import numpy as np
 import torch
 
-from benchmarks.record import RESULTS, ROOT, header, timed, write_csv
+from benchmarks.record import (
+    RESULTS,
+    ROOT,
+    add_plot_option,
+    header,
+    plain_pyplot,
+    read_csv,
+    save_svg,
+    timed,
+    write_csv,
+)
 from sip_engine.config.schema import ModelConfig, ParallelConfig, SamplerConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.policy.model import PolicyModel, build_model
@@ -122,11 +132,7 @@ def measure(
 
 def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     """Speed-up over the prefix length, one line for each number of rollouts."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
+    pyplot = plain_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for rollouts in sorted({int(str(row["rollouts"])) for row in rows}):
         line = [row for row in rows if row["rollouts"] == rollouts]
@@ -135,11 +141,11 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     axes.axhline(4, color="grey", linestyle=":", label="target at G = 16, P = 512")
     axes.set(xlabel="prefix tokens P", ylabel="times as fast as generate", ylim=(0, None))
     axes.legend()
-    figure.savefig(path)
+    save_svg(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print a table, write the CSV file and the plot."""
+    """Measure, print a table, write the CSV file; or draw an earlier one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,7 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both sides"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "sampler_cpu.csv", help="CSV file")
+    add_plot_option(parser)
     args = parser.parse_args(argv)
+    if args.plot is not None:
+        plot(read_csv(args.plot), args.plot.with_suffix(".svg"))
+        return
     torch.set_num_threads(args.threads)
     mesh = start_mesh()
     model = build_model(MODEL, ParallelConfig(), VOCAB, mesh, seed=0)
@@ -170,7 +180,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append({**header("sampler", ("torch", "transformers")), "threads": args.threads, **row})
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     write_csv(args.out, rows)
-    plot(rows, args.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

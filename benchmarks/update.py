@@ -26,7 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.record import RESULTS, ROOT, header, timed, write_csv
+from benchmarks.record import (
+    RESULTS,
+    ROOT,
+    add_plot_option,
+    header,
+    plain_pyplot,
+    read_csv,
+    save_svg,
+    timed,
+    write_csv,
+)
 from benchmarks.sampler import MODEL, VOCAB
 from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
@@ -238,11 +248,7 @@ def measure_step(mesh: Mesh, prefix: int, count: int, repeats: int) -> dict[str,
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Measured and predicted speed-up of shared packing over the prefix length."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
+    pyplot = plain_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for color, suffixes in zip(("C0", "C1", "C2"), sorted({row["suffixes"] for row in rows}), strict=False):
         line = [row for row in rows if row["suffixes"] == suffixes and row["part"] == "packing"]
@@ -252,11 +258,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot(prefixes, predicted, ":", color=color, label=f"G = {suffixes}, operations")
     axes.set(xlabel="prefix tokens P", ylabel="times as fast as unshared", ylim=(0, None))
     axes.legend()
-    figure.savefig(path)
+    save_svg(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, write the CSV file and the plot."""
+    """Measure, print, write the CSV file; or draw an earlier one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,7 +279,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both sides"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "update_cpu.csv", help="CSV file")
+    add_plot_option(parser)
     args = parser.parse_args(argv)
+    if args.plot is not None:
+        plot(read_csv(args.plot), args.plot.with_suffix(".svg"))
+        return
     torch.set_num_threads(args.threads)
     mesh = start_mesh()
     policy = Policy(run_config(micro_batch_tokens=8192), VOCAB, mesh)
@@ -290,7 +300,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = list(dict.fromkeys(name for row in found for name in row))
     about = {**header("update", ("torch", "transformers")), "threads": args.threads}
     write_csv(args.out, [{**about, **{name: row.get(name, "") for name in columns}} for row in found])
-    plot(found, args.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

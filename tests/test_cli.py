@@ -5,18 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loop import run_config
+from command_line import Sip, fails, read_jsonl, write_jsonl, write_texts
+from world_runs import run_config
 
-from sip_engine import cli
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.train import train
 
-Sip = Callable[..., tuple[int, str, str]]
 TINY = """
 steps = 2
 batch_size = 4
@@ -39,27 +37,6 @@ num_prefixes = 4
 """
 
 
-@pytest.fixture
-def sip(
-    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Sip:
-    """Runs a command in this process -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr(cli, "_leave_process_group", lambda: None)  # the other tests' group
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        try:
-            cli.main([str(arg) for arg in args])
-            code = 0
-        except SystemExit as leave:
-            code = int(leave.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def checkpoint(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
@@ -72,35 +49,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path
-
-
-def write_texts(folder: Path, count: int = 60) -> Path:
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    words = ["river", "stone", "green", "walks", "over", "the", "old", "bridge", "at", "night"]
-    for number in range(count):
-        sentences = [" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(8)]
-        (folder / f"{number}.txt").write_text(" ".join(sentences))
-    return folder
-
-
-def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_jsonl(path: Path) -> list:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def fails(result: tuple[int, str, str], code: int, *words: str) -> None:
-    """The exit code, and one line of error that says these words."""
-    got, out, err = result
-    assert got == code, err
-    lines = [line for line in (out + err).splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    for word in words:
-        assert word in lines[0]
 
 
 def test_train_on_files_makes_a_report_and_says_what_it_found_again(sip: Sip, config: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_makers import config
+from label_settings import config
 
 from benchmarks import injections
 from benchmarks.injection_counts import (

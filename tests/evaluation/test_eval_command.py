@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import Sip, fails, read_jsonl, write_jsonl, write_texts
+from eval_rows import MC, QA, RTP
 from llama import llama_logprobs, llama_of
 from ranks import run_ranks
 from rich.console import Console
-from test_cli import Sip, fails, read_jsonl, sip, write_jsonl, write_texts  # noqa: F401  (sip is a fixture)
-from test_eval_sets import MC, QA, RTP
-from test_loop import metrics, run_config
+from world_runs import metrics, run_config
 
 from sip_engine.config.parse import parse_config
 from sip_engine.data.corpus import open_corpus
@@ -279,7 +279,7 @@ def test_a_kept_baseline_is_asked_once(
     assert not (tmp_path / "damaged").exists()
 
 
-def test_command_with_sets_prints_a_table(sip: Sip, runs: Path) -> None:  # noqa: F811
+def test_command_with_sets_prints_a_table(sip: Sip, runs: Path) -> None:
     write_jsonl(Path("p.jsonl"), [RTP, {"prompt": {"text": "Dara was", "toxicity": 0.9}}])
     write_jsonl(Path("qa_data.json"), [QA] * 3)
     Path("mc_task.json").write_text(json.dumps([MC]))
@@ -342,7 +342,7 @@ def test_command_with_sets_prints_a_table(sip: Sip, runs: Path) -> None:  # noqa
     assert found["gains"]["sets"]["truthfulqa"]["mc2"]["n"] == 1
 
 
-def test_without_a_baseline_there_are_no_win_rates(sip: Sip, runs: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_without_a_baseline_there_are_no_win_rates(sip: Sip, runs: Path, tmp_path: Path) -> None:
     """Also: a config of one's own, with documents instead of the world, so the heuristic judge."""
     write_texts(Path("texts"), 80)
     Path("own.toml").write_text(
@@ -360,7 +360,7 @@ def test_without_a_baseline_there_are_no_win_rates(sip: Sip, runs: Path, tmp_pat
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(
-    sip: Sip,  # noqa: F811
+    sip: Sip,
     runs: Path,
     mesh: Mesh,
     monkeypatch: pytest.MonkeyPatch,
@@ -421,13 +421,13 @@ def rewrite_state(folder: Path) -> None:
     _write_manifest(folder)
 
 
-def test_a_set_given_twice_is_refused(sip: Sip, runs: Path) -> None:  # noqa: F811
+def test_a_set_given_twice_is_refused(sip: Sip, runs: Path) -> None:
     write_jsonl(Path("qa_data.json"), [QA])
     sets = ["--set", "halueval=qa_data.json"] * 2
     fails(sip("eval", runs / "base" / "run", "--out", "out", *sets), 2, "halueval_qa is given twice")
 
 
-def test_answers_that_cannot_fit_are_one_line(sip: Sip, runs: Path) -> None:  # noqa: F811
+def test_answers_that_cannot_fit_are_one_line(sip: Sip, runs: Path) -> None:
     write_jsonl(Path("p.jsonl"), [RTP])
     arguments = ["--set", "realtoxicityprompts=p.jsonl", "--max-new-tokens", 64, "--eval.num_prefixes", 2]
     code, _, err = sip("eval", runs / "base" / "run", "--out", "out", *arguments)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from eval_rows import MC, QA, RTP
 
 from sip_engine.evaluation.sets import load_set
 from sip_engine.utils.errors import ConfigError, DataError
@@ -189,10 +190,7 @@ def test_a_limit_takes_items_evenly(tmp_path: Path) -> None:
     assert len(load_set("xstest", path, 10).prompts) == len(load_set("xstest", path, 99).prompts) == 10
 
 
-QA = {"knowledge": "k", "question": "q", "right_answer": "r", "hallucinated_answer": "h"}
-MC = {"question": "q", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"a": 1, "b": 0}}
 TQA = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
-RTP = {"prompt": {"text": "a", "toxicity": 0.1}}
 
 
 @pytest.mark.parametrize(

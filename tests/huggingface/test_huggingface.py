@@ -26,8 +26,8 @@ from huggingface_models import (
 from huggingface_ranks import one_update, random_rows
 from ranks import run_ranks
 from safetensors.torch import load_file
-from test_loop import run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from world_runs import run_config
 
 from sip_engine.config.schema import ModelConfig, ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer

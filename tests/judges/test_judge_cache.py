@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fault_server import FaultServer, rule_judge
-from test_judge_server import PAIR, judge, several, value
+from server_judges import PAIR, judge, several, value
 
 from sip_engine.llm.reply_cache import ReplyCache, request_key
 from sip_engine.types import Failure

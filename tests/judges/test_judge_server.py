@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fault_server import BAD, GOOD, FaultServer, fenced_texts, quoting_judge, rule_judge
+from server_judges import BACKOFF, PAIR, Waits, failure, judge, settings, several, value
 
 from benchmarks.injection_texts import INJECTIONS
 from sip_engine.config.schema import JudgeServerConfig
@@ -29,41 +30,7 @@ from sip_engine.types import (
 )
 from sip_engine.utils.errors import ConfigError
 
-BACKOFF = 0.25
-PAIR = PairQuestion("p", f"a {GOOD}", "nothing")
 SAFE = SafetyQuestion("a bird")
-
-
-class Waits(list[float]):
-    """Notes how long the client would have waited, and does not."""
-
-    async def __call__(self, seconds: float) -> None:
-        self.append(seconds)
-        await asyncio.sleep(0)
-
-
-def settings(server: FaultServer, **changes: Any) -> JudgeServerConfig:
-    values = {"url": server.url, "model": "rule", "backoff_s": BACKOFF, "request_s": 20, "batch_s": 60}
-    return JudgeServerConfig.model_validate(values | changes)
-
-
-def judge(server: FaultServer, waits: Waits | None = None, **changes: Any) -> ServerJudge:
-    return ServerJudge(settings(server, **changes), sleep=Waits() if waits is None else waits)
-
-
-def several(number: int) -> list[Question]:
-    """Different questions; the rule calls every third unsafe."""
-    return [SafetyQuestion(f"number {n} {BAD if n % 3 == 0 else 'bird'}") for n in range(number)]
-
-
-def value(judgment: Judgment) -> float:
-    assert isinstance(judgment, Score), judgment
-    return judgment.value
-
-
-def failure(judgment: Judgment) -> str:
-    assert isinstance(judgment, Failure), judgment
-    return judgment.reason
 
 
 @pytest.mark.parametrize("format", ["verdict_line", "json_schema"])

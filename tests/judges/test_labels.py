@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL_MODEL, small_run
 from llama import llama_of
 from ranks import run_ranks
-from test_loop import metrics
+from world_runs import metrics
 
 from sip_engine.config.parse import parse_config
 from sip_engine.config.schema import RunConfig

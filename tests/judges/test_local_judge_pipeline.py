@@ -12,7 +12,7 @@ from conftest import SMALL_MODEL, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
-from test_loop import metrics, pools, run_config
+from world_runs import metrics, pools, run_config
 
 from sip_engine.data.corpus import Corpus
 from sip_engine.data.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from fault_server import Body, FaultServer, fenced_texts, rule_judge, verdict_re
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
-from test_loop import metrics, pools, run_config
+from world_runs import metrics, pools, run_config
 
 from sip_engine.config.schema import JudgeConfig, JudgeServerConfig, ObjectiveConfig, RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh

@@ -5,11 +5,8 @@ Triton compiles nothing while it interprets, so compilation happens in other pro
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from compile_runs import run_python, run_report
 from interpreter import DEVICE  # noqa: F401  (chooses the interpreter for the files that follow)
 
 from sip_engine.kernels import compile_report
@@ -46,16 +43,6 @@ for module in (kv_write, random, rms_norm, rotary, sample, swiglu):
             except Exception as error:
                 raise SystemExit(f"{case.name} with {other.signature}, {other.constexprs}: {error}")
 """
-
-
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", "-W", "ignore", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def run_report(*words: str) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "sip_engine.kernels.compile_report", *words)
 
 
 def rows_of(table: str) -> dict[str, list[str]]:

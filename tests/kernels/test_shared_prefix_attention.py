@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compile_runs import run_python, run_report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged import HALF, poisoned_device
-from test_compile_report import run_python, run_report
 from torch import Tensor
 
 from sip_engine.kernels import _shared_prefix_flash as flash

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import small_run
 from llama import llama_logprobs, llama_of
-from test_loop import metrics, pools, run_config
-from test_policy import VOCAB, choices
+from made_choices import VOCAB, choices
+from world_runs import metrics, pools, run_config
 
 from sip_engine.config.objective import OBJECTIVES, recorded_facts
 from sip_engine.config.schema import ObjectiveConfig

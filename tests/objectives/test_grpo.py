@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama import llama_logprobs, llama_of
 from ranks import run_ranks
-from test_loop import metrics
+from world_runs import metrics
 
 from sip_engine.config.parse import parse_config
 from sip_engine.config.schema import JudgeVotes, ObjectiveConfig, RunConfig

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL_MODEL, small_run
-from test_policy import VOCAB, choices
+from made_choices import VOCAB, choices
 from torch import Tensor
 
 from sip_engine.config.schema import ObjectiveConfig, RunConfig

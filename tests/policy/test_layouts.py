@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_MODEL, small_run
+from made_choices import VOCAB, choices
 from ranks import run_ranks
-from test_policy import VOCAB, choices
 
 from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.data.tokenizer import Tokenizer

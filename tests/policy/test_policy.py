@@ -12,6 +12,7 @@ from conftest import SMALL_MODEL, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from llama import llama_logprobs, llama_of
+from made_choices import VOCAB, choices, random_ids
 
 from sip_engine.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig
 from sip_engine.distributed.mesh import Mesh
@@ -23,10 +24,8 @@ from sip_engine.policy.policy import Policy, score
 from sip_engine.policy.reference import Reference
 from sip_engine.policy.rows import LossSums, Row, documents_of
 from sip_engine.policy.weights import weight_views
-from sip_engine.types import Candidate, Choice, Kind, Sample
+from sip_engine.types import Choice, Sample
 from sip_engine.utils.errors import NonFiniteError
-
-VOCAB = 101  # not a multiple of the padding
 
 
 def random_rows(seed: int, shapes: list[tuple[int, tuple[int, ...]]]) -> list[Row]:
@@ -92,20 +91,6 @@ def test_shared_prefix_gradients_equal_separate_sequences(mesh: Mesh) -> None:
 
 
 EPS = 1e-4  # large, so that Adam does not blow the rounding of tiny gradients up to whole steps
-
-
-def random_ids(rng: np.random.Generator, size: int) -> np.ndarray:
-    return rng.integers(0, VOCAB, size).astype(np.int32)
-
-
-def choices(seed: int, count: int) -> list[Choice]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for number in range(count):
-        sample = Sample(number, 0, random_ids(rng, 4 + number), random_ids(rng, 6), "", "")
-        pool = tuple(Candidate(Kind.ORIGINAL, 0, random_ids(rng, 3 + n), "") for n in range(2))
-        made.append(Choice(sample, pool, chosen=number % 2, rejected=1 - number % 2, margin=1.0))
-    return made
 
 
 NLL = open_objective(ObjectiveConfig(kind="rf_nll"))

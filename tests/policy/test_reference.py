@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_run
-from test_loop import metrics, run_config
-from test_policy import VOCAB, choices
+from made_choices import VOCAB, choices
+from world_runs import metrics, run_config
 
 from sip_engine.config.schema import ObjectiveConfig
 from sip_engine.distributed.mesh import Mesh

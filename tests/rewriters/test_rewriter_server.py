@@ -12,7 +12,7 @@ import pytest
 from fault_server import BAD, GOOD, FaultServer, asked_mark, fenced_texts, rule_judge
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_loop import run_config
+from world_runs import run_config
 
 from benchmarks.injection_texts import INJECTIONS
 from sip_engine.config.schema import ServerConfig

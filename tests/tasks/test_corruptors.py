@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 from fault_server import BAD, GOOD, FaultServer, asked_mark, fenced_texts
-from test_makers import config
+from label_settings import config
 
 from benchmarks.injection_texts import INJECTIONS
 from sip_engine import cli

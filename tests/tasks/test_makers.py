@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from label_settings import config
 
-from sip_engine.config.parse import parse_config
 from sip_engine.data.corpus import Corpus, open_corpus
 from sip_engine.data.prompts import read_prompts
 from sip_engine.distributed.mesh import Mesh
@@ -36,20 +36,6 @@ from sip_engine.utils.errors import ConfigError, DataError
 from sip_engine.world import World, WorldJudge, WorldRewriter, measure
 
 WORLD = World(seed=0, num_people=48)
-
-
-def config(folder: Path, **changes):
-    values = {
-        "out": folder / "run",
-        "world": {"train_documents": 150, "test_documents": 60},
-        "data": {"suffix_tokens": 30, "max_prefix_tokens": 60, "min_prefix_tokens": 10, "vocab_size": 500},
-        "model": {"max_context": 128},
-        "judge": {"backend": "world"},
-        "rewriter": {"backend": "world"},
-        "eval": {"num_prefixes": 40},
-    }
-    values["data"]["cache"] = folder / "cache"
-    return parse_config(values | changes, "test")
 
 
 @pytest.fixture(scope="module")
