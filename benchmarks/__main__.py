@@ -14,6 +14,7 @@ BENCHMARKS = {
     "judge_schedules": "calls against choices: all pairs, pivot, tournament, with simulated judges",
     "heuristic_judge": "how often the heuristic judge prefers real text",
     "judge_accuracy": "how often a trained judge is right about prompts with known answers",
+    "mutual_information": "what mutual information prefers: repetition, copying, nonsense, wrong facts",
     "injections": "how often an injected text moves a judge's verdict",
 }
 

@@ -9,6 +9,7 @@ from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.overlap import WaveJudge, split
+from sip_engine.monitoring.empty_steps import EmptySteps
 from sip_engine.monitoring.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
 from sip_engine.objectives.update import update
 from sip_engine.policy.rows import Row
@@ -29,6 +30,7 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
         open_run(cfg, mesh) as run,
         steps(str(cfg.out), cfg.steps, done=run.step, quiet=not mesh.is_main) as bar,
     ):
+        empty_steps = EmptySteps(run.records, mesh)
         if run.step == 0:
             run.evaluate()
         while run.step < cfg.steps:
@@ -53,6 +55,7 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
                 **learnt,
                 **means.over(mesh),
                 **flatten("seconds", clock.seconds),
+                **empty_steps.metrics(run.step + 1, stats.units),
             }
             run.thresholds.check(run.step, metrics)
             run.step += 1
@@ -67,6 +70,7 @@ def train(cfg: RunConfig, mesh: Mesh) -> Path:
                 run.evaluate()
             if last or _due(run.step, cfg.checkpoint.every):
                 run.save()
+        empty_steps.conclude(cfg.steps)
         return run.checkpoints / f"step_{run.step:08d}"
 
 

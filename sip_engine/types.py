@@ -157,7 +157,8 @@ class Verdict:
     """A judged pool: per candidate its scores and total reward; None where no judgment could be had."""
 
     quality: tuple[float | None, ...]
-    """Mean win over the other candidates, in [0, 1]; expected where the schedule did not ask about all pairs.
+    """Mean win over the other distinct texts, in [0, 1]; expected where the schedule did not ask about all pairs.
+    Equal candidates are judged as one; where all are equal it is 0.5.
 
     None also for a candidate that a tournament did not need to compare: neither best nor worst.
     """

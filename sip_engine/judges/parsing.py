@@ -1,10 +1,16 @@
-"""Strict reading of a judge model's reply: a verdict stands where it must, once, or there is none."""
+"""Reading a judge model's reply: a verdict with the prompt's mark stands where it must, once, or there is none."""
 
 from __future__ import annotations
 
-from sip_engine.judges.prompts import Prompt
-from sip_engine.llm.messages import MAX_REPLY_CHARS, read_object
+import re
+from typing import Any
+
+from sip_engine.judges.prompts import MEANINGS, Prompt
+from sip_engine.llm.replies import plain_line, plain_lines, read_object, reply_itself
 from sip_engine.types import Failure, PairQuestion, Question
+
+_NO_WORD = "the verdict is not one of the words asked for"
+_LABEL = r"(?:(?:the |my |your )?(?:final )?(?:answer|verdict|result|decision|output)(?: is)?\s*[:=]\s*)?"
 
 
 def settled(question: Question) -> float | None:
@@ -17,37 +23,59 @@ def settled(question: Question) -> float | None:
 def read_verdict(reply: str, prompt: Prompt) -> float | Failure:
     """The answer, in [0, 1], that a reply gives in the prompt's format; never raises.
 
-    - verdict_line: the last line that is not blank is `VERDICT <mark>: <word>`, character by character (blanks at
-      its end aside), with the prompt's mark and one of its words, and the reply has no other with this mark.
-    - word: the reply is one of the words, and nothing else but blanks around it.
-    - json_schema: the whole reply is one JSON object with the schema's keys, each once, the prompt's mark as
-      `id`, and one of its words as `verdict`.
+    Thoughts in front (`<think>` and its like, closed), a code fence, markdown, quotes, leaked end tokens, letter case
+    and a full stop are taken off first: the mark is known to nobody but the judge, so that they cost no safety.
+
+    - verdict_line: the last line that says anything is `VERDICT <mark>: <word>`, perhaps with the remark that the
+      prompt gives beside the word, and the reply has no other verdict with this mark.
+    - word: the reply is one of the words.
+    - json_schema: one object with the prompt's mark as `id` and one of its words as `verdict`; nothing behind it.
 
     Anything else is a Failure that says what was wrong.
     """
-    if len(reply) > MAX_REPLY_CHARS:
-        return Failure(f"the reply is longer than {MAX_REPLY_CHARS:,} characters")
-    if not reply.strip():
-        return Failure("the reply is empty")
+    text = reply_itself(reply)
+    if isinstance(text, Failure):
+        return text
+    if prompt.format == "json_schema":
+        value = read_object(text, ("id", "verdict"), prompt.mark)
+        return value if isinstance(value, Failure) else _answer(value["verdict"], prompt)
     if prompt.format == "word":
-        return prompt.verdicts.get(reply.strip(), Failure("the reply is not one of the words asked for"))
-    return _read_json(reply, prompt) if prompt.format == "json_schema" else _read_line(reply, prompt)
+        found = _answer(" ".join(plain_lines(text)), prompt)
+        return Failure("the reply is not one of the words asked for") if isinstance(found, Failure) else found
+    return _read_line(text, prompt)
 
 
-def _read_line(reply: str, prompt: Prompt) -> float | Failure:
-    # Not splitlines(): its notion of a line end is wider than that of the model that was asked for a line.
-    last = [line for line in reply.split("\n") if line.strip(" \t\r")][-1].rstrip(" \t\r")
-    if not last.startswith(prompt.verdict_start):
-        other = last.startswith("VERDICT ")
+def _read_line(text: str, prompt: Prompt) -> float | Failure:
+    lines = plain_lines(text)
+    if not lines:
+        return Failure("the reply is empty")
+    start = rf"\W*{_LABEL}verdict\W+"
+    if re.match(rf"\W*(?:{'|'.join(prompt.verdicts)})\W*$", lines[-1], re.IGNORECASE):
+        lines[-2:] = [" ".join(lines[-2:])]  # the word on a line of its own
+    last = re.match(rf"{start}{prompt.mark}\b(?P<said>.*)$", lines[-1], re.IGNORECASE)
+    if last is None:
+        other = re.match(rf"{start}[0-9a-f]{{8}}", lines[-1], re.IGNORECASE)
         return Failure("the reply has a wrong mark" if other else "the last line is not a verdict")
-    if reply.count(f"VERDICT {prompt.mark}") != 1:
+    if len(re.findall(rf"verdict\W*{prompt.mark}", plain_line(text), re.IGNORECASE)) != 1:
         return Failure("there is more than one verdict")
-    word = last.removeprefix(prompt.verdict_start)
-    return prompt.verdicts.get(word, Failure("the verdict is not one of the words asked for"))
+    return _answer(last["said"], prompt)
 
 
-def _read_json(reply: str, prompt: Prompt) -> float | Failure:
-    value = read_object(reply, prompt.schema["required"], prompt.mark)
-    if isinstance(value, Failure):
-        return value
-    return prompt.verdicts.get(value["verdict"], Failure("the verdict is not one of the words asked for"))
+def _answer(said: Any, prompt: Prompt) -> float | Failure:
+    """What a verdict's word stands for, whatever its case, with the prompt's remark on it or another in brackets."""
+    if isinstance(said, bool):
+        said = "yes" if said else "no"
+    if not isinstance(said, str | int):
+        return Failure(_NO_WORD)
+    words = {word.lower(): word for word in prompt.verdicts}
+    found = re.fullmatch(rf"\W*({'|'.join(words)})\b(.*)", plain_line(str(said)).lower(), re.DOTALL)
+    if found is None:
+        return Failure(_NO_WORD)
+    word, remark = words[found[1]], found[2]
+    meant = re.fullmatch(rf"\W*(?:if )?{re.escape(plain_line(MEANINGS[word]).lower())}\W*", remark)
+    bracketed = re.fullmatch(r"\W*[(\[][^()\[\]]*[)\]]\W*", remark)
+    others = [other for other in words if other != found[1]]
+    names_other = re.search(rf"\b(?:{'|'.join(others)})\b", remark)
+    if not re.search(r"\w", remark) or meant or (bracketed and not names_other):
+        return prompt.verdicts[word]
+    return Failure(_NO_WORD)

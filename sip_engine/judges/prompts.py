@@ -49,7 +49,7 @@ PAIR_VERDICTS: Mapping[str, float] = {"1": 1.0, "2": 0.0}
 SAFETY_VERDICTS: Mapping[str, float] = {"yes": 1.0, "no": 0.0}
 FACTUALITY_VERDICTS: Mapping[str, float] = {"none": 1.0, "possible": 0.5, "definite": 0.0}
 
-_MEANINGS: Mapping[str, str] = {
+MEANINGS: Mapping[str, str] = {
     "1": "continuation_1 is better",
     "2": "continuation_2 is better",
     "yes": "the passage is safe",
@@ -164,12 +164,12 @@ def _prompt(
 def _reply_rule(mark: str, verdicts: Mapping[str, float], style: Style, format: Format) -> str:
     how = REASONED if style == "reasoned" else DIRECT
     if format == "json_schema":
-        choices = "; ".join(f'"{word}" if {_MEANINGS[word]}' for word in verdicts)
+        choices = "; ".join(f'"{word}" if {MEANINGS[word]}' for word in verdicts)
         reasoning = '"reasoning": "...", ' if style == "reasoned" else ""
         return (
             f"{how} Reply with one JSON object and nothing else: "
             f'{{{reasoning}"id": "{mark}", "verdict": "..."}}, where the verdict is {choices}.'
         )
-    lines = "\n".join(f"VERDICT {mark}: {word}   (if {_MEANINGS[word]})" for word in verdicts)
+    lines = "\n".join(f"VERDICT {mark}: {word}   (if {MEANINGS[word]})" for word in verdicts)
     place = "Then end your reply with one line" if style == "reasoned" else "Reply with one line only"
     return f"{how} {place}, without the remark in brackets, exactly one of\n{lines}"

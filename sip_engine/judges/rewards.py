@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from sip_engine.types import (
     Score,
     Verdict,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,23 +93,30 @@ def combine_votes(judgments: Sequence[Judgment]) -> Judgment:
 
 
 class _Pool:
-    """A pool on its way to a verdict."""
+    """A pool on its way to a verdict. Candidates of equal text are one: judged once, tied, of one reward.
+
+    Inside, a number is that of a distinct text; `_text_of` says which of them each candidate has.
+    """
 
     def __init__(self, cfg: JudgeConfig, sample: Sample, candidates: Sequence[Candidate], seed: int) -> None:
         self._cfg, self._sample = cfg, sample
-        self._texts = [candidate.text for candidate in candidates]
+        texts = [candidate.text for candidate in candidates]
+        self._texts = list(dict.fromkeys(texts))
+        self._text_of = [self._texts.index(text) for text in texts]
+        self._first = [texts.index(text) for text in self._texts]
         self._pointwise = [name for name in ("safety", "factuality") if getattr(cfg.weights, name)]
         self._scores: dict[str, list[float | None]] = {
-            name: [None] * len(candidates) for name in ("safety", "factuality")
+            name: [None] * len(self._texts) for name in ("safety", "factuality")
         }
         self._schedule: Schedule | None = None
         if cfg.weights.quality:
+            pivot = _pivot(cfg, candidates)
             self._schedule = make_schedule(
                 cfg.schedule,
-                len(candidates),
+                len(self._texts),
                 (seed, sample.document, sample.cut),
                 both_orders=cfg.both_orders,
-                pivot=_pivot(cfg, candidates),
+                pivot=None if pivot is None else self._text_of[pivot],
                 share=cfg.budget,
             )
         self._begun = False
@@ -150,27 +160,41 @@ class _Pool:
             self._schedule.record(wins)
 
     def verdict(self) -> Verdict:
-        num = len(self._texts)
-        quality = self._schedule.quality() if self._schedule else [None] * num
-        scores = {"quality": quality, **self._scores}
+        scores = {"quality": self._quality(), **self._scores}
         compared = {n for i, j, _ in self._pairs for n in (i, j)}
+        rewards = [
+            _reward(self._cfg, {name: values[i] for name, values in scores.items()})
+            for i in range(len(self._texts))
+        ]
+        skipped = [
+            self._schedule is not None
+            and reward is None
+            and i not in compared
+            and all(self._scores[name][i] is not None for name in self._pointwise)
+            for i, reward in enumerate(rewards)
+        ]
+        first = self._first
         return Verdict(
-            quality=tuple(quality),
-            safety=tuple(scores["safety"]),
-            factuality=tuple(scores["factuality"]),
-            rewards=tuple(
-                _reward(self._cfg, {name: values[i] for name, values in scores.items()}) for i in range(num)
-            ),
-            skipped=tuple(
-                self._schedule is not None
-                and i not in compared
-                and all(self._scores[name][i] is not None for name in self._pointwise)
-                for i in range(num)
-            ),
-            pairs=tuple(self._pairs),
+            quality=self._of_each(scores["quality"]),
+            safety=self._of_each(scores["safety"]),
+            factuality=self._of_each(scores["factuality"]),
+            rewards=self._of_each(rewards),
+            skipped=self._of_each(skipped),
+            pairs=tuple((first[i], first[j], win) for i, j, win in self._pairs),
             failures=tuple(self._failures),
             cost=self._cost,
         )
+
+    def _of_each(self, values: Sequence[T]) -> tuple[T, ...]:
+        """Values of the distinct texts -> of each candidate."""
+        return tuple(values[number] for number in self._text_of)
+
+    def _quality(self) -> list[float | None]:
+        if self._schedule is None:
+            return [None] * len(self._texts)
+        if len(self._texts) == 1 < len(self._text_of):
+            return [0.5]  # all tie
+        return self._schedule.quality()
 
     def _base(self) -> list[float | None]:
         """The reward without quality, in units of mean wins; None for a candidate that cannot get a reward."""

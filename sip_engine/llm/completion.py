@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -10,16 +12,31 @@ from pydantic import BaseModel, Field, ValidationError
 from sip_engine.llm.untrusted import neutral
 from sip_engine.types import Failure
 
-_FINISHED = ("stop", "eos", "eos_token")
+_CUT = ("length", "max_tokens", "max_output_tokens", "model_length", "max_length", "token_limit")
+_WITHHELD = ("content_filter", "safety", "recitation", "blocklist", "refusal", "error", "abort")
+_CALLS = ("tool_calls", "function_call", "tool_use")
+_SHOWN = 200
+
+
+class _Part(BaseModel):
+    """A part of a message; `text` of those that are none of the reply is not read."""
+
+    type: str = "text"
+    text: Any = None
 
 
 class _Message(BaseModel):
-    content: str | None = None
+    content: str | list[_Part] | None = None
+    refusal: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
 
 
 class _Choice(BaseModel):
     index: int = 0
-    message: _Message
+    message: _Message = Field(default_factory=_Message)
+    text: Any = None
+    """Of a server that answers a chat in the form of plain completions."""
     finish_reason: str | None = None
 
 
@@ -28,28 +45,75 @@ class _Completion(BaseModel):
     usage: Any = None
 
 
-def read_completion(data: bytes) -> tuple[str | Failure, int]:
+def read_completion(data: bytes, max_tokens: int | None = None) -> tuple[str | Failure, int]:
     """The text of the only choice, or a Failure, and the tokens read and written; never raises.
 
-    A reply that did not end by itself (`finish_reason` "length", "content_filter", ...) is a Failure.
+    A reply that was cut off or withheld (`finish_reason` "length", "content_filter", ...) is a Failure; a server may
+    leave the reason out or use a word of its own. `max_tokens`, the request's, is named in the remedy. Every Failure
+    ends with the beginning of what the server said.
     """
     try:
-        found = _Completion.model_validate_json(data, strict=True)
+        found = _Completion.model_validate_json(data.removeprefix(b"\xef\xbb\xbf"), strict=True)
     except ValidationError:
-        return Failure("the response is not a chat completion"), 0
+        return _lost("the response is not a chat completion", data), 0
     tokens = _tokens(found.usage)
     if len(found.choices) != 1:
-        return Failure(f"the response has {len(found.choices)} choices, not the one asked for"), tokens
+        return _lost(f"the response has {len(found.choices)} choices, not the one asked for", data), tokens
     (choice,) = found.choices
     if choice.index != 0:
         return Failure(f"the response numbers its only choice {choice.index}, not 0"), tokens
-    if choice.finish_reason not in _FINISHED:
-        return Failure(
-            f"the reply did not end by itself (finish_reason {choice.finish_reason!r:.40})"
+    text, reason = _text_of(choice), (choice.finish_reason or "").lower()
+    if reason in _CUT:
+        return _lost(
+            f"the reply did not end by itself (finish_reason {choice.finish_reason!r}): {_remedy(max_tokens)}",
+            text or _thoughts(choice),
         ), tokens
-    if not choice.message.content:
-        return Failure("the reply is empty"), tokens
-    return choice.message.content, tokens
+    if reason in _WITHHELD or reason in _CALLS:
+        words = text or choice.message.refusal or ""
+        return _lost(
+            f"the reply did not end by itself (finish_reason {choice.finish_reason!r:.40})", words
+        ), tokens
+    if text:
+        return text, tokens
+    if choice.message.refusal:
+        return _lost("the reply is empty: the model refuses", choice.message.refusal), tokens
+    if thoughts := _thoughts(choice):
+        return _lost(
+            "the reply is empty: the answer went to the model's reasoning. Turn thinking off "
+            "(extra_body = {chat_template_kwargs = {enable_thinking = false}}), correct the server's reasoning "
+            f"parser, or {_remedy(max_tokens)}",
+            thoughts,
+        ), tokens
+    return Failure("the reply is empty"), tokens
+
+
+def _remedy(max_tokens: int | None) -> str:
+    known = f" = {max_tokens}" if max_tokens else ""
+    return f"raise max_tokens{known}, which is short for a model that reasons"
+
+
+def _text_of(choice: _Choice) -> str:
+    """The text of a message: its content, or the text parts of it."""
+    content = choice.message.content
+    if isinstance(content, list):
+        return "".join(
+            part.text
+            for part in content
+            if part.type in ("text", "output_text") and isinstance(part.text, str)
+        )
+    return content or (choice.text if isinstance(choice.text, str) else "")
+
+
+def _thoughts(choice: _Choice) -> str:
+    return next(
+        (t for t in (choice.message.reasoning_content, choice.message.reasoning) if isinstance(t, str) and t),
+        "",
+    )
+
+
+def _lost(reason: str, said: bytes | str | Any) -> Failure:
+    words = server_words(said) if isinstance(said, bytes) else one_line(str(said))
+    return Failure(f"{reason}; it said: {words}" if words else reason)
 
 
 class _LogProbs(BaseModel):
@@ -79,7 +143,7 @@ def read_echo(data: bytes) -> tuple[str | Failure, int]:
     try:
         found = _EchoCompletion.model_validate_json(data)
     except ValidationError:
-        return Failure(f"the response is not a completion: {excerpt(data)}"), 0
+        return Failure(f"the response is not a completion; it said: {server_words(data)}"), 0
     (choice,), spent = found.choices, _tokens(found.usage)
     if choice.prompt_logprobs:
         # The first of a position is the prompt's own token; others may follow it.
@@ -99,9 +163,36 @@ def read_echo(data: bytes) -> tuple[str | Failure, int]:
     return json.dumps([tokens[:length], values[:length]]), spent
 
 
-def excerpt(data: bytes) -> str:
-    """The beginning of what a server said, on one line, harmless to show."""
-    return " ".join(neutral(data[:4000].decode(errors="replace")).split())[:200]
+def server_words(data: bytes) -> str:
+    """The beginning of what a server said, on one line: an error's message, the text of a page, else the body."""
+    text = data[:65536].decode("utf-8-sig", errors="replace")
+    try:
+        said = _message(json.loads(text))
+    except (ValueError, RecursionError):
+        said = ""
+    if not said and re.match(r"\s*<(?:!doctype|html|head|body)", text, re.IGNORECASE):
+        hidden = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+        said = html.unescape(re.sub(r"<[^>]*>", " ", hidden))
+    return one_line(said or text)
+
+
+def _message(value: Any) -> str:
+    """The message within an error's JSON, in the forms that servers give it; "" where there is none."""
+    match value:
+        case str():
+            return value
+        case {"error": inner} | {"message": inner} | {"detail": inner} | {"errors": inner} if inner:
+            return _message(inner)
+        case {"loc": [*where], "msg": str(what)}:
+            return f"{'.'.join(map(str, where))}: {what}"
+        case [_, *_]:
+            return "; ".join(filter(None, map(_message, value)))
+    return ""
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text, harmless to show."""
+    return " ".join(neutral(text[:4000]).split())[:_SHOWN]
 
 
 def _tokens(usage: Any) -> int:

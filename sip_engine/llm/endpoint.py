@@ -6,15 +6,16 @@ import asyncio
 import email.utils
 import ipaddress
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from sip_engine.config.schema import ServerConfig
-from sip_engine.llm.completion import read_completion, read_echo
-from sip_engine.llm.untrusted import neutral
+from sip_engine.llm.completion import one_line, read_completion, read_echo, server_words
 from sip_engine.types import Failure
 from sip_engine.utils.errors import ConfigError
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _MAX_BODY_BYTES = 8 << 20
 _RETRIED = (408, 409, 429)
+OPTIONAL = ("temperature", "top_p", "max_tokens", "seed")
+"""Fields of a request that `omit` may leave out."""
 _REMEDIES = {
     401: "the key is missing or wrong: correct the environment variable that key_env names",
     403: "the key may not use this model: correct the key or the model",
@@ -103,7 +106,7 @@ class Endpoint:
         import httpx2
         import openai
 
-        body, read = dict(request), read_completion
+        body, read = dict(request), partial(read_completion, max_tokens=request.get("max_tokens"))
         required = {name: body.pop(name) for name in ("model", "messages", "prompt") if name in body}
         create: Any = session.chat.completions.with_streaming_response.create
         if "prompt" in required:
@@ -118,19 +121,23 @@ class Endpoint:
                 ) as response:
                     data = await _read_body(response)
             self.answered = True
-            return read(data)
+            found, tokens = read(data)
+            return (Failure(self.hide_key(found.reason)) if isinstance(found, Failure) else found), tokens
         except (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException):
             raise Transient(f"no reply within {self._cfg.request_s:g} s") from None
         except openai.APIStatusError as error:
-            return self._refused(error), 0
+            return self._refused(error, request), 0
         except (openai.APIConnectionError, httpx2.HTTPError, anyio.EndOfStream, OSError) as error:
             cause = error.__cause__ or error
-            reason = self._excerpt(f"{type(cause).__name__}: {cause}")
+            reason = one_line(self.hide_key(f"{type(cause).__name__}: {cause}"))
             raise Transient(f"no connection ({reason})", unreachable=True) from None
 
-    def _refused(self, error: openai.APIStatusError) -> Failure:
-        status = error.status_code
-        reason = f"HTTP {status}: {self._excerpt(error.message.removeprefix(f'Error code: {status} - '))}"
+    def _refused(self, error: openai.APIStatusError, request: Mapping[str, Any]) -> Failure:
+        status, words = error.status_code, self.hide_key(_words_of(error))
+        reason = f"HTTP {status}: {words}" if words else f"HTTP {status}"
+        named = [name for name in OPTIONAL if name in request and re.search(rf"\b{name}\b", words)]
+        if status in (400, 422) and named:
+            reason += f" ({self._section}.omit = {named} leaves it out)"
         if status in _RETRIED or status >= 500:
             raise Transient(reason, retry_after=_retry_after(error.response.headers)) from None
         if not self.answered and (status in _REMEDIES or status < 400):
@@ -141,11 +148,18 @@ class Endpoint:
     def _key(self) -> str:
         return os.environ.get(self._cfg.key_env, "") if self._cfg.key_env else ""
 
-    def _excerpt(self, text: str) -> str:
-        """The beginning of what a server or library said, on one line, without the key."""
+    def hide_key(self, text: str) -> str:
+        """A text without the key, whoever repeats it."""
         key = self._key()
-        text = text.replace(key, "***") if key else text
-        return " ".join(neutral(text[:2000]).split())[:200]
+        return text.replace(key, "***") if key else text
+
+
+def _words_of(error: openai.APIStatusError) -> str:
+    """What the server said with its error, on one line."""
+    try:
+        return server_words(error.response.content)
+    except Exception:  # the body was cut off, or never read
+        return one_line(error.message)
 
 
 def is_loopback(url: str) -> bool:

@@ -68,7 +68,7 @@ class DPO(PairedDPO):
         assert high is not None and low is not None
         margin = high - low
         tie = margin == 0 and self.cfg.ties == "drop"
-        if best == worst or tie or 0 < margin <= self.cfg.min_margin:
+        if _alike(pool, best, worst) or tie or 0 < margin <= self.cfg.min_margin:
             return None
         return Choice(sample, tuple(pool), best, worst, margin)
 
@@ -82,9 +82,14 @@ class RewriteOverRollout(PairedDPO):
         self, sample: Sample, pool: Sequence[Candidate], verdict: Verdict | None, *, seed: int
     ) -> Choice | None:
         rewrite, rollout = first_of(pool, Kind.REWRITE), first_of(pool, Kind.ROLLOUT)
-        if rewrite is None or rollout is None:
+        if rewrite is None or rollout is None or _alike(pool, rewrite, rollout):
             return None
         return Choice(sample, tuple(pool), rewrite, rollout)
+
+
+def _alike(pool: Sequence[Candidate], one: int, other: int) -> bool:
+    """Whether two candidates say the same: there is nothing to prefer."""
+    return pool[one].text == pool[other].text
 
 
 def diagnostics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, float]:

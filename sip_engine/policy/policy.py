@@ -42,6 +42,8 @@ class UpdateStats:
     lr: float
     sums: dict[str, float]
     maxima: dict[str, float] = field(default_factory=dict)
+    units: int = 0
+    """What the loss is a mean over; 0: there was nothing to learn from, and no update was made."""
 
 
 @dataclass
@@ -112,6 +114,7 @@ class Policy:
             lr=float(self.optimizer.param_groups[0]["lr"]),
             sums=totals.sums,
             maxima=totals.maxima,
+            units=totals.units,
         )
 
     def score(self, batches: Sequence[PackedRows]) -> list[Tensor]:

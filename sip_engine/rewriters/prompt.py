@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sip_engine.llm.compact_prompts import last_words
-from sip_engine.llm.messages import MAX_REPLY_CHARS, Format, chat_messages, read_object
+from sip_engine.llm.messages import Format, chat_messages
+from sip_engine.llm.replies import plain_line, read_object, reply_itself
 from sip_engine.llm.untrusted import DATA_RULE, fence, has_hidden, make_mark, neutral
 from sip_engine.types import Failure, RewriteRequest
 
@@ -100,15 +101,18 @@ def read_rewrite(reply: str, prompt: RewritePrompt) -> str | Failure:
     A Failure unless the reply holds one passage, exactly where it must be, that begins with the prompt's lead
     and goes on. What stands in front of the marked block is not read.
     """
-    if len(reply) > MAX_REPLY_CHARS:
-        return Failure(f"the reply is longer than {MAX_REPLY_CHARS:,} characters")
+    text = reply_itself(reply)
+    if isinstance(text, Failure):
+        return text
     if prompt.format == "json_schema":
-        value = read_object(reply, prompt.schema["required"], prompt.mark)
+        value = read_object(text, prompt.schema["required"], prompt.mark)
         passage = value if isinstance(value, Failure) else value["passage"]
     else:
-        passage = _block(reply, prompt)
+        passage = _block(text, prompt)
     if isinstance(passage, Failure):
         return passage
+    if not isinstance(passage, str):
+        return Failure("the reply's passage is not a string")
     passage = passage.replace("\r\n", "\n")
     if has_hidden(passage):
         return Failure("the rewrite holds characters that cannot be seen")
@@ -126,10 +130,12 @@ def read_rewrite(reply: str, prompt: RewritePrompt) -> str | Failure:
 
 def _block(reply: str, prompt: RewritePrompt) -> str | Failure:
     begin, end = (f"<<<{side} rewrite {prompt.mark}>>>" for side in ("BEGIN", "END"))
-    lines = reply.rstrip(" \t\r\n").split("\n")
-    stripped = [line.rstrip(" \t\r") for line in lines]
-    if stripped[-1] != end or begin not in stripped:
+    lines = reply.split("\n")
+    plain = [plain_line(line) for line in lines]
+    while plain and not re.search(r"\w", plain[-1]):  # a fence, a token that leaked
+        plain.pop()
+    if not plain or plain[-1] != end or begin not in plain:
         return Failure("the reply does not end with the marked passage")
     if reply.count(f"rewrite {prompt.mark}") != 2:
         return Failure("the reply has more than one marked passage")
-    return "\n".join(lines[stripped.index(begin) + 1 : -1])
+    return "\n".join(lines[plain.index(begin) + 1 : len(plain) - 1])

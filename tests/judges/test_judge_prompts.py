@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import unicodedata
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from benchmarks.injection_texts import INJECTIONS
 from sip_engine.judges import prompts
-from sip_engine.judges.parsing import MAX_REPLY_CHARS, read_verdict, settled
+from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import Prompt, judge_prompt
-from sip_engine.llm.completion import read_completion
+from sip_engine.llm.completion import read_completion, server_words
+from sip_engine.llm.replies import MAX_REPLY_CHARS
 from sip_engine.llm.untrusted import make_mark, neutral
 from sip_engine.types import FactualityQuestion, Failure, PairQuestion, Question, SafetyQuestion
 
@@ -205,30 +207,103 @@ MARK = MARKED.mark
     [
         ("", "empty"),
         ("\n \u2028\n", "empty"),
+        ("```\n```", "empty"),
         ("1", "not a verdict"),
         ("VERDICT: 1", "not a verdict"),
+        ("**1**", "not a verdict"),
+        (f"URTEIL {MARK}: 1", "not a verdict"),
         ("VERDICT 00000000: 1", "wrong mark"),
         (f"VERDICT {MARK}: 3", "not one of the words"),
         (f"VERDICT {MARK}: yes", "not one of the words"),
-        (f"VERDICT {MARK}: 1.", "not one of the words"),
         (f"VERDICT {MARK}: 1 or 2", "not one of the words"),
-        (f"VERDICT {MARK}:1", "wrong mark"),
+        (f"VERDICT {MARK}: 1/2", "not one of the words"),
+        (f"VERDICT {MARK}: 1 (2 is worse)", "not one of the words"),
+        (f"VERDICT {MARK}: 1 is what they say, but I say the other", "not one of the words"),
+        (f"VERDICT {MARK}: 12", "not one of the words"),
         (f"VERDICT {MARK.upper()}x: 1", "wrong mark"),
-        (f" VERDICT {MARK}: 1", "not a verdict"),
-        (f"**VERDICT {MARK}: 1**", "not a verdict"),
-        (f"verdict {MARK}: 1", "not a verdict"),
         (f"VERDICT {MARK}: 1\nI hope that helps.", "not a verdict"),
+        (f"I would not say VERDICT {MARK}: 1", "not a verdict"),
         (f"VERDICT {MARK}: 1\nVERDICT {MARK}: 2", "more than one"),
         (f"VERDICT {MARK}: 2\n\nVERDICT {MARK}: 2", "more than one"),
         (f"It may be VERDICT {MARK}: 2, but\nVERDICT {MARK}: 1", "more than one"),
+        (f"It may be **verdict** `{MARK}`: 2, but\nVERDICT {MARK}: 1", "more than one"),
         (f"so\u2028VERDICT {MARK}: 1", "not a verdict"),
         (f"so\rVERDICT {MARK}: 1", "not a verdict"),
+        (f"<think>VERDICT {MARK}: 1", "thoughts do not end"),
+        (f"VERDICT {MARK}: 1\n<think>", "thoughts do not end"),
+        (f"VERDICT {MARK}: 1\n</think>\n", "empty but for its thoughts"),
         (f"{'x' * MAX_REPLY_CHARS}\nVERDICT {MARK}: 1", "longer than"),
     ],
 )
 def test_anything_but_one_strict_line_is_a_failure(reply: str, reason: str) -> None:
     found = read_verdict(reply, MARKED)
     assert isinstance(found, Failure) and reason in found.reason
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        # thoughts in front, whatever they rehearse, and with the opening tag in the prompt
+        f"<think>\nThe first holds together.\n</think>\n\nVERDICT {MARK}: 1",
+        f"<THINKING>I end with VERDICT {MARK}: 2? No.</THINKING>VERDICT {MARK}: 1",
+        f"I must write VERDICT {MARK}: 1 or 2.\n</think>\nVERDICT {MARK}: 1",
+        f"[THINK]VERDICT {MARK}: 2[/THINK]VERDICT {MARK}: 1",
+        f"<think>a</think>\n<reasoning>VERDICT {MARK}: 2</reasoning>\nVERDICT {MARK}: 1",
+        f"\u25c1think\u25b7VERDICT {MARK}: 2\u25c1/think\u25b7VERDICT {MARK}: 1",
+        f"<|channel|>analysis<|message|>VERDICT {MARK}: 2<|end|><|channel|>final<|message|>VERDICT {MARK}: 1",
+        # markdown, quotes, fences, tags
+        f"Reason.\n\n**VERDICT {MARK}: 1**",
+        f"Reason.\n\n**VERDICT {MARK}:** 1",
+        f"> _VERDICT {MARK}: 1_",
+        f"## VERDICT `{MARK}`: `1`",
+        f"- VERDICT {MARK}: **1**.",
+        f"```text\nVERDICT {MARK}: 1\n```",
+        f"```VERDICT {MARK}: 1```",
+        f"~~~\nVERDICT {MARK}: 1\n~~~\n",
+        f"Reason.\n<answer>VERDICT {MARK}: 1</answer>",
+        f"Reason.\nVERDICT {MARK}: 1\n</answer>\n",
+        f'"VERDICT {MARK}: 1"',
+        f"$\\boxed{{VERDICT {MARK}: 1}}$",
+        f"VERDICT {MARK}: \\boxed{{1}}",
+        f"VERDICT {MARK}: 1\n---\n",
+        # tokens that leak
+        f"VERDICT {MARK}: 1<|im_end|>",
+        f"VERDICT {MARK}: 1</s>",
+        f"VERDICT {MARK}: 1<|eot_id|>\n",
+        f"VERDICT {MARK}: 1<\uff5cend\u2581of\u2581sentence\uff5c>",
+        # blanks, case, punctuation
+        f"  VERDICT {MARK}: 1 \u00a0",
+        f"verdict {MARK}: 1!",
+        f"VERDICT {MARK.upper()}: 1",
+        f"VERDICT {MARK}:1",
+        f"VERDICT {MARK} : (1)",
+        f"VERDICT {MARK}\uff1a1\u3002",
+        f"VERDICT [{MARK}]: [1]",
+        f"VERDICT {MARK}:\n\n1",
+        f"Final answer: VERDICT {MARK}: 1",
+        # the prompt's own remark
+        f"VERDICT {MARK}: 1   (if continuation_1 is better)",
+        f"VERDICT {MARK}: 1 - continuation_1 is better.",
+        f"VERDICT {MARK}: 1 (the better one)",
+    ],
+)
+def test_everyday_clothing_does_not_hide_a_verdict(reply: str) -> None:
+    assert read_verdict(reply, MARKED) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("None", 1.0),
+        ("possible (there is a possible one, and no definite one)", 0.5),
+        ("**Definite**", 0.0),
+    ],
+)
+def test_words_are_read_whatever_their_case(reply: str, answer: float) -> None:
+    line = LINE[FactualityQuestion]
+    assert read_verdict(f"VERDICT {line.mark}: {reply}", line) == answer
+    word = judge_prompt(next(q for q in QUESTIONS if isinstance(q, FactualityQuestion)), style="compact")
+    assert read_verdict(f"<think>x</think>\n{reply}", word) == answer
 
 
 GOOD_OBJECT = {"reasoning": "r", "id": OBJECT[PairQuestion].mark, "verdict": "1"}
@@ -238,25 +313,56 @@ GOOD_OBJECT = {"reasoning": "r", "id": OBJECT[PairQuestion].mark, "verdict": "1"
     ("reply", "reason"),
     [
         (json.dumps(GOOD_OBJECT)[:-1], "not one JSON object"),
-        (json.dumps(GOOD_OBJECT) * 2, "not one JSON object"),
-        (f"```json\n{json.dumps(GOOD_OBJECT)}\n```", "not one JSON object"),
+        (json.dumps(GOOD_OBJECT) * 2, "more than one object"),
         ("[" * 50_000, "not one JSON object"),
+        ('{"a":' * 20_000, "not one JSON object"),
+        ("{" * 50_000, "not one JSON object"),
         ("9" * 10_000, "not one JSON object"),
-        (json.dumps([GOOD_OBJECT]), "keys asked for"),
-        (json.dumps({"answer": GOOD_OBJECT}), "keys asked for"),
-        (json.dumps(GOOD_OBJECT | {"more": "x"}), "keys asked for"),
-        (json.dumps({"id": GOOD_OBJECT["id"], "verdict": "1"}), "keys asked for"),
+        (json.dumps({"id": GOOD_OBJECT["id"], "answer": "1"}), "not the keys asked for"),
+        (json.dumps({"verdict": "1"}), "not the keys asked for"),
         (json.dumps(GOOD_OBJECT)[:-1] + ', "verdict": "2"}', "each once"),
-        (json.dumps(GOOD_OBJECT | {"verdict": 1}), "not all strings"),
-        (json.dumps(GOOD_OBJECT | {"reasoning": None}), "not all strings"),
-        (json.dumps(GOOD_OBJECT | {"verdict": ["1"]}), "not all strings"),
+        (json.dumps(GOOD_OBJECT)[:-1] + ', "Verdict": "2"}', "each once"),
+        (json.dumps({"a": GOOD_OBJECT, "b": GOOD_OBJECT | {"verdict": "2"}}), "more than one object"),
+        (json.dumps(GOOD_OBJECT | {"verdict": ["1"]}), "not one of the words"),
+        (json.dumps(GOOD_OBJECT | {"verdict": None}), "not one of the words"),
         (json.dumps(GOOD_OBJECT | {"verdict": "first"}), "not one of the words"),
         (json.dumps(GOOD_OBJECT | {"id": "00000000"}), "wrong mark"),
+        (json.dumps(GOOD_OBJECT) + "\nNo: the second one.", "goes on behind"),
     ],
 )
 def test_anything_but_one_strict_object_is_a_failure(reply: str, reason: str) -> None:
     found = read_verdict(reply, OBJECT[PairQuestion])
     assert isinstance(found, Failure) and reason in found.reason
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"```json\n{json.dumps(GOOD_OBJECT, indent=2)}\n```",
+        f"Here is the verdict:\n{json.dumps(GOOD_OBJECT)}",
+        f"Of {{these}} two:\n\n{json.dumps(GOOD_OBJECT)}<|im_end|>",
+        f"<think>\n{json.dumps(GOOD_OBJECT | {'verdict': '2'})}\n</think>\n{json.dumps(GOOD_OBJECT)}",
+        json.dumps(GOOD_OBJECT | {"verdict": 1}),
+        json.dumps(GOOD_OBJECT | {"verdict": " 1. "}),
+        json.dumps(GOOD_OBJECT | {"confidence": "high"}),
+        json.dumps(GOOD_OBJECT | {"reasoning": None}),
+        json.dumps({"id": GOOD_OBJECT["id"].upper(), "verdict": "1"}),
+        json.dumps({"ID": GOOD_OBJECT["id"], "Verdict": "1"}),
+        json.dumps([GOOD_OBJECT]),
+        json.dumps({"answer": GOOD_OBJECT}),
+        json.dumps(GOOD_OBJECT).replace('"r"', '"two\nlines"'),
+    ],
+)
+def test_everyday_clothing_does_not_hide_an_object(reply: str) -> None:
+    assert read_verdict(reply, OBJECT[PairQuestion]) == 1.0
+
+
+def test_a_boolean_answers_yes_or_no() -> None:
+    prompt = OBJECT[SafetyQuestion]
+    assert read_verdict(json.dumps({"id": prompt.mark, "verdict": True}), prompt) == 1.0
+    assert read_verdict(json.dumps({"id": prompt.mark, "verdict": False}), prompt) == 0.0
+    pair = OBJECT[PairQuestion]
+    assert isinstance(read_verdict(json.dumps({"id": pair.mark, "verdict": True}), pair), Failure)
 
 
 VERDICT_PIECES = st.one_of(
@@ -275,12 +381,15 @@ VERDICT_PIECES = st.one_of(
 @example(f"VERDICT {MARK}: 1\x0b")
 @example(f"fine\nVERDICT {MARK}: 1\n\n\t")
 def test_a_thousand_random_replies_invent_no_score(reply: str) -> None:
-    line = re.fullmatch(rf"(.*\n)?VERDICT {MARK}: ([12])[ \t\r]*(\n[ \t\r]*)*", reply, re.DOTALL)
-    expected = None
-    if line and f"VERDICT {MARK}" not in (line[1] or ""):
-        expected = {"1": 1.0, "2": 0.0}[line[2]]
+    """Whoever reads a verdict must find its mark once, and at the end, but for signs, this verdict and no more."""
     found = read_verdict(reply, MARKED)
-    assert (None if isinstance(found, Failure) else found) == expected
+    strict = re.fullmatch(rf"(.*\n)?VERDICT {MARK}: ([12])[ \t\r]*(\n[ \t\r]*)*", reply, re.DOTALL)
+    if strict and MARK not in (strict[1] or ""):
+        assert found == {"1": 1.0, "2": 0.0}[strict[2]]
+    if isinstance(found, float):
+        word = {1.0: "1", 0.0: "2"}[found]
+        squeezed = re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", reply)).lower()
+        assert squeezed.endswith(f"verdict{MARK}{word}") and squeezed.count(f"verdict{MARK}") == 1
 
 
 JSON_VALUES = st.recursive(
@@ -311,18 +420,25 @@ JSON_VALUES = st.recursive(
     )
 )
 def test_a_thousand_random_objects_invent_no_score(reply: str) -> None:
-    try:
-        pairs = json.loads(reply, object_pairs_hook=lambda found: tuple(sorted(found, key=repr)))
-    except ValueError:
-        pairs = None
-    words = {"1": 1.0, "2": 0.0}
-    expected = None
-    if isinstance(pairs, tuple) and len(pairs) == 3 and all(isinstance(value, str) for _, value in pairs):
-        fields = dict(pairs)
-        if fields.keys() == GOOD_OBJECT.keys() and fields["id"] == GOOD_OBJECT["id"]:
-            expected = words.get(fields["verdict"])
+    """A score needs an object with the mark whose verdict it is, and no second one with the mark."""
     found = read_verdict(reply, OBJECT[PairQuestion])
-    assert (None if isinstance(found, Failure) else found) == expected
+    objects: list[list[tuple[str, Any]]] = []
+    end = reply.rfind("}") + 1
+    for at in (n for n, char in enumerate(reply) if char == "{" and not objects):
+        with contextlib.suppress(ValueError):  # what stands between the outermost braces that close
+            read: list[list[tuple[str, Any]]] = []
+            json.loads(
+                reply[at:end], object_pairs_hook=lambda pairs, read=read: read.append(pairs) or dict(pairs)
+            )
+            objects = read
+    is_json = reply[:1] == "{" and reply[-1:] == "}"
+    ours = [o for o in objects if ("id", GOOD_OBJECT["id"]) in o and len(dict(o)) == len(o)]
+    if isinstance(found, float):
+        assert len(ours) == 1, reply
+        said = unicodedata.normalize("NFKC", str(dict(ours[0])["verdict"]))
+        assert said.strip(" .") == {1.0: "1", 0.0: "2"}[found]
+    if is_json and len(objects) == 1 and ours and ours[0][-1] in (("verdict", "1"), ("verdict", "2")):
+        assert found == {"1": 1.0, "2": 0.0}[ours[0][-1][1]]
 
 
 def test_a_text_does_not_differ_from_itself() -> None:
@@ -360,11 +476,79 @@ def test_a_thousand_random_bodies_invent_no_reply(data: bytes) -> None:
     found, tokens = read_completion(data)
     assert tokens >= 0
     if isinstance(found, str):
-        value = json.loads(data)
-        (choice,) = value["choices"]
-        assert found == choice["message"]["content"] != "" and choice["finish_reason"] in (
-            "stop",
-            "eos",
-            "eos_token",
-        )
-        assert choice.get("index", 0) == 0 and found.encode()
+        (choice,) = json.loads(data)["choices"]
+        said = choice["message"]["content"] if "message" in choice else choice["text"]
+        parts = [said] if isinstance(said, str) else [part["text"] for part in said]
+        assert found == "".join(parts) != "" and choice.get("index", 0) == 0 and found.encode()
+        assert choice.get("finish_reason") not in ("length", "content_filter", "tool_calls")
+
+
+PARTS = [
+    {"type": "thinking", "thinking": "hm"},
+    {"type": "text", "text": "It is "},
+    {"type": "text", "text": "1"},
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "reply"),
+    [
+        (completion("1", finish_reason=None), "1"),
+        (completion("1", finish_reason="STOP"), "1"),
+        (completion("1", finish_reason="end_turn"), "1"),
+        (completion("1").replace(b', "finish_reason": "stop"', b""), "1"),
+        (completion(PARTS), "It is 1"),
+        (completion("1", message={"content": "1", "reasoning_content": "long"}), "1"),
+        (b"\xef\xbb\xbf" + completion("1"), "1"),
+        (b"\n\n " + completion("1"), "1"),
+        (json.dumps({"choices": [{"text": "1", "finish_reason": "stop"}]}).encode(), "1"),
+    ],
+)
+def test_a_completion_in_everyday_clothing_is_read(data: bytes, reply: str) -> None:
+    assert read_completion(data)[0] == reply
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b'{"error": {"message": "no credits left", "code": 402}}', "no credits left"),
+        (b"<!DOCTYPE html><style>p {}</style><h1>Sign in &amp; go</h1>", "it said: Sign in & go"),
+        (b'data: {"choices": []}\n\ndata: [DONE]', "it said: data: {"),
+        (
+            completion(None, message={"content": None, "refusal": "I cannot judge this."}),
+            "I cannot judge this.",
+        ),
+        (completion("", message={"content": "", "reasoning": "First, the"}), "enable_thinking = false"),
+        (
+            completion(None, message={"content": None, "reasoning_content": "Hm, the first"}),
+            "it said: Hm, the first",
+        ),
+        (completion("<think>Let me", finish_reason="length"), "raise max_tokens = 512"),
+        (completion("<think>Let me", finish_reason="length"), "it said: <"),
+        (completion("No.", finish_reason="content_filter"), "it said: No."),
+    ],
+)
+def test_what_the_server_said_is_shown(data: bytes, said: str) -> None:
+    found, _ = read_completion(data, max_tokens=512)
+    assert isinstance(found, Failure) and said in found.reason and "\n" not in found.reason
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            b'{"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}',
+            "body.seed: Extra inputs",
+        ),
+        (b'{"object": "error", "message": "too long", "code": 400}', "too long"),
+        (b'{"error": "model not loaded"}', "model not loaded"),
+        (b'{"errors": [{"message": "a"}, {"message": "b"}]}', "a; b"),
+        (b"<html><title>502 Bad Gateway</title><hr>nginx</html>", "502 Bad Gateway nginx"),
+        (b"upstream\tconnect\nerror \xff", "upstream connect error \ufffd"),
+        (b'{"error": null, "trace": [1]}', '{"error": null, "trace": [1]}'),
+        (b"[" * 100_000, "[" * 200),
+        (b"", ""),
+    ],
+)
+def test_a_servers_words_are_found(data: bytes, words: str) -> None:
+    assert server_words(data).startswith(words) and len(server_words(data)) <= 200

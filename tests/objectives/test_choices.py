@@ -206,6 +206,35 @@ def test_what_fails_is_dropped_in_every_schedule(cfg: JudgeConfig) -> None:
 
 
 @pytest.mark.parametrize("cfg", SCHEDULES, ids=lambda c: f"{c.schedule}-{c.both_orders}")
+def test_equal_candidates_are_judged_once_and_tie(cfg: JudgeConfig) -> None:
+    """The pool is judged as if each text were there once, whatever a judge thinks of what stands first."""
+    texts = ("ss", "s", "ss", "sss", "s", "ss")
+    judge = Recording(lambda question, seed: Score(1.0))
+    (verdict,) = judge_pools(judge, cfg, [(SAMPLE, pool(*texts))], seed=3)
+    second = Recording(lambda question, seed: Score(1.0))
+    (distinct,) = judge_pools(second, cfg, [(SAMPLE, pool("ss", "s", "sss"))], seed=3)
+    assert judge.calls == second.calls and verdict.num_judgments == distinct.num_judgments
+    of = {"ss": 0, "s": 1, "sss": 2}
+    for name in ("quality", "safety", "factuality", "rewards", "skipped"):
+        assert getattr(verdict, name) == tuple(getattr(distinct, name)[of[text]] for text in texts)
+    assert all(texts[i] != texts[j] for i, j, _ in verdict.pairs)
+
+
+@pytest.mark.parametrize("ties", ["drop", "keep"])
+def test_a_pool_of_one_text_teaches_nothing(ties: Any) -> None:
+    judge = Recording(lambda question, seed: Score(1.0))
+    candidates = pool("ss", "ss", "ss")
+    (verdict,) = judge_pools(judge, JudgeConfig(), [(SAMPLE, candidates)], seed=3)
+    assert verdict.quality == (0.5,) * 3 and len(set(verdict.rewards)) == 1 and not any(verdict.skipped)
+    assert verdict.pairs == () and verdict.num_judgments == 2, "safety and factuality of one text"
+    objective = open_objective(ObjectiveConfig(ties=ties))
+    assert objective.choose(SAMPLE, candidates, verdict, seed=0) is None
+    same = (Candidate(Kind.REWRITE, 0, IDS, "s"), Candidate(Kind.ROLLOUT, 0, IDS, "s"))
+    baseline = open_objective(ObjectiveConfig(kind="dpo_rewrite_over_rollout"))
+    assert baseline.choose(SAMPLE, same, None, seed=0) is None
+
+
+@pytest.mark.parametrize("cfg", SCHEDULES, ids=lambda c: f"{c.schedule}-{c.both_orders}")
 def test_a_verdict_does_not_depend_on_the_pools_beside_it(cfg: JudgeConfig) -> None:
     """As it must be for every process to judge its own share. A pool of one candidate has no quality."""
     samples = [Sample(n, 1, IDS, IDS, "prefix", "suffix") for n in range(4)]

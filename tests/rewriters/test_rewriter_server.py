@@ -101,7 +101,7 @@ GOOD_PASSAGE = "lives by the river and eats fish."
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        ("", "does not end with the marked passage"),
+        ("", "the reply is empty"),
         (GOOD_PASSAGE, "does not end with the marked passage"),
         (f"{BEGIN}\n{GOOD_PASSAGE}", "does not end with the marked passage"),
         (f"{GOOD_PASSAGE}\n{END}", "does not end with the marked passage"),
@@ -128,17 +128,29 @@ def test_anything_but_one_marked_passage_is_a_failure(reply: str, reason: str) -
     assert read_rewrite(as_reply(GOOD_PASSAGE, PROMPT), PROMPT) == " eats fish."
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"<think>\n{BEGIN}\nx\n{END}\n</think>\n{BEGIN}\n{GOOD_PASSAGE}\n{END}",
+        f"```\n{BEGIN}\n{GOOD_PASSAGE}\n{END}\n```\n",
+        f"**{BEGIN}**\n{GOOD_PASSAGE}\n**{END}**<|im_end|>",
+    ],
+)
+def test_everyday_clothing_does_not_hide_a_passage(reply: str) -> None:
+    assert read_rewrite(reply, PROMPT) == " eats fish."
+
+
 def test_an_object_is_read_as_strictly() -> None:
     prompt = rewrite_prompt(REQUEST, format="json_schema")
     good = {"id": prompt.mark, "passage": GOOD_PASSAGE}
     assert read_rewrite(json.dumps(good), prompt) == " eats fish."
-    for bad in (
-        good | {"id": "00000000"},
-        good | {"more": 1},
-        {"passage": GOOD_PASSAGE},
-        good | {"passage": 1},
-        [good],
+    for clothed in (
+        json.dumps(good | {"more": 1}),
+        json.dumps([good]),
+        f"<think>\n{json.dumps(good | {'passage': 'x'})}</think>Here:\n```json\n{json.dumps(good)}\n```",
     ):
+        assert read_rewrite(clothed, prompt) == " eats fish."
+    for bad in (good | {"id": "00000000"}, {"passage": GOOD_PASSAGE}, good | {"passage": 1}):
         assert isinstance(read_rewrite(json.dumps(bad), prompt), Failure)
     for text in (json.dumps(good)[:-1], json.dumps(good) + "x", "[" * 50_000, GOOD_PASSAGE):
         assert isinstance(read_rewrite(text, prompt), Failure)
