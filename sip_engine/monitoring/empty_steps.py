@@ -22,8 +22,8 @@ class EmptySteps:
             return {}
         if self._mesh.is_main and EMPTY not in self._records.curves:
             console.print(
-                f"[yellow]step {step} teaches nothing:[/] no prefix offers two candidates of different text and reward "
-                "(pairs/dropped, groups/dropped; judge/failure_rate is the share of judgments that failed)",
+                f"[yellow]step {step} teaches nothing:[/] no prefix offers two candidates of different text and "
+                "reward (pairs/dropped, groups/dropped; judge/failure_rate is the share of failed judgments)",
                 soft_wrap=True,
             )
         return {EMPTY: 1.0}

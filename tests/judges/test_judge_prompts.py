@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import unicodedata
@@ -422,23 +423,18 @@ JSON_VALUES = st.recursive(
 def test_a_thousand_random_objects_invent_no_score(reply: str) -> None:
     """A score needs an object with the mark whose verdict it is, and no second one with the mark."""
     found = read_verdict(reply, OBJECT[PairQuestion])
-    objects: list[list[tuple[str, Any]]] = []
-    end = reply.rfind("}") + 1
-    for at in (n for n, char in enumerate(reply) if char == "{" and not objects):
-        with contextlib.suppress(ValueError):  # what stands between the outermost braces that close
-            read: list[list[tuple[str, Any]]] = []
-            json.loads(
-                reply[at:end], object_pairs_hook=lambda pairs, read=read: read.append(pairs) or dict(pairs)
-            )
-            objects = read
-    is_json = reply[:1] == "{" and reply[-1:] == "}"
-    ours = [o for o in objects if ("id", GOOD_OBJECT["id"]) in o and len(dict(o)) == len(o)]
+    verdicts = []  # of every piece of the reply that is an object with the mark
+    for at, end in itertools.product(*([n for n, c in enumerate(reply) if c == side] for side in "{}")):
+        with contextlib.suppress(ValueError):
+            pairs = json.loads(reply[at : end + 1], strict=False, object_pairs_hook=list)
+            is_ours = str(dict(pairs).get("id")).strip().lower() == GOOD_OBJECT["id"]
+            if is_ours and len(dict(pairs)) == len(pairs):
+                verdicts.append(dict(pairs).get("verdict"))
     if isinstance(found, float):
-        assert len(ours) == 1, reply
-        said = unicodedata.normalize("NFKC", str(dict(ours[0])["verdict"]))
-        assert said.strip(" .") == {1.0: "1", 0.0: "2"}[found]
-    if is_json and len(objects) == 1 and ours and ours[0][-1] in (("verdict", "1"), ("verdict", "2")):
-        assert found == {"1": 1.0, "2": 0.0}[ours[0][-1][1]]
+        said = unicodedata.normalize("NFKC", str(verdicts[0]))
+        assert len(verdicts) == 1 and re.sub(r"[\W_]", "", said) == {1.0: "1", 0.0: "2"}[found]
+    if verdicts in (["1"], ["2"]) and reply == json.dumps(GOOD_OBJECT | {"verdict": verdicts[0]}):
+        assert found == {"1": 1.0, "2": 0.0}[verdicts[0]]
 
 
 def test_a_text_does_not_differ_from_itself() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -385,7 +386,7 @@ def verdict_of(rewards: Sequence[float | None]):
     st.integers(0, 99),
 )
 def test_dpo_takes_a_best_and_a_worst_candidate(rewards: list[float | None], seed: int) -> None:
-    candidates = pool(*("x" * len(rewards)))
+    candidates = pool(*("x" * (n + 1) for n in range(len(rewards))))
     choice = open_objective(ObjectiveConfig()).choose(SAMPLE, candidates, verdict_of(rewards), seed=seed)
     known = [reward for reward in rewards if reward is not None]
     if not known or min(known) == max(known):
