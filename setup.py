@@ -3,11 +3,13 @@
 import fcntl
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 
 class BuildExt(build_ext):
@@ -29,6 +31,23 @@ class BuildExt(build_ext):
         return outfile, True
 
 
+class BuildPy(build_py):
+    """Writes the commit that a package is built from into it, for `sip --version`; a checkout asks git itself."""
+
+    def run(self) -> None:
+        """Build, then write the commit, if git knows it."""
+        super().run()
+        if self.editable_mode or not Path(".git").exists():
+            return
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:
+            return
+        if done.returncode == 0:
+            Path(self.build_lib, "sip_engine", "commit.txt").write_text(done.stdout)
+
+
 setup(
     ext_modules=[
         Pybind11Extension(
@@ -39,5 +58,5 @@ setup(
             cxx_std=17,
         )
     ],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -108,10 +108,11 @@ def reproduce(
 
     What is done is not done again: the same command goes on where it was stopped.
     """
+    from sip_engine.config.files import find_config
     from sip_engine.experiments.reproduction.runner import reproduce as run_reproduction
 
     run_reproduction(
-        plan,
+        find_config(plan),
         out,
         seeds=[_parse_seed(seed) for seed in seeds.split(",") if seed.strip()],
         rows=[name.strip() for name in rows.split(",") if name.strip()],
@@ -309,9 +310,11 @@ def _parse_seed(text: str) -> int:
 
 def _read_config(config: Path, context: typer.Context, over: dict[str, Any] | None = None) -> RunConfig:
     """A config file with the command line's overrides, and `over` on top."""
+    from sip_engine.config.files import find_config
     from sip_engine.config.overrides import parse_overrides
     from sip_engine.config.parse import merge_settings, parse_config, read_toml
 
+    config = find_config(config)
     settings = merge_settings(read_toml(config), parse_overrides(context.args))
     return parse_config(merge_settings(settings, over or {}), str(config))
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from sip_engine.config.files import shipped_configs
 from sip_engine.config.parse import parse_config, read_toml
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import start_mesh
@@ -15,7 +16,6 @@ from sip_engine.experiments.scale import check_scale, shortened
 from sip_engine.monitoring.records import METRICS, read_records
 from sip_engine.report.html import write_report
 from sip_engine.train import train
-from sip_engine.utils.errors import ConfigError
 from sip_engine.utils.files import write_json
 from sip_engine.utils.progress import console
 
@@ -35,7 +35,6 @@ PAPER = {"win_rate": "86.3 %", "factuality": "+36.2 %", "safety": "+18.5 %"}
 """arXiv 2601.21343: quality, factuality and safety run, each against its own base."""
 
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 2}, "eval": {"num_prefixes": 8}}
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
 
 
 def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
@@ -44,11 +43,9 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
     `scale` shortens every stage; results below 1 are a smoke test. Returns the summary.
 
     Raises:
-        ConfigError: scale is not in (0, 1], or the example configs are not beside the package.
+        ConfigError: scale is not in (0, 1].
     """
     check_scale(scale)
-    if not _CONFIGS.is_dir():
-        raise ConfigError(f"{_CONFIGS}: not found; quickstart runs from a checkout of the repository")
     mesh = start_mesh()
     for stage in STAGES:
         train(stage_config(stage, out, scale), mesh)
@@ -68,7 +65,7 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
 
 def stage_config(stage: str, out: Path, scale: float) -> RunConfig:
     """A stage's config from configs/quickstart, moved to `out` and shortened."""
-    path = _CONFIGS / f"{stage}.toml"
+    path = shipped_configs() / "quickstart" / f"{stage}.toml"
     values = shortened(read_toml(path), scale, _LEAST)
     values["out"] = out / stage
     values["data"]["cache"] = out / "cache"
