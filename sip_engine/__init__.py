@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from sip_engine.sampler.requests import Completion, Request, SamplingParams
     from sip_engine.sampler.sampler import Sampler
     from sip_engine.train import train
-    from sip_engine.utils.errors import SipError
+    from sip_engine.utils.errors import RequestError, SipError
 
 _PLACES = {
     "Completion": "sampler.requests",
     "Objective": "objectives.base",
     "Request": "sampler.requests",
+    "RequestError": "utils.errors",
     "RunConfig": "config.schema",
     "Sampler": "sampler.sampler",
     "SamplingParams": "sampler.requests",
@@ -56,6 +57,7 @@ __all__ = [
     "Completion",
     "Objective",
     "Request",
+    "RequestError",
     "RunConfig",
     "Sampler",
     "SamplingParams",

@@ -19,9 +19,9 @@ from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.objectives.base import open_objective
 from sip_engine.objectives.update import update
 from sip_engine.policy.checkpoint import resolve_checkpoint
-from sip_engine.policy.packing import Row
 from sip_engine.policy.policy import Policy, UpdateStats
 from sip_engine.policy.reference import Reference
+from sip_engine.policy.rows import Row
 from sip_engine.sampler.frozen import FrozenPolicy, encode_prompt
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.sampler.sampler import Sampler
@@ -72,8 +72,8 @@ class TextPolicy:
         A prompt begins a document: the tokenizer's bos is put in front. One seed gives the same continuations again.
 
         Raises:
-            RequestError: a parameter is out of its range, or a prompt and its continuations exceed the model's context
-                or the memory of the KV pages.
+            RequestError: a parameter is out of its range, or a prompt and its continuations exceed the model's
+                context or the memory of the KV pages.
         """
         if not params.stop_ids:
             params = replace(params, stop_ids=(self.tokenizer.eos_id,))

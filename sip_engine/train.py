@@ -7,7 +7,7 @@ from pathlib import Path
 from sip_engine.candidates import propose, reply
 from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
-from sip_engine.distributed.mesh import Mesh
+from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.judges.overlap import WaveJudge, split
 from sip_engine.monitoring.empty_steps import EmptySteps
 from sip_engine.monitoring.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
@@ -19,13 +19,16 @@ from sip_engine.types import Candidate, Sample, Verdict
 from sip_engine.utils.progress import steps
 
 
-def train(cfg: RunConfig, mesh: Mesh) -> Path:
+def train(cfg: RunConfig, mesh: Mesh | None = None) -> Path:
     """Train to `cfg.steps`, from the newest checkpoint of `cfg.out` if there is one; returns the last checkpoint.
+
+    mesh: the processes; None for those that `cfg.parallel` lays out, one without torchrun.
 
     Raises:
         SipError: bad settings or data before anything is written; NonFiniteError and ThresholdError on every
             process at the same step, with the parameters as they were before it.
     """
+    mesh = mesh or start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline, seed=cfg.seed)
     with (
         open_run(cfg, mesh) as run,
         steps(str(cfg.out), cfg.steps, done=run.step, quiet=not mesh.is_main) as bar,

@@ -8,6 +8,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,7 @@ def test_a_run_in_three_waves_is_the_run_in_one(
     mesh: Mesh, sequential: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server answers the first question only when the second wave has been generated."""
-    from sip_engine import train as module
+    module = import_module("sip_engine.train")  # the package's own `train` is the function
 
     generated, propose, sizes, late = threading.Event(), module.propose, [], []
 
