@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loop import run_config
+from world_runs import run_config
 
 import sip_engine
 from sip_engine import Request, RequestError, SamplingParams, Trainer, load_policy
