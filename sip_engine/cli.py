@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sip_engine.planning.commands import add_planning_commands
 from sip_engine.tasks.commands import add_spec_commands
 from sip_engine.utils.errors import ConfigError, SipError
 from sip_engine.utils.quiet import quiet_libraries
@@ -310,16 +311,13 @@ def _parse_seed(text: str) -> int:
 
 def _read_config(config: Path, context: typer.Context, over: dict[str, Any] | None = None) -> RunConfig:
     """A config file with the command line's overrides, and `over` on top."""
-    from sip_engine.config.files import find_config
-    from sip_engine.config.overrides import parse_overrides
-    from sip_engine.config.parse import merge_settings, parse_config, read_toml
+    from sip_engine.config.overrides import read_run_config
 
-    config = find_config(config)
-    settings = merge_settings(read_toml(config), parse_overrides(context.args))
-    return parse_config(merge_settings(settings, over or {}), str(config))
+    return read_run_config(config, context.args, over)
 
 
 add_spec_commands(data, _read_config)
+add_planning_commands(app)
 
 
 def _one_line(error: object) -> str:

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import tomllib
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sip_engine.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sip_engine.config.schema import RunConfig
+
+
+def read_run_config(config: Path, args: list[str], over: dict[str, Any] | None = None) -> RunConfig:
+    """A config file with the command line's overrides `args`, and `over` on top.
+
+    Raises:
+        ConfigError: the file or an override is wrong.
+    """
+    from sip_engine.config.files import find_config
+    from sip_engine.config.parse import merge_settings, parse_config, read_toml
+
+    config = find_config(config)
+    settings = merge_settings(read_toml(config), parse_overrides(args))
+    return parse_config(merge_settings(settings, over or {}), str(config))
 
 
 def parse_overrides(args: list[str]) -> dict[str, Any]:

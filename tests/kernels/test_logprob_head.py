@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import DEVICE
-from memory import PeakMemory
+from peak_memory import PeakMemory
 from torch import Tensor
 
 from sip_engine.kernels import _logprob_triton as fused
