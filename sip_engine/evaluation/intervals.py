@@ -22,7 +22,6 @@ from sip_engine.utils.errors import NonFiniteError
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
-_Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
 Table = Mapping[str, np.ndarray]
 """Figure -> [n, 2] float64 totals and weights, one row a prefix, the same prefixes in every figure."""
@@ -45,10 +44,10 @@ class Estimate:
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share of `n` > 0 independent yes/no answers."""
-    share, z2 = successes / n, _Z * _Z
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
-    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+    from scipy.stats import binomtest  # heavy to load, and processes that measure losses only do without
+
+    interval = binomtest(round(successes), n).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def resampled(columns: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:

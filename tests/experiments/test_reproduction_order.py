@@ -25,7 +25,6 @@ from sip_engine.experiments.reproduction.statistics import (
     kendall_tau,
     spread,
     standard_row,
-    t_quantile,
     table_bases,
     table_orders,
 )
@@ -100,7 +99,7 @@ def test_pairs_are_alike_the_other_way_or_undecided():
     assert {(p.better, p.worse) for p in order.agreeing} == {("a", "b"), ("a", "c")}
     assert {p.published for p in order.pairs} == {10.0, 20.0, 30.0}
     assert all(p.error == pytest.approx(2**0.5) for p in order.pairs)
-    assert all(p.bar == pytest.approx(2.447 * 2**0.5) for p in order.pairs)
+    assert all(p.bar == pytest.approx(2.446912 * 2**0.5) for p in order.pairs)
     assert order.tau == pytest.approx((2 - 4) / 6)
     assert (order.num_tested, order.by_chance) == (6, pytest.approx(0.3))
 
@@ -115,18 +114,10 @@ def beyond(t: float, freedom: float) -> float:
     return 1 - 2 * float(weights @ density) * t / 4000 / 3
 
 
-@pytest.mark.parametrize("freedom", [*range(1, 31), 35, 41, 77.7, 119.9, 120, 500, 999, 1000, 10**6])
-def test_quantiles_of_t_leave_5_percent_outside_or_a_little_less(freedom):
-    least = 0.0499 if freedom <= 20 else 0.0475
-    assert least < beyond(t_quantile(freedom), freedom) < 0.0501
-    assert t_quantile(freedom + 0.5) <= t_quantile(freedom)
-    assert t_quantile(freedom - 1e-12) == t_quantile(freedom)
-
-
 @given(samples, samples)
 @example([-10.0, 10.0], [60.0] * 9)  # one degree of freedom, not nine
 def test_beyond_noise_is_welchs_test_of_the_seeds(a, b):
-    """By its p-value at exact degrees of freedom, where those of the table's row agree."""
+    """By a p-value integrated here, of the seeds themselves."""
     rows = {
         name: Spread(statistics.fmean(x), statistics.stdev(x), len(x)) for name, x in (("a", a), ("b", b))
     }
@@ -138,17 +129,16 @@ def test_beyond_noise_is_welchs_test_of_the_seeds(a, b):
     freedom = (first + second) ** 2 / (first**2 / (len(a) - 1) + second**2 / (len(b) - 1))
     t = abs(statistics.fmean(a) - statistics.fmean(b)) / (first + second) ** 0.5
     assert pair.error == pytest.approx((first + second) ** 0.5)
-    if beyond(t, freedom) > 0.0501:
-        assert not pair.is_beyond_noise
-    if beyond(t, max(1, math.floor(freedom + 1e-6))) < 0.0499:
-        assert pair.is_beyond_noise
+    probability = beyond(t, freedom)
+    if abs(probability - 0.05) > 1e-6:
+        assert pair.is_beyond_noise == (probability < 0.05)
 
 
 def test_margin_is_half_of_the_interval_of_the_mean():
     """At 2 degrees of freedom the quantile has a closed form: 0.95 * sqrt(2 / (1 - 0.95**2))."""
     one = spread([3.0, 4.5, 8.0])
     wanted = 0.95 * (2 / (1 - 0.95**2)) ** 0.5 * statistics.stdev([3.0, 4.5, 8.0]) / 3**0.5
-    assert one is not None and one.margin == pytest.approx(wanted, rel=1e-3)
+    assert one is not None and one.margin == pytest.approx(wanted, rel=1e-9)
     assert Spread(1.0, None, 1).margin is None
 
 
@@ -157,7 +147,7 @@ def test_one_seed_is_undecided_and_one_prefix_says_nothing():
     order = compare_order(rows, {"a": 3.0, "b": 2.0, "c": 1.0})
     assert len(order.undecided) == 3
     assert [p.error for p in order.pairs] == [1.0, None, None]
-    assert [p.bar for p in order.pairs] == [3.182, None, None]
+    assert [p.bar for p in order.pairs] == [pytest.approx(3.182446), None, None]
     assert (order.num_tested, order.by_chance) == (1, 0.05)
     assert len(compare_order({**rows, "a": Spread(3.19, 2.0, 4)}, {"a": 3.0, "b": 2.0}).alike) == 1
     # With hardly a deviation there is the floor; 100 * 152 / 300 is one prefix of 300 above 151. Seeds that all

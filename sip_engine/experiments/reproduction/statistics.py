@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+from scipy import stats
 
 from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
@@ -17,14 +18,7 @@ from sip_engine.experiments.reproduction.plan import Row, Table
 from sip_engine.types import Kind
 
 CHANCE = 0.05
-"""Share of pairs of equal rows that pass for parted: the quantiles below are two-sided at 95 %."""
-_QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
-"""Of Student's t, at 1, 2, ... degrees of freedom."""
-_FURTHER = ((1000, 1.962), (120, 1.980), (60, 2.000), (40, 2.021), (30, 2.042), (25, 2.060))
-"""Degrees of freedom from which on a quantile holds; towards 1.96 for ever more."""
+"""Share of pairs of equal rows that pass for parted: intervals and tests are two-sided at 95 %."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class Spread:
     @property
     def margin(self) -> float | None:
         """Half of the mean's 95 % interval, by Student's t; None for a single value."""
-        return None if self.error is None else t_quantile(self.count - 1) * self.error
+        return None if self.error is None else _t_quantile(self.count - 1) * self.error
 
 
 @dataclass(frozen=True)
@@ -220,14 +214,9 @@ def spread(values: Iterable[float]) -> Spread | None:
     return Spread(float(known.mean()), deviation, len(known))
 
 
-def t_quantile(freedom: float) -> float:
-    """The 97.5 % quantile of Student's t; between the table's degrees of freedom the larger one holds."""
-    # Rounding must not take whole degrees to the next lower row.
-    whole = math.floor(freedom + 1e-9)
-    assert whole >= 1
-    if whole <= len(_QUANTILES):
-        return _QUANTILES[whole - 1]
-    return next((value for least, value in _FURTHER if whole >= least), _QUANTILES[-1])
+def _t_quantile(freedom: float) -> float:
+    """What Student's t of so many degrees of freedom exceeds, either way, with probability `CHANCE`."""
+    return float(stats.t.ppf(1 - CHANCE / 2, freedom))
 
 
 def compare_order(ours: Mapping[str, Spread], published: Mapping[str, float], *, floor: float = 0.0) -> Order:
@@ -269,7 +258,7 @@ def _noise(a: Spread, b: Spread, floor: float) -> tuple[float | None, float | No
     # Shares of the variance first: squares of tiny errors would vanish.
     shares = [(side / error) ** 2 for side in (a.error, b.error)]
     freedom = 1 / sum(share**2 / (one.count - 1) for share, one in zip(shares, (a, b), strict=True))
-    return error, max(t_quantile(freedom) * error, floor)
+    return error, max(_t_quantile(freedom) * error, floor)
 
 
 def table_bases(table: Table, rows: Sequence[RowRuns]) -> dict[str, Spread | None]:
@@ -323,17 +312,7 @@ def alike_rows(rows: Sequence[RowRuns], *, judge: set[str], candidates: set[str]
 
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Kendall's tau-b of two equally long sequences, in [-1, 1]; None where one of them has no order.
-
-    Concordant minus discordant pairs, over the geometric mean of the pairs that `a` and that `b` part
-    (M. G. Kendall, The treatment of ties in ranking problems, 1945).
-    """
-    signs = [(_sign(a[i] - a[j]), _sign(b[i] - b[j])) for i, j in combinations(range(len(a)), 2)]
-    parted = [sum(1 for pair in signs if pair[side]) for side in (0, 1)]
-    if not all(parted):
+    """Kendall's tau-b of two equally long sequences, in [-1, 1]; None where one of them has no order."""
+    if min(len(set(a)), len(set(b))) < 2:
         return None
-    return sum(x * y for x, y in signs) / math.sqrt(parted[0] * parted[1])
-
-
-def _sign(value: float) -> int:
-    return int(value > 0) - int(value < 0)
+    return float(stats.kendalltau(a, b).statistic)
