@@ -61,7 +61,9 @@ def measure(mesh: Mesh, prefix: int, rollouts: int, prompts: int, repeats: int) 
 
     def peer_generate() -> None:
         with torch.no_grad():
-            done = sampling.peer(peer.llama, batch, rollouts, SUFFIX)[:, prefix:].numpy().astype(np.int32)
+            done = (
+                sampling.peer(peer.llama, batch, rollouts, SUFFIX)[:, prefix:].cpu().numpy().astype(np.int32)
+            )
         drawn["peer"] = [list(group) for group in done.reshape(prompts, rollouts, SUFFIX)]
 
     for turn in range(repeats + 1):

@@ -63,7 +63,7 @@ def ours(sampler: Sampler, prompts: Sequence[np.ndarray], rollouts: int, new: in
 
 def peer(llama: torch.nn.Module, prompts: Sequence[np.ndarray], rollouts: int, new: int) -> torch.Tensor:
     """The same with `generate`, all prompts in one batch and `num_return_sequences` rollouts."""
-    ids = torch.from_numpy(np.stack(prompts)).long()
+    ids = torch.from_numpy(np.stack(prompts)).long().to(device_of(llama))
     return llama.generate(  # pyright: ignore[reportCallIssue]
         ids,
         attention_mask=torch.ones_like(ids),
@@ -78,17 +78,22 @@ def peer(llama: torch.nn.Module, prompts: Sequence[np.ndarray], rollouts: int, n
     )
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next(model.parameters()).device
+
+
 def largest_difference(
     llama: torch.nn.Module, prompts: Sequence[np.ndarray], done: list[list[Completion]]
 ) -> float:
     """Largest |our log-prob - the peer's| over the first completion of each prompt, nats."""
     worst = 0.0
     for prompt, (first, *_) in zip(prompts, done, strict=True):
-        ids = torch.from_numpy(np.concatenate([prompt, first.ids])).long()[None]
+        ids = torch.from_numpy(np.concatenate([prompt, first.ids])).long()[None].to(device_of(llama))
         with torch.no_grad():
             logits = llama(ids).logits[0, len(prompt) - 1 : -1]
         want = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-        worst = max(worst, float((torch.from_numpy(first.logprobs) - want).abs().max()))
+        worst = max(worst, float((torch.from_numpy(first.logprobs) - want.cpu()).abs().max()))
     return worst
 
 

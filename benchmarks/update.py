@@ -187,7 +187,7 @@ class PlainDpo:
                 for k in [c.trained()[place]]
             ]
         )
-        tokens = torch.from_numpy(ids).long()
+        tokens = torch.from_numpy(ids).long().to(next(self.llama.parameters()).device)
         sums = self._sums(self.llama, tokens)
         with torch.no_grad():
             frozen = self._sums(self.frozen, tokens)

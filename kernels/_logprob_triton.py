@@ -193,7 +193,7 @@ def store_sum(
         tl.store(low_ptr + offsets, (total - high.to(tl.float32)).to(high.dtype), mask=is_out)
 
 
-@jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows", "num_inner"])
 def accumulate_kernel(
     a_ptr, b_ptr, out_ptr, low_ptr, num_rows, num_inner, a_stride, b_stride, out_stride,
     TRANSPOSED: tl.constexpr, ADD: tl.constexpr, HIDDEN_SIZE: tl.constexpr,

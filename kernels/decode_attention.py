@@ -105,7 +105,7 @@ SPLIT = 512
 """Prefix tokens of one program: fixed, so that the sums of a row never depend on the rest of the batch."""
 
 
-@jit(do_not_specialize=["num_groups", "num_seqs"])
+@jit(do_not_specialize=["num_groups", "num_seqs", "stride_table"])
 def _prefix_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, group_starts_ptr, tables_ptr, lens_ptr, k_scale_ptr,
     num_groups, num_seqs, stride_qb, stride_qh, stride_table, scale,
@@ -153,7 +153,7 @@ def _prefix_kernel(
     tl.store(lse_ptr + part_row, m + tl.log2(z), mask=row < rows)
 
 
-@jit(do_not_specialize=["num_splits", "num_seqs"])
+@jit(do_not_specialize=["num_splits", "num_seqs", "stride_table"])
 def _suffix_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, tables_ptr, lens_ptr, k_scale_ptr, v_scale_ptr,
     num_splits, num_seqs, stride_qb, stride_qh, stride_table, scale,

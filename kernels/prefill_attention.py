@@ -76,7 +76,7 @@ TILES = {64: Tile(128, 128, 8, 5), 128: Tile(128, 64, 8, 5), 256: Tile(128, 32, 
 """D up to -> tile, for 16-bit queries."""
 
 
-@jit(do_not_specialize=["num_seqs"])
+@jit(do_not_specialize=["num_seqs", "stride_table"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, cu_seqlens_ptr, context_lens_ptr, k_scale_ptr, v_scale_ptr,
     num_seqs, stride_qt, stride_qh, stride_table, scale,

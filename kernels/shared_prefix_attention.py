@@ -55,6 +55,9 @@ def shared_prefix_attention_reference(
     return out if uniform else out[layout.stream_index]
 
 
+MAX_HEAD_DIM = 128
+"""The widest head of impl="triton"."""
+
 IMPLS = {
     "reference": shared_prefix_attention_reference,
     "split": shared_prefix_attention_split,

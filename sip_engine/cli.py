@@ -143,7 +143,12 @@ def train(
     from sip_engine.utils.progress import console
 
     check_precision(cfg.model, cfg.parallel)
-    mesh = start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline, seed=cfg.seed)
+    mesh = start_mesh(
+        cfg.parallel.tensor,
+        cfg.parallel.pipeline,
+        seed=cfg.seed,
+        timeout_minutes=cfg.parallel.timeout_minutes,
+    )
     checkpoint = run_training(cfg, mesh)
     if mesh.is_main:
         report = write_report([cfg.out], cfg.out / "report.html", title=cfg.out.name)

@@ -49,13 +49,13 @@ def llama_of(model: PolicyModel, vocab_size: int) -> LlamaForCausalLM:
             at + "post_attention_layernorm.weight": layer.mlp_norm,
         }
     llama = LlamaForCausalLM(config)
-    llama.to(dtype=w.embedding.dtype)  # pyright: ignore[reportCallIssue]
+    llama.to(device=w.embedding.device, dtype=w.embedding.dtype)  # pyright: ignore[reportCallIssue]
     llama.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, strict=True)
     return llama.eval()
 
 
 def llama_logprobs(llama: LlamaForCausalLM, prefix: list[int], suffix: list[int]) -> torch.Tensor:
     """[len(suffix)] log-probs of the suffix given the prefix, each sequence alone, differentiable."""
-    ids = torch.tensor([prefix + suffix])
+    ids = torch.tensor([prefix + suffix], device=llama.device)
     logits = llama(ids).logits[0, len(prefix) - 1 : -1]
     return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(suffix)[:, None])[:, 0]

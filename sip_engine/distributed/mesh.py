@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 T = TypeVar("T")
+
+DEFAULT_TIMEOUT_MINUTES = 120
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """True on every process of the world if it is on one."""
-        seen = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        if self.size == 1:
+            return flag
+        # In host memory, over gloo: a process may come late for as long as host work takes.
+        seen = torch.tensor([flag], dtype=torch.int32, device="cpu")
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen.item())
 
@@ -149,14 +155,22 @@ class Mesh:
         )
 
     def barrier(self) -> None:
-        dist.barrier()
+        """Wait for every process of the world, over gloo: `dist.barrier` would occupy the devices."""
+        self.any(False)
 
 
-def start_mesh(tensor_parallel: int = 1, pipeline_parallel: int = 1, *, seed: int = 0) -> Mesh:
+def start_mesh(
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    *,
+    seed: int = 0,
+    timeout_minutes: int = DEFAULT_TIMEOUT_MINUTES,
+) -> Mesh:
     """Join the process group (`torchrun`'s, or a world of one) and lay the axes over it.
 
-    nccl is used with CUDA, gloo without. A second call returns a mesh over the same groups and refuses
-    another layout.
+    Device tensors travel by nccl where there is CUDA; host tensors and Python objects by gloo everywhere, so that
+    waiting for a process with long work on its host is no matter of the devices. A process that is not heard of for
+    `timeout_minutes` ends the others. A second call returns a mesh over the same groups and refuses another layout.
 
     Raises:
         ConfigError: the number of processes is not a multiple of tensor × pipeline parallelism.
@@ -164,7 +178,8 @@ def start_mesh(tensor_parallel: int = 1, pipeline_parallel: int = 1, *, seed: in
     from megatron.core import parallel_state
     from megatron.core import tensor_parallel as megatron_tp
 
-    _init_process_group()
+    timeout = timedelta(minutes=timeout_minutes)
+    _init_process_group(timeout)
     size = dist.get_world_size()
     if size % (tensor_parallel * pipeline_parallel):
         raise ConfigError(
@@ -174,7 +189,9 @@ def start_mesh(tensor_parallel: int = 1, pipeline_parallel: int = 1, *, seed: in
         )
     with megatron_device():
         if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+            parallel_state.initialize_model_parallel(
+                tensor_parallel, pipeline_parallel, distributed_timeout_minutes=timeout_minutes
+            )
             megatron_tp.model_parallel_cuda_manual_seed(seed)
     mesh = _current_mesh()
     if (mesh.tp.size, mesh.pp.size) != (tensor_parallel, pipeline_parallel):
@@ -196,17 +213,21 @@ def stop_mesh() -> None:
     dist.destroy_process_group()
 
 
-def _init_process_group() -> None:
+def _init_process_group(timeout: timedelta) -> None:
     if dist.is_initialized():
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend, device = "gloo", None
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(number)
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", number)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
         return
     # A world of one meets itself in memory: no port to collide with another run's, no file to leave.
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device
+    )
 
 
 def _current_mesh() -> Mesh:

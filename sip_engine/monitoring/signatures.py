@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sip_engine.config.schema import MonitorConfig
+from sip_engine.config.schema import MonitorConfig, drift_limit
 from sip_engine.monitoring.curves import Curve, RunState
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -196,7 +196,11 @@ def drifting(run: RunState) -> tuple[str, str] | None:
     drift = run.curves.get("drift/mean")
     if drift is None:
         return None
-    limit = float(run.setting("max_drift", 0.05))
+    limit = drift_limit(
+        run.setting("max_drift", 0.05),
+        run.setting("model.precision", "auto"),
+        run.setting("sampler.kv_dtype", "auto"),
+    )
     first, last = drift.ends()
     largest = float(drift.values.max())
     verdict = CLEAR

@@ -13,7 +13,7 @@ class Thresholds:
     """The limits of a run; `hear` keeps why the judge failed, to be said where it failed too often."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self._judge, self._drift = cfg.judge.max_failure_rate, cfg.max_drift
+        self._judge, self._drift = cfg.judge.max_failure_rate, cfg.drift_limit
         self._failure = ""
 
     def hear(self, verdicts: Iterable[Verdict]) -> None:

@@ -10,10 +10,14 @@ import torch
 
 from sip_engine.config.schema import ModelConfig, ParallelConfig
 from sip_engine.kernels._impl import SETTINGS, SWITCH
+from sip_engine.kernels.shared_prefix_attention import MAX_HEAD_DIM
 from sip_engine.utils.errors import ConfigError
 
 FP8_MULTIPLE = 16
 """FP8 GEMMs want every dimension to be a multiple of this: tokens are padded to it, widths are checked."""
+
+FP8_BLOCK = 128
+"""The side of a blockwise recipe's blocks, which cut both dimensions of a matrix evenly."""
 
 _RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
 
@@ -42,15 +46,25 @@ def fp8_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_precision(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse FP8 where it cannot run, and a setting of the kernels that is unknown, before anything is built.
+    """Refuse what this machine cannot run, before anything is built.
 
     Raises:
-        ConfigError: an unknown SIP_KERNELS, no Transformer Engine, no Hopper GPU, or widths that FP8 does not take.
+        ConfigError: an unknown SIP_KERNELS, heads too wide for CUDA's kernels, no Transformer Engine, no Hopper GPU,
+            or widths that FP8 does not take.
     """
     if os.environ.get(SWITCH, "auto") not in SETTINGS:
         raise ConfigError(
             f"the environment variable {SWITCH} is {os.environ[SWITCH]!r}: set it to one of "
             f"{', '.join(SETTINGS)}, or not at all"
+        )
+    if (
+        torch.cuda.is_available()
+        and os.environ.get(SWITCH, "auto") != "reference"
+        and model.kv_channels > MAX_HEAD_DIM
+    ):
+        raise ConfigError(
+            f"model.head_dim is {model.kv_channels}: attention in training takes at most {MAX_HEAD_DIM} on CUDA; use "
+            f"more, smaller heads, or {SWITCH}=reference, which is slow"
         )
     if model.precision != "fp8":
         return
@@ -66,11 +80,12 @@ def check_precision(model: ModelConfig, parallel: ParallelConfig) -> None:
         "num_heads * head_dim": model.num_heads * model.kv_channels // parallel.tensor,
         "num_kv_heads * head_dim": model.num_kv_heads * model.kv_channels // parallel.tensor,
     }
+    multiple = FP8_BLOCK if model.fp8.recipe == "blockwise" else FP8_MULTIPLE
     for name, width in widths.items():
-        if width % FP8_MULTIPLE:
+        if width % multiple:
             raise ConfigError(
                 f'model.precision="fp8": {name} is {width} on each of {parallel.tensor} tensor-parallel processes '
-                f'and must be a multiple of {FP8_MULTIPLE}; change it or set model.precision="bf16"'
+                f'and must be a multiple of {multiple}; change it or set model.precision="bf16"'
             )
 
 

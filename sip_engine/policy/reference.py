@@ -69,6 +69,8 @@ class Reference:
         finally:
             for parameter, data in zip(self.model.parameters(), stored, strict=True):
                 parameter.data = data
+            for module in self.model.modules():  # Transformer Engine's FP8 copies of weights stay otherwise
+                getattr(module, "_fp8_workspaces", {}).clear()
 
     def _move(self, device: torch.device) -> None:
         pin = torch.cuda.is_available()

@@ -103,7 +103,6 @@ class Device:
         storage = value.untyped_storage()
         key = storage._cdata
         self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
-        value._pinned_storage = storage  # type: ignore[attr-defined]  # the reference that lasts
         return value
 
     def is_pinned(self, value: torch.Tensor) -> bool:

@@ -115,6 +115,7 @@ def merge(clock: dict[int, int], other: dict[int, int]) -> None:
 
 
 def poison(value: torch.Tensor) -> None:
+    value = value.detach()
     if value.dtype.itemsize == 1 and value.dtype.is_floating_point:
         value.view(torch.uint8).fill_(0x7F)  # float8's NaN
     elif value.dtype.is_floating_point:

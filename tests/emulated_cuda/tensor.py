@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from emulated_cuda.streams import CPU, CUDA, Allocation, active, current, is_cuda, poison
+from emulated_cuda.streams import CPU, CUDA, Allocation, current, is_cuda, poison
 
 _PARSE_TO: Any = torch._C._nn._parse_to  # pyright: ignore[reportAttributeAccessIssue]
 _SET_DATA: Any = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
@@ -119,12 +119,9 @@ class EmulatedTensor(torch.Tensor):
         return memo.setdefault(id(self), copied)
 
     def __reduce_ex__(self, proto: Any) -> Any:
+        """Saved with its values, and loaded to the host, as with `map_location="cpu"`."""
         current().note("synchronise")
-        return (_rebuild, (self.value.detach(), self.is_cuda))
-
-
-def _rebuild(value: torch.Tensor, on_device: bool) -> torch.Tensor:
-    return current().adopt(value) if on_device and active else value
+        return self.value.detach().__reduce_ex__(proto)
 
 
 def _target(args: Any, kwargs: Any) -> tuple[Any, torch.dtype | None]:
@@ -166,6 +163,9 @@ class CallsOfTorch(TorchFunctionMode):
             return device.pin(func(*args, **kwargs | {"device": "cpu"}))
         if func is torch.Tensor.copy_ and not on_device(args[0]) and on_device(args[1]):
             return device.to_host(args[1], args[0], non_blocking_of(args, kwargs))
+        if func is torch.tensor and isinstance(args[0], (list, tuple)):
+            data = tree_map(lambda x: x.item() if on_device(x) else x, args[0])  # as torch does, one by one
+            args = (data, *args[1:])
         target = kwargs.get("device")
         if target is None:
             return func(*args, **kwargs)
