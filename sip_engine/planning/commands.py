@@ -13,6 +13,8 @@ from sip_engine.config.overrides import read_run_config
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sip_engine.config.schema import RunConfig
+
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 Config = Annotated[Path, typer.Argument(help="A TOML file; configs/ holds examples.")]
@@ -24,6 +26,12 @@ GpusPerNode = Annotated[int | None, typer.Option(help="GPUs of a node; default: 
 def add_planning_commands(app: typer.Typer) -> None:
     """Add this module's commands to the command line."""
     app.command("plan", context_settings=_OVERRIDES)(plan)
+    launch = typer.Typer(
+        no_args_is_help=True, help="Write the script that starts a run on a cluster, and submit it."
+    )
+    launch.command("slurm", context_settings=_OVERRIDES)(launch_slurm)
+    launch.command("skypilot", context_settings=_OVERRIDES)(launch_skypilot)
+    app.add_typer(launch, name="launch")
 
 
 def plan(
@@ -54,7 +62,7 @@ def plan(
     Every setting can be overridden: `--parallel.tensor 2`. `sip settings` lists them.
     """
     from sip_engine.planning.hardware import MEASURED, load_hardware, load_judge
-    from sip_engine.planning.plan import DoesNotFitError, Request, make_plan
+    from sip_engine.planning.plan import Request, make_plan, refuse
     from sip_engine.planning.screen import plan_screen, sweep_screen
     from sip_engine.planning.sweep import sweep as find_layouts
     from sip_engine.utils.files import check_writable, write_json
@@ -83,10 +91,7 @@ def plan(
     if json_file is not None:
         write_json(json_file, json.loads(json.dumps(written)))
     if not found.fits:
-        raise DoesNotFitError(
-            f"{config}: needs {found.memory.total / 2**30:.1f} GiB of a {gpu}'s {found.capacity / 2**30:.1f}; "
-            f"first: {found.advice[0]}"
-        )
+        refuse(found, str(config))
 
 
 def _wide_console() -> Console:
@@ -95,3 +100,94 @@ def _wide_console() -> Console:
 
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def launch_slurm(
+    context: typer.Context,
+    config: Config,
+    nodes: Nodes = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    script: Annotated[Path | None, typer.Option(help="File to write; default: NAME.sbatch.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write and print the script, submit nothing.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the job; default: that of the run's folder.")
+    ] = None,
+    time: Annotated[str, typer.Option(help="Time limit, [days-]hours:minutes:seconds.")] = "24:00:00",
+    signal_seconds: Annotated[
+        int, typer.Option(help="Seconds before the limit at which the run is told to save and end.")
+    ] = 600,
+    max_requeues: Annotated[int, typer.Option(help="Most times that the job is started again.")] = 100,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
+    cpus: Annotated[int | None, typer.Option(help="Cores of a node for the run.")] = None,
+    interface: Annotated[str | None, typer.Option(help="Network interface for NCCL's sockets.")] = None,
+    venv: Annotated[Path | None, typer.Option(help="Virtual environment, seen by all nodes.")] = None,
+    container: Annotated[str | None, typer.Option(help="Image, for pyxis and enroot.")] = None,
+    mounts: Annotated[
+        str | None, typer.Option(help="The container's mounts, HOST:INSIDE with commas.")
+    ] = None,
+    logs: Annotated[Path, typer.Option(help="Folder of the job's log and one a node.")] = Path("logs"),
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan it for this GPU first; what does not fit is not submitted.")
+    ] = None,
+) -> None:
+    """Write an sbatch script for a run and submit it; it saves, requeues and goes on by itself.
+
+    Every setting can be overridden: `--parallel.tensor 2`. `sip settings` lists them.
+    """
+    from sip_engine.planning.launch.job import Job
+    from sip_engine.planning.launch.submit import submit_slurm, write_script
+
+    cfg = read_run_config(config, context.args)
+    job = Job(
+        cfg, config, tuple(context.args), nodes, gpus_per_node, name or cfg.out.name, time, signal_seconds,
+        max_requeues, logs=logs, partition=partition, account=account, cpus=cpus, interface=interface, venv=venv,
+        container=container, mounts=mounts,
+    )  # fmt: skip
+    job.check()
+    if gpu is not None:
+        _check_fit(cfg, config, gpu, nodes, gpus_per_node)
+    path = script or Path(f"{job.name}.sbatch")
+    text = write_script(job, "slurm", path)
+    typer.echo(text if dry_run else submit_slurm(path))
+
+
+def launch_skypilot(
+    context: typer.Context,
+    config: Config,
+    nodes: Nodes = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    script: Annotated[Path | None, typer.Option(help="File to write; default: NAME.yaml.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the job; default: that of the run's folder.")
+    ] = None,
+    accelerator: Annotated[str, typer.Option(help="SkyPilot's name of the GPU.")] = "H100",
+    spot: Annotated[bool, typer.Option(help="Take machines that may be taken back.")] = True,
+    venv: Annotated[Path, typer.Option(help="Virtual environment that `make install` makes.")] = Path(
+        ".venv"
+    ),
+    container: Annotated[str | None, typer.Option(help="Docker image to run in.")] = None,
+) -> None:
+    """Write a SkyPilot task for a run: `sky jobs launch FILE` then starts it, and starts it again when preempted."""
+    from sip_engine.planning.launch.job import Job
+    from sip_engine.planning.launch.submit import write_script
+
+    cfg = read_run_config(config, context.args)
+    job = Job(
+        cfg, config, tuple(context.args), nodes, gpus_per_node, name or cfg.out.name, spot=spot,
+        accelerator=accelerator, venv=None if container else venv, container=container,
+    )  # fmt: skip
+    path = script or Path(f"{job.name}.yaml")
+    typer.echo(write_script(job, "skypilot", path))
+
+
+def _check_fit(cfg: RunConfig, config: Path, gpu: str, nodes: int, gpus_per_node: int) -> None:
+    """Raise DoesNotFitError unless the run fits GPUs of that kind."""
+    from sip_engine.planning.hardware import load_hardware
+    from sip_engine.planning.plan import Request, make_plan, refuse
+
+    found = make_plan(cfg, Request(load_hardware(gpu, gpus_per_node=gpus_per_node), nodes))
+    if not found.fits:
+        refuse(found, str(config))

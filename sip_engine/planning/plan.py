@@ -7,7 +7,7 @@ predictions from a table of rates.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.planning import memory as memories
@@ -153,6 +153,14 @@ def make_plan(cfg: RunConfig, request: Request) -> Plan:
         standard=standard_cost(cfg, request, replicas),
         total_days=days,
         total_dollars=None if step.dollars is None else step.dollars * cfg.steps,
+    )
+
+
+def refuse(plan: Plan, what: str) -> NoReturn:
+    """Raise DoesNotFitError for a plan that does not fit: by how much, and the first thing to change."""
+    raise DoesNotFitError(
+        f"{what}: needs {plan.memory.total / 2**30:.1f} GiB of a {plan.gpu}'s {plan.capacity / 2**30:.1f}; "
+        f"first: {plan.advice[0]}"
     )
 
 

@@ -1,0 +1,1 @@
+"""Scripts that start a run on a cluster: rendered from templates, checked beforehand."""
