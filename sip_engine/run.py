@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from sip_engine.candidates import reply
 from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import RunConfig
@@ -222,7 +224,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         for change in changed_settings(before, settings):
             console.print(f"[bold]{cfg.out}[/]: changed since the checkpoint: {change}", markup=True)
         console.print(
-            f"[bold]{cfg.out}[/]: {found}; {corpus.description}",
+            f"[bold]{cfg.out}[/]: {found}; {escape(corpus.description)}",
             soft_wrap=True,
         )
     return run

@@ -113,11 +113,12 @@ class DataConfig(Section):
     """Where documents come from and how they are cut into prefix and suffix."""
 
     path: Path | None = None
-    """Directory of .txt/.md/.rst, or a .txt, .jsonl(.gz/.zst) or .parquet file. Required unless [world] is set."""
+    """File or directory of text (.txt, .md, .rst), JSON (.jsonl, .ndjson, .json), .csv, .tsv, each also .gz, .zst,
+    .bz2, .xz, .parquet, .arrow or .feather. Required unless [world] is set."""
     eval_path: Path | None = None
     """Held-out documents; unset holds back a share of `path`."""
     text_column: str = "text"
-    """Field of .jsonl and .parquet rows that holds the text."""
+    """Field of JSON, CSV, Parquet and Arrow rows that holds the text."""
     tokenizer: Path | None = None
     """A sentencepiece model; trained on the data when unset."""
     vocab_size: Positive = 8192
@@ -133,7 +134,8 @@ class DataConfig(Section):
     cache: Path = Path("cache")
     """Folder of token files, keyed by content."""
     holdout: Share = 0.02
-    """Share of the documents kept from training for evaluation, where `eval_path` is unset."""
+    """Share of the documents kept from training for evaluation, where `eval_path` is unset; of too few documents,
+    as of a book, the end of the longest."""
 
 
 class WorldConfig(Section):

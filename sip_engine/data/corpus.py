@@ -12,9 +12,10 @@ import numpy as np
 from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.documents import read_documents
+from sip_engine.data.inventory import take_inventory
 from sip_engine.data.permutation import hash_key, mix64
 from sip_engine.data.prompts import PromptStream, read_prompts
-from sip_engine.data.samples import SampleIndex
+from sip_engine.data.samples import SampleIndex, first_chunk
 from sip_engine.data.stream import SampleStream
 from sip_engine.data.token_files import TokenFiles, build_token_files
 from sip_engine.data.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ class Corpus:
     """None for a task's prompts."""
     num_samples: int
     """Samples of one training epoch."""
+    notes: Sequence[str] = ()
+    """What a user must know of what is read and what is not."""
 
     @property
     def description(self) -> str:
@@ -44,7 +47,9 @@ class Corpus:
         if self.files is None:
             return f"{self.num_samples:,} prompts"
         documents, tokens = self.files.num_documents, self.files.num_tokens
-        return f"{documents:,} documents, {tokens:,} tokens, {self.num_samples:,} samples"
+        counts = f"{documents:,} documents, {tokens:,} tokens, {self.num_samples:,} samples"
+        skipped = [f"skipped {self.files.skips}"] if self.files.skips else []
+        return "; ".join([counts, *skipped, *self.notes])
 
     def texts(self, limit: int, text_column: str) -> list[str]:
         """The first documents of the training data, as text."""
@@ -79,20 +84,15 @@ def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) 
     tokenizer = Tokenizer(tokenizer_model)
     opened = [TokenFiles.open(prefix) for prefix in prefixes]
     train, held = opened[0], opened[-1]
-    train_lengths = held_lengths = train.lengths
-    if eval_path is None:
-        is_held = _held_out(train.num_documents, cfg.data.holdout)
-        train_lengths = np.where(is_held, 0, train.lengths)
-        held_lengths = np.where(is_held, train.lengths, 0)
-    else:
-        held_lengths = held.lengths
-    index = _index(cfg, train_lengths, cfg.data.cut, cfg.seed, "training")
+    split = _split(cfg, train) if eval_path is None else _Split(train.lengths, held.lengths)
+    index = _index(cfg, split.train, cfg.data.cut, cfg.seed, "training")
     stream = SampleStream(train, tokenizer, index)
     # The same held-out samples for every seed, so that runs can be compared.
-    held_index = _index(cfg, held_lengths, "every_chunk", 0, "held-out")
+    held_index = _index(cfg, split.held, "every_chunk", 0, "held-out", split.held_starts)
     count = min(cfg.eval.num_prefixes, held_index.num_samples)
     held_out = SampleStream(held, tokenizer, held_index).samples_at(0, count)
-    return Corpus(tokenizer, stream, held_out, train_path, train, index.num_samples)
+    notes = [*_passed_over(train_path), *split.notes]
+    return Corpus(tokenizer, stream, held_out, train_path, train, index.num_samples, notes)
 
 
 def _open_prompts(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Corpus:
@@ -187,13 +187,61 @@ def _token_files(cfg: RunConfig, path: Path, tokenizer: Tokenizer) -> TokenFiles
     return build_token_files(path, tokenizer, cfg.data.cache, cfg.data.text_column)
 
 
-def _held_out(num_documents: int, share: float) -> np.ndarray:
-    """[num_documents] bool: by a hash of the number, so that more documents move none across."""
-    draws = mix64(np.arange(num_documents, dtype=np.uint64) ^ hash_key(0, 0))
-    return draws < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
+@dataclass(frozen=True)
+class _Split:
+    """Which tokens of which documents are trained on and which are held back: lengths [num_documents]."""
+
+    train: np.ndarray
+    held: np.ndarray
+    held_starts: np.ndarray | None = None
+    """Tokens of each document before the held-out suffixes."""
+    notes: Sequence[str] = ()
 
 
-def _index(cfg: RunConfig, lengths: np.ndarray, cut: str, seed: int, what: str) -> SampleIndex:
+def _split(cfg: RunConfig, files: TokenFiles) -> _Split:
+    """Some documents by a hash of their number, so that more documents move none across.
+
+    Where none of them is long enough, as in a book, the end of the longest document.
+    """
+    data, lengths = cfg.data, files.lengths
+    for share, what, remedy in ((0, "held-out", "raise it"), (1, "training", "lower it")):
+        if data.holdout == share:
+            raise DataError(
+                f"data.holdout={data.holdout:g} leaves no {what} document: {remedy}, or set data.eval_path"
+            )
+    draws = mix64(np.arange(len(lengths), dtype=np.uint64) ^ hash_key(0, 0))
+    is_held = draws < np.uint64(min(int(data.holdout * 2.0**64), 2**64 - 1))
+    shortest = data.suffix_tokens * (1 + first_chunk(data.suffix_tokens, data.min_prefix_tokens))
+    is_long = lengths >= shortest
+    if (is_held & is_long).any() and (~is_held & is_long).any():
+        return _Split(np.where(is_held, 0, lengths), np.where(is_held, lengths, 0))
+    longest = int(lengths.argmax())
+    num_cuts = (int(lengths[longest]) - shortest) // data.suffix_tokens + 1
+    num_held = max(1, round(data.holdout * num_cuts))
+    train = lengths.copy()
+    train[longest] = (
+        lengths[longest] // data.suffix_tokens * data.suffix_tokens - num_held * data.suffix_tokens
+    )
+    if train.max(initial=0) < shortest:
+        raise DataError(
+            f"{files.num_documents} documents, of at most {lengths.max(initial=0)} tokens, are too few to train on "
+            f"and to hold back some: suffixes of {data.suffix_tokens} need {shortest + data.suffix_tokens} in one; "
+            "set data.eval_path, a smaller data.suffix_tokens or data.min_prefix_tokens, or give longer documents"
+        )
+    held, starts = np.zeros_like(lengths), np.zeros_like(lengths)
+    held[longest], starts[longest] = lengths[longest], train[longest]
+    note = f"held back: the last {num_held} suffixes of document {longest + 1}, for want of whole documents"
+    return _Split(train, held, starts, [note])
+
+
+def _passed_over(path: Path) -> list[str]:
+    passed_over = take_inventory(path).passed_over
+    return [f"passed over in {path}: {passed_over}"] if passed_over else []
+
+
+def _index(
+    cfg: RunConfig, lengths: np.ndarray, cut: str, seed: int, what: str, starts: np.ndarray | None = None
+) -> SampleIndex:
     data = cfg.data
     try:
         return SampleIndex(
@@ -203,6 +251,7 @@ def _index(cfg: RunConfig, lengths: np.ndarray, cut: str, seed: int, what: str) 
             data.min_prefix_tokens,
             cut=cut,  # type: ignore[arg-type]
             seed=seed,
+            starts=starts,
         )
     except DataError as error:
         raise DataError(f"{what} documents: {error}") from None

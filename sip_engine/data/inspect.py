@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import open_corpus
+from sip_engine.data.inventory import take_inventory
 from sip_engine.distributed.mesh import start_mesh
 from sip_engine.utils.progress import console
 
@@ -22,14 +24,16 @@ def describe_data(cfg: RunConfig) -> None:
     }
     if files is not None:
         rows = {
+            "files": str(take_inventory(corpus.train_path).read),
             "documents": f"{files.num_documents:,}",
             "skipped": str(files.skips) or "none",
             "tokens": f"{files.num_tokens:,}",
             **rows,
             "token files": str(files.prefix_path),
+            **{f"note {number}": note for number, note in enumerate(corpus.notes, start=1)},
         }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
     sample = corpus.stream.samples_at(0, 1)[0]
     console.print(f"[bold]first prefix[/] (document {sample.document}, cut {sample.cut})", highlight=False)

@@ -34,12 +34,14 @@ class SampleIndex:
         min_prefix_tokens: int = 1,
         cut: Cut = "every_chunk",
         seed: int = 0,
+        starts: np.ndarray | None = None,
     ) -> None:
         """
         lengths: tokens of each document [num_documents], with bos and eos; set those of documents to
             leave out (held out, or another model's share) to 0.
         min_prefix_tokens: the fewest tokens before a cut, not counting bos.
         seed: also decides the order of samples in a `SampleStream`.
+        starts: tokens of each document [num_documents] that belong to another index' suffixes; cuts come after.
 
         Raises ConfigError for settings that contradict each other, DataError if no document is long
         enough for one sample.
@@ -50,8 +52,12 @@ class SampleIndex:
         self.min_prefix_tokens = min_prefix_tokens
         self.cut: Cut = cut
         self.seed = seed
-        self._first_chunk = max(1, -(-(1 + min_prefix_tokens) // suffix_tokens))
-        num_cuts = np.maximum(np.asarray(lengths, dtype=np.int64) // suffix_tokens - self._first_chunk, 0)
+        self._first_chunk = first_chunk(suffix_tokens, min_prefix_tokens)
+        self._skipped = (
+            None if starts is None else np.maximum(-(-starts // suffix_tokens) - self._first_chunk, 0)
+        )
+        num_cuts = np.asarray(lengths, dtype=np.int64) // suffix_tokens - self._first_chunk
+        num_cuts = np.maximum(num_cuts if self._skipped is None else num_cuts - self._skipped, 0)
         if not num_cuts.any():
             raise self._nothing_to_cut(lengths)
         self.num_documents = len(num_cuts)
@@ -78,6 +84,8 @@ class SampleIndex:
         else:
             documents = np.searchsorted(self._ends, samples, side="right")
             chunks = samples - self._cut_range(documents)[0]
+        if self._skipped is not None:
+            chunks = chunks + self._skipped[documents]
         return documents, (self._first_chunk + chunks) * self.suffix_tokens
 
     def prefix_start(self, cut: int) -> int:
@@ -96,6 +104,11 @@ class SampleIndex:
             f"no document is long enough for one sample: the longest has {longest} tokens, and suffixes of "
             f"{self.suffix_tokens} need {needed}; give longer documents or a smaller suffix_tokens"
         )
+
+
+def first_chunk(suffix_tokens: int, min_prefix_tokens: int) -> int:
+    """Number, from 0, of the first chunk of a document that may be a suffix: after bos and the shortest prefix."""
+    return max(1, -(-(1 + min_prefix_tokens) // suffix_tokens))
 
 
 def _check_settings(suffix_tokens: int, max_prefix_tokens: int, min_prefix_tokens: int, cut: str) -> None:

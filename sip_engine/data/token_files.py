@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sip_engine.data.documents import MAX_DOCUMENT_BYTES, SkipCounts, list_input_files, read_documents
+from sip_engine.data.inventory import take_inventory
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import atomic_folder
@@ -126,11 +127,11 @@ def build_token_files(
 
 
 def _cache_key(path: Path, tokenizer: Tokenizer, text_column: str, max_bytes: int, on_bytes: _OnBytes) -> str:
-    root = path if path.is_dir() else path.parent
+    inventory = take_inventory(path)
     rules = [FORMAT_VERSION, tokenizer.fingerprint, text_column, max_bytes]
     key = hashlib.sha256(json.dumps(rules).encode())
-    for file in list_input_files(path):
-        identity = [file.relative_to(root).as_posix(), _sha256(file, on_bytes)]
+    for name, file in zip(inventory.names, inventory.files, strict=True):
+        identity = [name, _sha256(file, on_bytes)]
         key.update(json.dumps(identity).encode())
     return key.hexdigest()
 
