@@ -99,7 +99,7 @@ def reply(
     greedy: bool = False,
 ) -> tuple[list[list[Completion]], list[list[str | None]]]:
     """`n` generations for each prompt of a task, up to end-of-text, and their texts; None where that did not come."""
-    eos = tokenizer.eos_id
+    ends = tokenizer.eos_ids
     params = SamplingParams(
         cfg.data.suffix_tokens,
         temperature=cfg.sampler.temperature,
@@ -108,8 +108,8 @@ def reply(
         greedy=greedy,
         seed=cfg.seed,
         step=step,
-        stop_ids=(eos,),
+        stop_ids=ends,
     )
     done = sampler.generate([Request(s.prefix_ids, n, s.document, s.cut) for s in samples], params)
-    texts = [[tokenizer.decode(c.ids[:-1]) if c.ids[-1] == eos else None for c in group] for group in done]
+    texts = [[tokenizer.decode(c.ids[:-1]) if c.ids[-1] in ends else None for c in group] for group in done]
     return done, texts

@@ -246,16 +246,30 @@ def eval_(
 
 @app.command("import")
 def import_(
-    folder: Annotated[
-        Path, typer.Argument(help="A Hugging Face folder: config.json, *.safetensors, tokenizer.")
-    ],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="A Hugging Face folder: config.json, *.safetensors, tokenizer.")
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="A GGUF file instead; needs transformers and gguf.")
+    ] = None,
 ) -> None:
-    """Make a checkpoint of a Llama or Qwen model; any parallel layout can start from it."""
+    """Make a checkpoint of a model of Llama's kind; says what it found and what is not as in transformers."""
+    import tempfile
+
+    from sip_engine.huggingface.gguf_files import unpack_gguf
     from sip_engine.huggingface.importing import import_model
     from sip_engine.utils.progress import console
 
-    console.print(f"checkpoint {import_model(folder, out)}", soft_wrap=True)
+    if (folder is None) == (gguf is None):
+        raise ConfigError("import needs either a folder or --gguf FILE")
+    if folder is not None:
+        import_model(folder, out)
+    else:
+        assert gguf is not None
+        with tempfile.TemporaryDirectory(prefix="sip-gguf-") as scratch:
+            import_model(unpack_gguf(gguf, Path(scratch) / gguf.stem), out)
+    console.print(f"checkpoint {out}", soft_wrap=True)
 
 
 @app.command("export")
@@ -317,8 +331,9 @@ def _parse_seed(text: str) -> int:
 def _read_config(config: Path, context: typer.Context, over: dict[str, Any] | None = None) -> RunConfig:
     """A config file with the command line's overrides, and `over` on top."""
     from sip_engine.config.overrides import read_run_config
+    from sip_engine.policy.inherit import with_model_of_init
 
-    return read_run_config(config, context.args, over)
+    return read_run_config(config, context.args, over, complete=with_model_of_init)
 
 
 add_spec_commands(data, _read_config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,16 @@ if TYPE_CHECKING:
     from sip_engine.config.schema import RunConfig
 
 
-def read_run_config(config: Path, args: list[str], over: dict[str, Any] | None = None) -> RunConfig:
+def read_run_config(
+    config: Path,
+    args: list[str],
+    over: dict[str, Any] | None = None,
+    *,
+    complete: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
+) -> RunConfig:
     """A config file with the command line's overrides `args`, and `over` on top.
+
+    `complete` fills in what the settings (and the file's name, for messages) leave to something else.
 
     Raises:
         ConfigError: the file or an override is wrong.
@@ -23,7 +32,8 @@ def read_run_config(config: Path, args: list[str], over: dict[str, Any] | None =
 
     config = find_config(config)
     settings = merge_settings(read_toml(config), parse_overrides(args))
-    return parse_config(merge_settings(settings, over or {}), str(config))
+    settings = merge_settings(settings, over or {})
+    return parse_config(complete(settings, str(config)) if complete else settings, str(config))
 
 
 def parse_overrides(args: list[str]) -> dict[str, Any]:

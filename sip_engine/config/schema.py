@@ -54,13 +54,19 @@ class ModelConfig(Section):
     rope_base: float = Field(default=10000.0, gt=0)
     """Base of the rotary wavelengths."""
     rope_factor: float = Field(default=1.0, ge=1)
-    """Stretch rotary wavelengths beyond the original context by this, as Llama 3.1 does; 1 leaves them."""
+    """Stretch rotary wavelengths beyond the original context by this, as `rope_scaling` says; 1 leaves them."""
+    rope_scaling: Literal["llama3", "linear", "yarn"] = "llama3"
+    """llama3: long wavelengths, as Llama 3.1 does; linear: all of them; yarn: those that turn rarely (2309.00071)."""
     rope_low_freq_factor: float = Field(default=1.0, gt=0)
     """Wavelengths above rope_original_context / this are stretched in full."""
     rope_high_freq_factor: float = Field(default=4.0, gt=0)
     """Wavelengths below rope_original_context / this are left as they are; in between the two are blended."""
     rope_original_context: Positive = 8192
     """Context that the stretched model was first trained for, in tokens."""
+    rope_beta_fast: float = Field(default=32.0, gt=0)
+    """yarn: channels that turn more often than this in the original context are left as they are."""
+    rope_beta_slow: float = Field(default=1.0, gt=0)
+    """yarn: channels that turn less often than this are stretched in full."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Epsilon inside RMSNorm."""
     tie_embeddings: bool = False

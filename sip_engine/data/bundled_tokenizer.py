@@ -24,10 +24,25 @@ FAST_FILE = "tokenizer.json"
 _SPACE = "\u2581"
 
 
-def write_bundle(files: Mapping[str, bytes], *, vocab_size: int, bos_id: int, eos_id: int) -> bytes:
-    """One file of many. `vocab_size` counts the model's rows, which may be more than the tokenizer's pieces."""
+def write_bundle(
+    files: Mapping[str, bytes],
+    *,
+    vocab_size: int,
+    bos_id: int,
+    eos_ids: Sequence[int],
+    adds_bos: bool = True,
+    named_bos_id: int | None = None,
+    named_eos_id: int | list[int] | None = None,
+) -> bytes:
+    """One file of many. `vocab_size` counts the model's rows, which may be more than the tokenizer's pieces.
+
+    `eos_ids` are all that end a text, the one that ends a document first; `named_bos_id` and
+    `named_eos_id` are what the model's own settings say, if anything.
+    """
     encoded = {name: base64.b64encode(data).decode() for name, data in sorted(files.items())}
-    head = {"format": _FORMAT, "vocab_size": vocab_size, "bos_id": bos_id, "eos_id": eos_id}
+    head = {"format": _FORMAT, "vocab_size": vocab_size, "bos_id": bos_id, "eos_id": eos_ids[0]}
+    head |= {"eos_ids": list(eos_ids), "adds_bos": adds_bos}
+    head |= {"named_bos_id": named_bos_id, "named_eos_id": named_eos_id}
     return json.dumps({**head, "files": encoded}).encode()
 
 
@@ -59,13 +74,26 @@ class BundledTokenizer:
         else:
             raise DataError(f"{name}: this bundle has no tokenizer; import the model again")
         self.bos_id, self.eos_id = int(head["bos_id"]), int(head["eos_id"])
-        rows = int(head["vocab_size"])
-        if len(backend.token_bytes) > rows or not (0 <= self.bos_id < rows and 0 <= self.eos_id < rows):
+        self.eos_ids = tuple(int(token) for token in head.get("eos_ids", [self.eos_id]))
+        self.adds_bos = bool(head.get("adds_bos", True))
+        self.named_bos_id: int | None = head.get("named_bos_id", self.bos_id)
+        ends = list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_id
+        self.named_eos_id: int | list[int] = head.get("named_eos_id") or ends
+        rows, table = int(head["vocab_size"]), backend.token_bytes
+        unrowed = next((token for token in range(rows, len(table)) if table[token]), None)
+        if unrowed is not None:
             raise DataError(
-                f"{name}: the tokenizer knows {len(backend.token_bytes)} tokens, bos {self.bos_id} and eos "
-                f"{self.eos_id}, but the model has {rows} rows; use the tokenizer of this model"
+                f"{name}: a text can hold token {unrowed} ({table[unrowed][:20]!r}), but the model has {rows} rows; "
+                "use the tokenizer of this model"
             )
-        self.token_bytes = backend.token_bytes + [b""] * (rows - len(backend.token_bytes))
+        if not all(0 <= token < rows for token in (self.bos_id, *self.eos_ids)):
+            raise DataError(
+                f"{name}: bos is token {self.bos_id} and eos {list(self.eos_ids)}, but the model has {rows} rows; "
+                "use the tokenizer of this model"
+            )
+        # What is left beyond the rows are special tokens, such as a pad, that no text becomes.
+        table = table[:rows]
+        self.token_bytes = table + [b""] * (rows - len(table))
         self.encode = backend.encode
 
 
@@ -96,6 +124,11 @@ class FastBackend:
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name."""
         return self._fast.token_to_id(token)
+
+    def begins_with(self, token: int | None) -> bool:
+        """Whether its own rule puts this token in front of a text."""
+        ids = self._fast.encode("a", add_special_tokens=True).ids
+        return token is not None and ids[:1] == [token]
 
     def encode(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
         """Ids [num_tokens] int32 of each text; the library chooses its own threads."""

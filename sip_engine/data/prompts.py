@@ -82,7 +82,7 @@ def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _answered(record: dict[str, Any], number: int, tokenizer: Tokenizer) -> Sample:
     prompt, answer = record.pop("prompt"), record.pop("answer")
-    prefix = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
+    prefix = np.concatenate([tokenizer.begin, tokenizer.encode(prompt)]).astype(np.int32)
     suffix = np.concatenate([tokenizer.encode(answer), [tokenizer.eos_id]]).astype(np.int32)
     return Sample(number, 0, prefix, suffix, prompt, answer, record)
 
@@ -95,10 +95,8 @@ def _labelled(record: dict[str, Any], number: int, tokenizer: Tokenizer) -> Samp
     for (_, label), answer in zip(labels, answers, strict=True):
         if len(answer) != 1:
             raise DataError(f"the label {label!r} is {len(answer)} tokens, not one: use a letter")
-    bos = np.array([tokenizer.bos_id], np.int32)
-    return Sample(
-        number, 0, bos, ids, "", text, record, Labels(places, np.concatenate(answers).astype(np.int32))
-    )
+    answer = Labels(places, np.concatenate(answers).astype(np.int32))
+    return Sample(number, 0, tokenizer.begin, ids, "", text, record, answer)
 
 
 def _are_labels(labels: Any, text: str) -> bool:

@@ -36,6 +36,16 @@ class Tokenizer:
         self.vocab_size = len(self._backend.token_bytes)
         self.bos_id = self._backend.bos_id
         self.eos_id = self._backend.eos_id
+        """What ends a document."""
+        self.eos_ids: tuple[int, ...] = getattr(self._backend, "eos_ids", (self.eos_id,))
+        """All that end a text, `eos_id` first: a model may end a turn otherwise than a document."""
+        adds_bos = getattr(self._backend, "adds_bos", True)
+        self.begin = np.array([self.bos_id] if adds_bos else [], np.int32)
+        """[1 or 0] int32: what its own rule puts in front of a text."""
+        self.named_bos_id: int | None = getattr(self._backend, "named_bos_id", self.bos_id)
+        """What a model's own settings call bos; None if nothing. A document of ours begins with `bos_id`."""
+        self.named_eos_id: int | list[int] = getattr(self._backend, "named_eos_id", self.eos_id)
+        """What a model's own settings call eos."""
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:

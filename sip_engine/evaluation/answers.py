@@ -72,7 +72,7 @@ def _continue(
 ) -> list[str]:
     """Greedy continuations up to end-of-document; a long prompt keeps its last tokens."""
     tokenizer, texts = policy.tokenizer, []
-    params = SamplingParams(max_new_tokens, greedy=True, stop_ids=(tokenizer.eos_id,))
+    params = SamplingParams(max_new_tokens, greedy=True, stop_ids=tokenizer.eos_ids)
     with steps(name, -(-len(prompts) // _CHUNK), quiet=not policy.mesh.is_main) as bar:
         for first in range(0, len(prompts), _CHUNK):
             ids = [encode_prompt(tokenizer, prompt.text) for prompt in prompts[first : first + _CHUNK]]

@@ -137,7 +137,7 @@ class HarnessModel:
             top_p=1.0 if greedy else float(settings.get("top_p", 1.0)),
             top_k=0 if greedy else int(settings.get("top_k", 0)),
             greedy=greedy,
-            stop_ids=(self.policy.tokenizer.eos_id,),
+            stop_ids=self.policy.tokenizer.eos_ids,
         )
 
     def _windows(self, ids: np.ndarray) -> list[Row]:

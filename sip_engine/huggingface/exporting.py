@@ -44,8 +44,8 @@ def export_model(checkpoint: Path, out: Path, *, max_shard_bytes: int = _MAX_SHA
     config = config_json(
         state.model,
         state.vocab_size,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
+        bos_id=tokenizer.named_bos_id,
+        eos_id=tokenizer.named_eos_id,
         dtype=str(dtype).removeprefix("torch."),
     )
     check_free(out)

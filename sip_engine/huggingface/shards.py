@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +24,7 @@ _DTYPES = ("F32", "BF16", "F16")
 # Old writers store the rotary table; with tied embeddings some store the head a second time.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,18 @@ def open_shards(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Shards:
         twice = next(name for name in present if present.count(name) > 1)
         raise CheckpointError(f"{folder}: {twice} is in several files; remove the files of another model")
     return Shards(files, "bf16" if kinds == {"BF16"} else "fp32")
+
+
+def has_own_head(folder: Path) -> bool:
+    """Whether a folder holds a head that differs from its embedding; transformers 5 then keeps the two apart."""
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        with _reading(path) as file:
+            for name in (_HEAD, _EMBEDDING):
+                if name in file.keys():  # noqa: SIM118
+                    found[name] = file.get_tensor(name)
+    head, embedding = found.get(_HEAD), found.get(_EMBEDDING)
+    return head is not None and embedding is not None and not torch.equal(head, embedding)
 
 
 def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], max_bytes: int) -> None:

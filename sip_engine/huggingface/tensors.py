@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
+import torch
 from torch import Tensor
 
 from sip_engine.config.schema import ModelConfig
@@ -36,6 +39,51 @@ def tensor_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, .
     if not model.tie_embeddings:
         shapes["lm_head.weight"] = (vocab_size, hidden)
     return shapes
+
+
+def stored_shapes(
+    model: ModelConfig, vocab_size: int, *, fused: bool = False, output_bias: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """`tensor_shapes` of a family whose files fuse matrices, or hold a bias of the attention's output."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensor_shapes(model, vocab_size).items():
+        whole = _fused_name(name) if fused else name
+        rows = shapes[whole][0] if whole in shapes else 0
+        shapes[whole] = (rows + shape[0], *shape[1:])
+        if output_bias and name.endswith("self_attn.o_proj.weight"):
+            shapes[name.replace(".weight", ".bias")] = shape[:1]
+    return shapes
+
+
+def own_tensors(
+    tensors: Iterator[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    scales: Mapping[str, float],
+) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors as those of `shapes`: fused ones split, `scales` (end of a name -> factor) multiplied in.
+
+    A bias of the attention's output passes with its name.
+    """
+    parts: dict[str, list[str]] = {}
+    for name in shapes:
+        parts.setdefault(_fused_name(name), []).append(name)
+    for stored, tensor in tensors:
+        if stored in shapes or stored not in parts:
+            pieces = [(stored, tensor)]
+        else:
+            names = parts[stored]
+            pieces = list(zip(names, tensor.split([shapes[name][0] for name in names]), strict=True))
+        for name, piece in pieces:
+            factor = next((value for end, value in scales.items() if name.endswith(end)), None)
+            yield name, piece if factor is None else (piece.double() * factor).to(torch.float32)
+
+
+def _fused_name(name: str) -> str:
+    """The matrix of Phi-3 that a matrix is rows of, in the order of `tensor_shapes`; others are their own."""
+    name = name.replace("mlp.gate_proj", "mlp.gate_up_proj").replace("mlp.up_proj", "mlp.gate_up_proj")
+    for kind in "qkv":
+        name = name.replace(f"self_attn.{kind}_proj", "self_attn.qkv_proj")
+    return name
 
 
 def tensor_views(weights: PolicyWeights, *, tied: bool) -> dict[str, Tensor]:

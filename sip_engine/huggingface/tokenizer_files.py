@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, processors
@@ -53,24 +55,38 @@ def read_tokenizer(folder: Path, source: SourceConfig) -> Tokenizer:
                 return plain
             if FAST_FILE not in files and _CONFIG_FILE not in files:
                 files = ours | files
-            bos_id, eos_id = plain.bos_id, plain.eos_id
+            ids = _special_ids(folder, source, files, partial(_piece_id, plain, files))
+            bos_id = plain.bos_id if ids.bos is None else ids.bos
+            eos_ids = ids.eos or (plain.eos_id,)
+            adds_bos = _settings(files).get("add_bos_token") is not False
         elif FAST_FILE in files:
             fast = FastBackend(files[FAST_FILE], str(folder / FAST_FILE))
-            eos_id = _special_id(folder, source, fast, "eos")
-            if eos_id is None:
+            ids = _special_ids(folder, source, files, fast.id_of)
+            if not ids.eos:
                 raise CheckpointError(
                     f"{folder}: no eos token in {_CONFIG_FILE} or config.json; name one there"
                 )
-            bos_id = _special_id(folder, source, fast, "bos")
-            # Qwen has no bos: a document then begins with what ends the one before it.
-            bos_id = eos_id if bos_id is None else bos_id
+            bos_id, eos_ids = ids.bos, ids.eos
+            adds_bos = _settings(files).get("add_bos_token")
+            adds_bos = fast.begins_with(bos_id) if not isinstance(adds_bos, bool) else adds_bos
         else:
             raise CheckpointError(
                 f"{folder}: no {SENTENCEPIECE_FILE} and no {FAST_FILE}; load the tokenizer in transformers and "
                 "save_pretrained it there"
             )
-        files.setdefault(_GENERATION_FILE, _generation(bos_id, eos_id))
-        bundle = write_bundle(files, vocab_size=source.vocab_size, bos_id=bos_id, eos_id=eos_id)
+        if bos_id is None or not adds_bos:
+            # A document then begins with what ends the one before it, and a prompt with nothing.
+            bos_id, adds_bos = eos_ids[0], False
+        files.setdefault(_GENERATION_FILE, _generation(ids.bos, eos_ids))
+        bundle = write_bundle(
+            files,
+            vocab_size=source.vocab_size,
+            bos_id=bos_id,
+            eos_ids=eos_ids,
+            adds_bos=adds_bos,
+            named_bos_id=ids.bos,
+            named_eos_id=source.raw.get("eos_token_id"),
+        )
         return Tokenizer(bundle, str(folder))
     except (DataError, OSError) as error:
         raise CheckpointError(str(error)) from None
@@ -99,7 +115,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         SENTENCEPIECE_FILE: tokenizer.model,
         FAST_FILE: definition,
         _CONFIG_FILE: _json(settings),
-        _GENERATION_FILE: _generation(tokenizer.bos_id, tokenizer.eos_id),
+        _GENERATION_FILE: _generation(tokenizer.bos_id, tokenizer.eos_ids),
     }
 
 
@@ -146,20 +162,94 @@ def _as_fast(model: bytes) -> tuple[list[str], bytes]:
     return names, fast.to_str(pretty=True).encode()
 
 
-def _special_id(folder: Path, source: SourceConfig, fast: FastBackend, name: str) -> int | None:
-    """The id of bos or eos: named in the tokenizer's settings, else numbered in the model's."""
-    path = folder / _CONFIG_FILE
-    token = read_json(path).get(f"{name}_token") if path.is_file() else None
-    content = token.get("content") if isinstance(token, dict) else token
-    if isinstance(content, str):
-        return fast.id_of(content)
-    numbered = source.raw.get(f"{name}_token_id")
-    first = numbered[0] if isinstance(numbered, list) and numbered else numbered
-    return first if isinstance(first, int) else None
+class _Special(NamedTuple):
+    """Ids that a model's settings give; `eos` holds all of them, the tokenizer's own first."""
+
+    bos: int | None
+    eos: tuple[int, ...]
 
 
-def _generation(bos_id: int, eos_id: int) -> bytes:
-    return _json({"bos_token_id": bos_id, "eos_token_id": eos_id})
+def _special_ids(
+    folder: Path, source: SourceConfig, files: Mapping[str, bytes], id_of: Callable[[str], int | None]
+) -> _Special:
+    """Bos and every eos: named in the tokenizer's settings, and numbered in the model's and for generation."""
+    path = folder / _GENERATION_FILE
+    numbered = [source.raw, read_json(path) if path.is_file() else {}]
+    settings = _settings(files)
+
+    def named(kind: str) -> list[int]:
+        token = settings.get(f"{kind}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        found = id_of(content) if isinstance(content, str) else None
+        return [] if found is None else [found]
+
+    def ids(kind: str) -> list[int]:
+        found = named(kind)
+        for values in numbered:
+            value = values.get(f"{kind}_token_id")
+            found += [
+                token for token in (value if isinstance(value, list) else [value]) if type(token) is int
+            ]
+        return list(dict.fromkeys(found))
+
+    return _Special(next(iter(ids("bos")), None), tuple(ids("eos")))
+
+
+def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        value = json.loads(files.get(_CONFIG_FILE, b"{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{_CONFIG_FILE}: not readable as JSON ({error})") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _piece_id(tokenizer: Tokenizer, files: Mapping[str, bytes], name: str) -> int | None:
+    """The id of a token of a sentencepiece model, or of one added to it, by its name."""
+    added = json.loads(files.get("added_tokens.json", b"{}"))
+    decoder = _settings(files).get("added_tokens_decoder", {})
+    added |= {one["content"]: int(token) for token, one in decoder.items() if "content" in one}
+    if name in added:
+        return int(added[name])
+    proto_module: Any = sentencepiece_model_pb2
+    pieces = proto_module.ModelProto.FromString(tokenizer.model).pieces
+    return next((number for number, piece in enumerate(pieces) if piece.piece == name), None)
+
+
+def conventions(tokenizer: Tokenizer) -> list[str]:
+    """A line for each way in which ids differ from transformers' of the same folder, and on what ends a text."""
+    if not is_bundle(tokenizer.model):
+        return []
+    files = bundled_files(tokenizer.model, "tokenizer")
+    ends = ", ".join(map(str, tokenizer.eos_ids))
+    lines = [f"text: ends at token {ends}; " + (
+        f"begins with token {tokenizer.bos_id}"
+        if len(tokenizer.begin)
+        else f"begins with nothing, as its tokenizer has it (documents in training with token {tokenizer.bos_id})"
+    )]  # fmt: skip
+    if _puts_space_first(files):
+        lines.append("text: no space is put in front, where its own tokenizer puts one")
+    lines.append("text: the names of special tokens in it are plain text, never the tokens")
+    return lines
+
+
+def _puts_space_first(files: Mapping[str, bytes]) -> bool:
+    if SENTENCEPIECE_FILE in files:
+        proto_module: Any = sentencepiece_model_pb2
+        return proto_module.ModelProto.FromString(files[SENTENCEPIECE_FILE]).normalizer_spec.add_dummy_prefix
+    spec = json.loads(files[FAST_FILE])
+    steps = [step for part in ("normalizer", "pre_tokenizer") if (step := spec.get(part))]
+    while steps:
+        step = steps.pop()
+        always = step.get("prepend_scheme") in ("always", "first") or step.get("add_prefix_space") is True
+        if step["type"] == "Prepend" or (step["type"] in ("Metaspace", "ByteLevel") and always):
+            return True
+        steps += step.get("normalizers", []) + step.get("pretokenizers", [])
+    return False
+
+
+def _generation(bos_id: int | None, eos_ids: Sequence[int]) -> bytes:
+    ends = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]
+    return _json({"bos_token_id": bos_id, "eos_token_id": ends})
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -205,13 +205,15 @@ class LocalReader:
             for number, one in zip(numbers, scored, strict=True):
                 read = round(len(row.prefix) / len(numbers)) + len(suffixes[number])
                 tokens = tuple(suffixes[number].tolist())
-                found[number] = TokenLogProbs(tokens, one.logprobs.astype(np.float64), Cost(1, read))
+                # With nothing in front, not even bos, the first token has no log-prob.
+                logprobs = np.concatenate([np.full(len(tokens) - len(one.logprobs), np.nan), one.logprobs])
+                found[number] = TokenLogProbs(tokens, logprobs.astype(np.float64), Cost(1, read))
         return [found.get(number, _TOO_LONG) for number in range(len(readings))]
 
     def _context(self, note: str, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens that are always kept, bos and the note, and those of the prefix, which may lose its head."""
+        """Tokens that are always kept (what begins a text, the note), and the prefix's, which may lose its head."""
         encode, most = self._model.tokenizer.encode, self._model.cfg.max_prefix_chars
-        head = [np.array([self._model.tokenizer.bos_id]), encode(note_text(note)) if note else np.zeros(0)]
+        head = [self._model.tokenizer.begin, encode(note_text(note)) if note else np.zeros(0)]
         return np.concatenate(head).astype(np.int32), encode(prefix[-most:] if most else prefix).astype(
             np.int32
         )

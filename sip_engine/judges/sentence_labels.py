@@ -28,7 +28,7 @@ _TRUTH = {Note.TRUE: 1.0, Note.UNCERTAIN: 0.5, Note.FALSE: 0.0}
 _WORDS_PER_TRUTH = 10
 _MIN_TRUTHS = 2
 Encode = Callable[[str], np.ndarray | None]
-"""A prompt's tokens with bos in front, None if the model's context cannot hold them."""
+"""A prompt's tokens begun as the model begins a text, None if the model's context cannot hold them."""
 
 
 class Worth(NamedTuple):
@@ -56,8 +56,9 @@ class NoteReader:
         ids = self._encode(prompt)
         if ids is None:
             return None
+        begun = len(self._tokenizer.begin)
         ends = [start + end for end in sentence_ends(prompt[start:])]
-        return Reading(ids, self._options, 1 + self._tokenizer.places(ids[1:], prompt, ends), prefix)
+        return Reading(ids, self._options, begun + self._tokenizer.places(ids[begun:], prompt, ends), prefix)
 
     def worth(self, text: str, shares: Tensor) -> Worth:
         """shares: [sentences, letters] float64, in the order of `NOTES`."""

@@ -10,7 +10,7 @@ import numpy as np
 from sip_engine.config.schema import LocalModelConfig, SamplerConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.checkpoint import resolve_checkpoint
-from sip_engine.sampler.frozen import FrozenPolicy
+from sip_engine.sampler.frozen import FrozenPolicy, encode_prompt
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.utils.progress import console
 
@@ -25,8 +25,8 @@ class LocalModel:
         )
 
     def encode(self, prompt: str, room: int = 0) -> np.ndarray | None:
-        """Bos and the prompt's tokens, int32; None if the context cannot hold them and `room` tokens of a reply."""
-        ids = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(prompt)]).astype(np.int32)
+        """A prompt's tokens, begun as its model does, int32; None if the context cannot hold them and `room` more."""
+        ids = encode_prompt(self.tokenizer, prompt)
         return ids if len(ids) + room <= self.policy.max_context else None
 
     def reply(self, prompts: Sequence[np.ndarray], seed: int) -> list[tuple[str | None, int]]:
@@ -36,18 +36,18 @@ class LocalModel:
         """
         if not prompts:
             return []
-        cfg, eos = self.cfg, self.tokenizer.eos_id
+        cfg, ends = self.cfg, self.tokenizer.eos_ids
         params = SamplingParams(
             cfg.max_new_tokens,
             temperature=cfg.temperature or 1.0,
             top_p=cfg.top_p,
             greedy=cfg.temperature == 0,
             seed=seed,
-            stop_ids=(eos,),
+            stop_ids=ends,
         )
         done = self.sampler.generate([Request(ids, 1, _key(ids)) for ids in prompts], params)
         return [
-            (self.tokenizer.decode(c.ids[:-1]) if c.ids[-1] == eos else None, len(c.ids)) for (c,) in done
+            (self.tokenizer.decode(c.ids[:-1]) if c.ids[-1] in ends else None, len(c.ids)) for (c,) in done
         ]
 
 

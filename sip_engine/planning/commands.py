@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sip_engine.config.overrides import read_run_config
+from sip_engine.policy.inherit import with_model_of_init
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +68,7 @@ def plan(
     from sip_engine.planning.sweep import sweep as find_layouts
     from sip_engine.utils.files import check_writable, write_json
 
-    cfg = read_run_config(config, context.args)
+    cfg = read_run_config(config, context.args, complete=with_model_of_init)
     if json_file is not None:
         check_writable(json_file)
     hardware = load_hardware(gpu, gpus_per_node=gpus_per_node, measured=rates or MEASURED)

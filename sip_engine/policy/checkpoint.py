@@ -187,6 +187,14 @@ def read_state(path: Path) -> CheckpointState:
     return CheckpointState(raw["step"], ModelConfig(**raw["model"]), raw["vocab_size"], raw["run"])
 
 
+def model_of(path: Path) -> ModelConfig:
+    """A checkpoint's model, its files not verified. Raises CheckpointError where it cannot be read."""
+    try:
+        return ModelConfig(**_raw_state(path)["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}/state.json: not readable ({error!r})".split("\n")[0]) from None
+
+
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer carried by a checkpoint."""
     return Tokenizer.load(path / "tokenizer.model")

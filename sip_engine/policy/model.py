@@ -90,13 +90,33 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def rotary_frequencies(model: ModelConfig) -> Tensor:
-    """[head_dim / 2] float32, radians a position, stretched as in Llama 3.1 if the settings ask for it."""
+    """[head_dim / 2] float32, radians a position, stretched by `rope_factor` as `rope_scaling` says."""
     dim = model.kv_channels
     plain = 1.0 / model.rope_base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    turns = model.rope_original_context * plain / (2 * math.pi)  # in the original context
-    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    if model.rope_scaling == "linear":
+        return plain / model.rope_factor
+    if model.rope_scaling == "yarn":
+        kept = _yarn_kept(model)
+    else:
+        turns = model.rope_original_context * plain / (2 * math.pi)  # in the original context
+        low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
     return plain * (kept + (1 - kept) / model.rope_factor)
+
+
+def _yarn_kept(model: ModelConfig) -> Tensor:
+    """[head_dim / 2] float32: how far YaRN keeps each frequency, 1 to 0 over whole channel numbers (section 3.2)."""
+    dim = model.kv_channels
+
+    def channel(turns: float) -> float:
+        """The pair of channels that turns so often in the original context."""
+        wavelength = model.rope_original_context / (turns * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(model.rope_base))
+
+    first = max(math.floor(channel(model.rope_beta_fast)), 0)
+    last = min(math.ceil(channel(model.rope_beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / max(last - first, 1e-3)
+    return 1 - ramp.clamp(0, 1)
 
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from sip_engine.config.schema import SamplerConfig
+from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import start_mesh
 from sip_engine.policy.checkpoint import resolve_checkpoint
 from sip_engine.policy.packing import split_by_tokens
 from sip_engine.policy.rows import Row
-from sip_engine.sampler.frozen import FrozenPolicy
+from sip_engine.sampler.frozen import FrozenPolicy, encode_prompt
 from sip_engine.sampler.requests import Request, SamplingParams, check_params
 from sip_engine.utils.errors import DataError, RequestError
 from sip_engine.utils.files import check_writable, write_jsonl
@@ -55,7 +56,7 @@ def generate_file(
     encode = _encoder(policy, prompts)
     ids = [encode(number, row, "prompt", bos=True) for number, row in rows]
     sampler = policy.sampler(SamplerConfig(kv_memory_mb=kv_memory_mb, max_sequences=max(256, n)))
-    params = replace(params, stop_ids=(policy.tokenizer.eos_id,))
+    params = replace(params, stop_ids=policy.tokenizer.eos_ids)
     requests = _requests(ids, n)
     for (number, _), request in zip(rows, requests, strict=True):
         try:
@@ -149,7 +150,7 @@ def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _encoder(policy: FrozenPolicy, path: Path) -> Callable[..., np.ndarray]:
     def encode(number: int, row: dict[str, Any], name: str, *, bos: bool) -> np.ndarray:
-        """Token ids of `name` (text, BOS put in front) or `name`_ids (taken as they are)."""
+        """Token ids of `name` (text, begun as the model begins one) or `name`_ids (taken as they are)."""
         where = f"{path}:{number}"
         given = [key for key in (name, f"{name}_ids") if key in row]
         if len(given) != 1:
@@ -159,10 +160,9 @@ def _encoder(policy: FrozenPolicy, path: Path) -> Callable[..., np.ndarray]:
             if not isinstance(value, str):
                 raise DataError(f'{where}: "{name}" is a {type(value).__name__}; write text in quotes')
             try:
-                ids = policy.tokenizer.encode(value)
+                ids = (encode_prompt if bos else _encode)(policy.tokenizer, value)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
-            ids = np.concatenate([[policy.tokenizer.bos_id], ids]).astype(np.int32) if bos else ids
         else:
             if not isinstance(value, list) or not all(type(x) is int for x in value):
                 raise DataError(f'{where}: "{name}_ids" must be a list of integers')
@@ -178,3 +178,7 @@ def _encoder(policy: FrozenPolicy, path: Path) -> Callable[..., np.ndarray]:
         return ids
 
     return encode
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    return tokenizer.encode(text)

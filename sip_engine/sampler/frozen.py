@@ -140,8 +140,9 @@ def fit_prefix(prefix: np.ndarray, num_new: int, max_context: int, what: str) ->
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Ids [n > 0] int32 of a text that begins a document: bos and the text's own."""
-    return np.concatenate(([tokenizer.bos_id], tokenizer.encode(text))).astype(np.int32)
+    """Ids [n > 0] int32 of a text as the model's own tokenizer begins it; nothing at all begins a document."""
+    ids = np.concatenate((tokenizer.begin, tokenizer.encode(text))).astype(np.int32)
+    return ids if len(ids) else np.array([tokenizer.bos_id], np.int32)
 
 
 def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> np.ndarray:

@@ -61,12 +61,38 @@ def lowercasing_tokenizer(folder: Path) -> None:
     write_byte_level(folder, normalize=False)
 
 
+def adapter(folder: Path) -> None:
+    edit_config(architectures=None)(folder)
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def bias_of_output(folder: Path) -> None:
+    edit_config(attention_bias=True)(folder)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "self_attn" in name]:
+            tensors[name.replace("weight", "bias")] = torch.ones(len(tensors[name]))
+
+    edit_tensors(add)(folder)
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 BAD = {
     "architecture": (
-        edit_config(architectures=["MistralForCausalLM"]),
-        "'MistralForCausalLM' is not supported",
+        edit_config(architectures=["GPT2LMHeadModel"]),
+        "'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM",
     ),
+    "experts": (
+        edit_config(architectures=["MixtralForCausalLM"]),
+        "a mixture of experts, and the policy is dense",
+    ),
+    "qwen experts": (edit_config(architectures=["Qwen3MoeForCausalLM"]), "import a dense model"),
+    "other norms": (edit_config(architectures=["Olmo2ForCausalLM"]), "norms stand behind attention"),
+    "layers without positions": (
+        edit_config(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1, 0]),
+        "leaves rotary positions out of some layers",
+    ),
+    "adapter": (adapter, "an adapter without its base model; merge it"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
     "config too deep": (
@@ -75,9 +101,18 @@ BAD = {
     ),
     "no width": (edit_config(hidden_size=None), "config.json: hidden_size"),
     "heads": (edit_config(num_key_value_heads=3), "must be a multiple of num_kv_heads=3"),
-    "yarn": (edit_config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope scaling 'yarn'"),
-    "biases": (edit_config(attention_bias=True), "attention_bias=True is not supported"),
-    "window": (edit_config(layer_types=["sliding_attention"] * 2), "layer_types other than full_attention"),
+    "longrope": (
+        edit_config(rope_parameters={"rope_type": "longrope", "factor": 2.0}),
+        "rope scaling 'longrope'",
+    ),
+    "yarn without a factor": (edit_config(rope_parameters={"rope_type": "yarn"}), "factor is missing"),
+    "biases that are not there": (
+        edit_config(attention_bias=True),
+        "8 tensors are missing, first .*o_proj.bias",
+    ),
+    "a bias of the output": (bias_of_output, "o_proj.bias is not 0"),
+    "window": (edit_config(layer_types=["chunked_attention"] * 2), "layer_types other than full and sliding"),
+    "own eos beyond the rows": (edit_config(eos_token_id=PIECES), "the model has 310 rows"),
     "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config"),
     "truncated": (truncate, "model.safetensors: truncated or not a safetensors file"),
     "not safetensors": (
@@ -125,7 +160,9 @@ def test_a_tokenizer_of_another_model(mesh: Mesh, tmp_path: Path, good: Path) ->
     folder = tmp_path / "source"
     write_model(folder, "llama", vocab_size=PIECES - 1)
     shutil.copy(good / "tokenizer.model", folder)
-    with pytest.raises(CheckpointError, match=f"knows {PIECES} tokens.* but the model has {PIECES - 1} rows"):
+    with pytest.raises(
+        CheckpointError, match=f"a text can hold token {PIECES - 1} .* the model has {PIECES - 1} rows"
+    ):
         import_model(folder, tmp_path / "out")
 
 
