@@ -74,8 +74,7 @@ def read_tokenizer(folder: Path, source: SourceConfig) -> Tokenizer:
                 f"{folder}: no {SENTENCEPIECE_FILE} and no {FAST_FILE}; load the tokenizer in transformers and "
                 "save_pretrained it there"
             )
-        if bos_id is None or not adds_bos:
-            # A document then begins with what ends the one before it, and a prompt with nothing.
+        if bos_id is None:  # a document then begins with what ends the one before it, a prompt with nothing
             bos_id, adds_bos = eos_ids[0], False
         files.setdefault(_GENERATION_FILE, _generation(ids.bos, eos_ids))
         bundle = write_bundle(
