@@ -122,4 +122,6 @@ def _reason(plan: Plan, best: Plan) -> str:
         for phase in plan.phases
     }
     name = max(grown, key=lambda n: grown[n])
-    return f"+{plan.seconds / best.seconds - 1:.0%}: {name} takes {grown[name]:.2f} s more; {where}"
+    if grown[name] < 0.01 * best.seconds:
+        return f"as fast, with {(plan.memory.total - best.memory.total) / 2**30:+.1f} GiB: {where}"
+    return f"+{max(0.0, plan.seconds / best.seconds - 1):.0%}: {name} takes {grown[name]:.2f} s more; {where}"
