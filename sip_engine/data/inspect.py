@@ -8,13 +8,13 @@ from rich.table import Table
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import open_corpus
 from sip_engine.data.inventory import take_inventory
-from sip_engine.distributed.mesh import start_mesh
+from sip_engine.distributed.mesh import start_alone
 from sip_engine.utils.progress import console
 
 
 def describe_data(cfg: RunConfig) -> None:
     """Build the token files and print counts and one sample."""
-    corpus = open_corpus(cfg, start_mesh())
+    corpus = open_corpus(cfg, start_alone())
     files = corpus.files
     table = Table(show_header=False)
     rows = {

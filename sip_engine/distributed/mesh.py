@@ -202,6 +202,24 @@ def start_mesh(
     return mesh
 
 
+def start_alone(*, seed: int = 0) -> Mesh:
+    """`start_mesh` of a command that is one process, whatever a launcher has left in its environment.
+
+    Raises:
+        ConfigError: the environment tells of several processes, which would all do the same.
+    """
+    if not dist.is_initialized():
+        foreign = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+        if foreign.get("WORLD_SIZE", "1") not in ("", "1"):
+            found = ", ".join(f"{name}={value}" for name, value in foreign.items())
+            raise ConfigError(
+                f"{found} in the environment tells of several processes, and this command is one: start it without "
+                f"torchrun, or unset {' '.join(foreign)}"
+            )
+        _join_alone(timedelta(minutes=DEFAULT_TIMEOUT_MINUTES))
+    return start_mesh(seed=seed)
+
+
 def stop_mesh() -> None:
     """Leave the process group; a later `start_mesh` may lay another mesh."""
     if not dist.is_initialized():
@@ -216,18 +234,28 @@ def stop_mesh() -> None:
 def _init_process_group(timeout: timedelta) -> None:
     if dist.is_initialized():
         return
-    backend, device = "gloo", None
-    if torch.cuda.is_available():
-        number = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(number)
-        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", number)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device)
+    if "RANK" not in os.environ:
+        _join_alone(timeout)
         return
-    # A world of one meets itself in memory: no port to collide with another run's, no file to leave.
+    backend, device = _backend()
+    dist.init_process_group(backend, timeout=timeout, device_id=device)
+
+
+def _join_alone(timeout: timedelta) -> None:
+    """A world of one meets itself in memory: no port to collide with another run's, no file to leave."""
+    backend, device = _backend()
     dist.init_process_group(
         backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device
     )
+
+
+def _backend() -> tuple[str, torch.device | None]:
+    """How tensors travel, and this process' GPU if it has one, which becomes the current one."""
+    if not torch.cuda.is_available():
+        return "gloo", None
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(number)
+    return "cpu:gloo,cuda:nccl", torch.device("cuda", number)
 
 
 def _current_mesh() -> Mesh:

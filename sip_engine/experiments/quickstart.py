@@ -11,7 +11,7 @@ from rich.table import Table
 from sip_engine.config.files import shipped_configs
 from sip_engine.config.parse import parse_config, read_toml
 from sip_engine.config.schema import RunConfig
-from sip_engine.distributed.mesh import start_mesh
+from sip_engine.distributed.mesh import start_alone
 from sip_engine.experiments.scale import check_scale, shortened
 from sip_engine.monitoring.records import METRICS, read_records
 from sip_engine.report.html import write_report
@@ -46,7 +46,7 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
         ConfigError: scale is not in (0, 1].
     """
     check_scale(scale)
-    mesh = start_mesh()
+    mesh = start_alone()
     for stage in STAGES:
         train(stage_config(stage, out, scale), mesh)
     summary = summarise(out)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sip_engine.config.schema import ParallelConfig
 from sip_engine.distributed.megatron_cpu import megatron_device
-from sip_engine.distributed.mesh import start_mesh
+from sip_engine.distributed.mesh import start_alone
 from sip_engine.huggingface.families import config_json
 from sip_engine.huggingface.shards import write_shards
 from sip_engine.huggingface.staging import check_free, new_folder
@@ -49,7 +49,7 @@ def export_model(checkpoint: Path, out: Path, *, max_shard_bytes: int = _MAX_SHA
         dtype=str(dtype).removeprefix("torch."),
     )
     check_free(out)
-    mesh = start_mesh()
+    mesh = start_alone()
     if mesh.size > 1:
         raise ConfigError(f"a model is exported by one process, not {mesh.size}: start it without torchrun")
     precision = "bf16" if dtype is torch.bfloat16 else "fp32"

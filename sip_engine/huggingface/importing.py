@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from sip_engine.config.schema import ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.megatron_cpu import megatron_device
-from sip_engine.distributed.mesh import start_mesh
+from sip_engine.distributed.mesh import start_alone
 from sip_engine.huggingface.families import SourceConfig, read_config
 from sip_engine.huggingface.shards import Shards, has_own_head, open_shards
 from sip_engine.huggingface.staging import check_free, new_folder
@@ -50,7 +50,7 @@ def import_model(folder: Path, out: Path) -> Path:
     )
     tokenizer = read_tokenizer(folder, source)
     check_free(out)
-    mesh = start_mesh()
+    mesh = start_alone()
     if mesh.size > 1:
         raise ConfigError(f"a model is imported by one process, not {mesh.size}: start it without torchrun")
     precision = "fp32" if source.scales else shards.precision

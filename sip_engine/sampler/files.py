@@ -13,7 +13,7 @@ import numpy as np
 
 from sip_engine.config.schema import SamplerConfig
 from sip_engine.data.tokenizer import Tokenizer
-from sip_engine.distributed.mesh import start_mesh
+from sip_engine.distributed.mesh import start_alone
 from sip_engine.policy.checkpoint import resolve_checkpoint
 from sip_engine.policy.packing import split_by_tokens
 from sip_engine.policy.rows import Row
@@ -33,7 +33,7 @@ def load_policy(checkpoint: Path) -> FrozenPolicy:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    policy, _ = FrozenPolicy.load(resolve_checkpoint(checkpoint), start_mesh())
+    policy, _ = FrozenPolicy.load(resolve_checkpoint(checkpoint), start_alone())
     return policy
 
 

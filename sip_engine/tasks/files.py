@@ -11,7 +11,7 @@ from rich.table import Table
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus, open_corpus
 from sip_engine.data.prompts import prompt_records
-from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.distributed.mesh import Mesh, start_alone
 from sip_engine.policy.checkpoint import checkpoint_tokenizer, resolve_checkpoint
 from sip_engine.types import Sample
 from sip_engine.utils.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ def open_documents(cfg: RunConfig, out: Path, split: str, num_eval: int) -> tupl
     if cfg.task != "policy":
         raise ConfigError(f'task = "{cfg.task}" reads prompts; give the config of documents')
     check_writable(out, folder=True)
-    mesh = start_mesh()
+    mesh = start_alone()
     if mesh.size > 1:
         raise ConfigError(f"data is made by one process, not {mesh.size}: start it without torchrun")
     world = cfg.world.model_copy(update={"split": split}) if cfg.world else None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sip_engine.config.schema import RunConfig
-from sip_engine.distributed.mesh import Mesh, start_mesh, stop_mesh
+from sip_engine.distributed.mesh import Mesh, start_alone, stop_mesh
 from sip_engine.evaluation.command import evaluate_checkpoint
 from sip_engine.experiments.reproduction.cost import EnergyMeter, peak_memory_mb
 from sip_engine.experiments.reproduction.plan import (
@@ -58,7 +58,7 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
         stage.data.under(out).make(cfg, folder)
         result["files"] = {path.name: sha256_of(path) for path in sorted(folder.glob("*.jsonl"))}
     else:
-        result["cost"] = _train(cfg, start_mesh(seed=cfg.seed))
+        result["cost"] = _train(cfg, start_alone(seed=cfg.seed))
         result["evaluations"] = [r for r in read_records(cfg.out / METRICS) if "eval/heldout_loss" in r]
     write_json(folder / STAGE_RESULT, result)
 
@@ -67,7 +67,7 @@ def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
     """Train a row with one seed, measure it by the world's truth against the baseline stage, write `result.json`."""
     cfg = row_config(plan, row, seed, out)
     made = begin(cfg.out, row_recipe(plan, row, seed), stages_of(plan, cfg, out))
-    cost = _train(cfg, start_mesh(seed=cfg.seed))
+    cost = _train(cfg, start_alone(seed=cfg.seed))
     found = evaluate_checkpoint(
         cfg.out,
         cfg.out / "final",

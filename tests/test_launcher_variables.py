@@ -1,0 +1,48 @@
+"""What a launcher leaves in the environment: commands of one process work alone, or name the variables in the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+INSPECT = ["data", "inspect", "t.toml", "--data.path", "book.txt"]
+
+
+def sip(folder: Path, arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "sip_engine", *arguments],
+        cwd=folder,
+        env=clean | variables,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "book.txt").write_text("The river walks over the old green bridge at night. " * 40)
+    (tmp_path / "t.toml").write_text(
+        "[data]\nvocab_size = 290\nsuffix_tokens = 8\nmax_prefix_tokens = 24\nmin_prefix_tokens = 4\n"
+    )
+    return tmp_path
+
+
+def test_a_lone_rank_is_ignored(folder: Path) -> None:
+    done = sip(folder, INSPECT, RANK="0", WORLD_SIZE="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_several_processes_are_refused_in_one_line(folder: Path) -> None:
+    done = sip(folder, INSPECT, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
+    assert done.returncode == 2
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: RANK=0, WORLD_SIZE=2 in the environment"), (
+        done.stderr
+    )
+    assert "unset RANK WORLD_SIZE" in said[0]
