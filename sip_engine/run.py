@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, ValidationError
 from rich.markup import escape
 
 from sip_engine.candidates import reply
@@ -27,22 +28,23 @@ from sip_engine.monitoring.thresholds import Thresholds
 from sip_engine.objectives.base import Objective, open_objective
 from sip_engine.policy.checkpoint import (
     CheckpointState,
+    CheckpointWriter,
     checkpoint_tokenizer,
-    latest_checkpoint,
     load_checkpoint,
     load_weights,
     resolve_checkpoint,
-    save_checkpoint,
 )
+from sip_engine.policy.checkpoint_files import newest_intact, remove_stale
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
+from sip_engine.policy.rows import row_of
 from sip_engine.policy.weights import assert_shared, weight_views
 from sip_engine.rewriters.open import open_rewriter
 from sip_engine.sampler.sampler import Sampler
 from sip_engine.tasks.evaluate import evaluate_task
 from sip_engine.tasks.graders import Grader, RewriteGrader, VerdictGrader
 from sip_engine.types import Judge, Rewriter, Sample
-from sip_engine.utils.errors import ConfigError
+from sip_engine.utils.errors import CheckpointError, ConfigError, NonFiniteError, ThresholdError
 from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json, write_jsonl
 from sip_engine.utils.jsonl import read_jsonl
 from sip_engine.utils.progress import console
@@ -68,6 +70,7 @@ class Run:
     records: Records
     monitors: Monitors
     thresholds: Thresholds
+    writer: CheckpointWriter
     grader: Grader | None = None
     step: int = 0
     baseline: list[str] | None = None
@@ -89,7 +92,17 @@ class Run:
         return self.corpus.stream.next_batch(self.cfg.batch_size, self.mesh.dp.rank, self.mesh.dp.size)
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, or begin to (`checkpoint.asynchronous`).
+
+        Raises:
+            NonFiniteError: on every process; the parameters are ruined, and the checkpoints before stay as they are.
+            CheckpointError: on every process; it cannot be written.
+        """
+        if not self.policy.stands([row_of(self.corpus.held_out[0])]):
+            raise NonFiniteError(
+                f"step {self.step}: the parameters, or a loss or gradient under them, are not finite: they are not "
+                "saved, the run goes on from the checkpoint before; lower optimizer.lr"
+            )
         state = CheckpointState(
             self.step,
             self.cfg.model,
@@ -100,14 +113,7 @@ class Run:
                 "elapsed": self.elapsed,
             },
         )
-        return save_checkpoint(
-            self.checkpoints,
-            self.policy,
-            self.reference,
-            state,
-            self.corpus.tokenizer,
-            keep=self.cfg.checkpoint.keep,
-        )
+        return self.writer.save(self.policy, self.reference, state, self.corpus.tokenizer)
 
     def evaluate(self) -> Evaluation:
         """Evaluate now; the first evaluation's continuations become the baseline of the later ones."""
@@ -163,6 +169,12 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
         run = _build(cfg, mesh)
         try:
             yield run
+        except (
+            NonFiniteError,
+            ThresholdError,
+        ):  # raised on every process alike: a save that has begun can end
+            run.writer.finish()
+            raise
         finally:
             run.records.close()
 
@@ -170,16 +182,19 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
 def _build(cfg: RunConfig, mesh: Mesh) -> Run:
     opened, spent = time.monotonic(), 0.0
     init = resolve_checkpoint(cfg.init) if cfg.init else None
-    resume = mesh.broadcast(latest_checkpoint(cfg.out / "checkpoints"))
+    if mesh.is_main:
+        remove_stale(cfg.out / "checkpoints")
+    resume, faults = newest_intact(cfg.out / "checkpoints", mesh)
     carried = resume or init
     corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(carried) if carried else None)
     vocab_size = corpus.tokenizer.vocab_size
     policy = Policy(cfg, vocab_size, mesh)
     reference = Reference(cfg, vocab_size, mesh) if cfg.needs_reference else None
     if resume:
-        state = load_checkpoint(resume, policy, reference, cfg.model, vocab_size)
-        corpus.stream.load_state_dict(state.run["stream"])
-        step, spent, before = state.step, state.run["elapsed"], state.run["config"]
+        state = load_checkpoint(resume, policy, reference, cfg.model, vocab_size, verified=True)
+        going_on = _run_state(resume, state)
+        corpus.stream.load_state_dict(going_on.stream)
+        step, spent, before = state.step, going_on.elapsed, going_on.config
         baseline = _read_baseline(cfg.out, corpus.held_out, mesh)
     else:
         step, before, baseline = 0, None, None
@@ -210,22 +225,30 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         records,
         Monitors(cfg, records, mesh),
         Thresholds(cfg),
+        CheckpointWriter(
+            cfg.out / "checkpoints",
+            mesh,
+            keep=cfg.checkpoint.keep,
+            keep_every=cfg.checkpoint.keep_every,
+            asynchronous=cfg.checkpoint.asynchronous,
+        ),
         _grader(cfg, judge),
         step,
     )
     run._opened, run._spent = opened, spent
     run.baseline = baseline
     if mesh.is_main:
+        for fault in faults:
+            console.print(f"[bold]{escape(str(cfg.out))}[/]: set aside: {escape(fault)}", soft_wrap=True)
         settings = cfg.model_dump(mode="json")
         write_json(cfg.out / "config.json", settings)
         found = f"resuming at step {step} of {cfg.steps}" if step else "starting"
         if step >= cfg.steps:
             found = f"found complete, at step {step}; remove the folder to train anew"
         for change in changed_settings(before, settings):
-            console.print(f"[bold]{cfg.out}[/]: changed since the checkpoint: {change}", markup=True)
+            console.print(f"[bold]{escape(str(cfg.out))}[/]: changed since the checkpoint: {escape(change)}")
         console.print(
-            f"[bold]{cfg.out}[/]: {found}; {escape(corpus.description)}",
-            soft_wrap=True,
+            f"[bold]{escape(str(cfg.out))}[/]: {found}; {escape(corpus.description)}", soft_wrap=True
         )
     return run
 
@@ -243,6 +266,25 @@ def _sole_writer(folder: Path, mesh: Mesh) -> Iterator[None]:
     finally:
         if lock is not None:
             release_folder(folder, lock)
+
+
+class _RunState(BaseModel, strict=True):
+    """A run's own part of a checkpoint's state."""
+
+    stream: dict[str, Any]
+    config: dict[str, Any]
+    elapsed: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _run_state(checkpoint: Path, state: CheckpointState) -> _RunState:
+    try:
+        return _RunState.model_validate(state.run)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in ("run", *fault["loc"]))
+        raise CheckpointError(
+            f"{checkpoint}: no run can go on from its state.json ({where}: {fault['msg']}); start a new one with init"
+        ) from None
 
 
 def _grader(cfg: RunConfig, judge: Judge | None) -> Grader | None:

@@ -73,6 +73,8 @@ def train(cfg: RunConfig, mesh: Mesh | None = None) -> Path:
                 run.evaluate()
             if last or _due(run.step, cfg.checkpoint.every):
                 run.save()
+            run.writer.poll()
+        run.writer.finish()
         empty_steps.conclude(cfg.steps)
         return run.checkpoints / f"step_{run.step:08d}"
 

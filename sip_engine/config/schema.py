@@ -510,6 +510,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 writes the last one only."""
     keep: Positive = 2
     """Newest checkpoints to keep."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints whose step is a multiple of this stay as well; 0 keeps the newest only."""
+    asynchronous: bool = False
+    """Write while the training goes on, from one copy in the host's memory; a second save waits for the first."""
 
 
 class EvalConfig(Section):

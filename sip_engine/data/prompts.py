@@ -134,14 +134,18 @@ class PromptStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken. Raises CheckpointError if its order of prompts is another."""
-        saved = state.get("order", {})
+        saved = state.get("order")
+        saved = saved if isinstance(saved, dict) else {}
         for name, value in self._order.items():
             if saved.get(name) != value:
                 raise CheckpointError(
                     f"the checkpoint's data order has {name} {saved.get(name)} but this run has {value}; "
                     "resume with the data settings of the checkpoint or start the data anew"
                 )
-        self.position = int(state["position"])
+        position = state.get("position")
+        if type(position) is not int or position < 0:
+            raise CheckpointError(f"the checkpoint's data position is {position!r}; copy the checkpoint anew")
+        self.position = position
 
     def _at(self, positions: np.ndarray) -> list[Sample]:
         epochs, places = np.divmod(positions, len(self._samples))

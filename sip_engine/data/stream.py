@@ -58,14 +58,18 @@ class SampleStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken. Raises CheckpointError if its order of samples is another."""
-        saved, current = state.get("order", {}), self._order()
+        saved, current = state.get("order"), self._order()
+        saved = saved if isinstance(saved, dict) else {}
         for name, value in current.items():
             if saved.get(name) != value:
                 raise CheckpointError(
                     f"the checkpoint's data order has {name} {saved.get(name)} but this run has {value}; "
                     "resume with the data settings of the checkpoint or start the data anew"
                 )
-        self.position = int(state["position"])
+        position = state.get("position")
+        if type(position) is not int or position < 0:
+            raise CheckpointError(f"the checkpoint's data position is {position!r}; copy the checkpoint anew")
+        self.position = position
 
     def _order(self) -> dict[str, Any]:
         """All that decides which sample comes at which position."""

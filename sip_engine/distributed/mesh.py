@@ -89,6 +89,14 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every process' object, in rank order, on every process of the world."""
+        if self.size == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
     def from_replica_leader(self, value: T | None) -> T:
         """Give every process of a replica its first process' object."""
         if self.replica.size == 1:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 
 from sip_engine.config.schema import ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
@@ -17,11 +16,13 @@ from sip_engine.huggingface.shards import Shards, has_own_head, open_shards
 from sip_engine.huggingface.staging import check_free, new_folder
 from sip_engine.huggingface.tensors import own_tensors, stored_shapes, tensor_shapes, tensor_views
 from sip_engine.huggingface.tokenizer_files import conventions, read_tokenizer
-from sip_engine.policy.checkpoint import FORMAT, _quiet_megatron, _write_manifest
+from sip_engine.policy.checkpoint import CheckpointState, sharded_model
+from sip_engine.policy.checkpoint_files import write_manifest
+from sip_engine.policy.checkpoint_state import write_state
+from sip_engine.policy.checkpoint_tensors import TensorSave
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.weights import weight_views
 from sip_engine.utils.errors import CheckpointError, ConfigError
-from sip_engine.utils.files import write_json
 from sip_engine.utils.progress import console
 
 
@@ -95,18 +96,11 @@ def _fill(model: PolicyModel, source: SourceConfig, shards: Shards) -> None:
 def _write_checkpoint(folder: Path, model: PolicyModel, source: SourceConfig, tokenizer: Tokenizer) -> None:
     """The files of `sip_engine.policy.checkpoint`, of which only the policy's weights are sharded tensors."""
     (folder / "sharded").mkdir()
-    with megatron_device(), _quiet_megatron():
-        weights = model.sharded_state_dict(prefix="model.")
-        dist_checkpointing.save({"model": weights}, str(folder / "sharded"))
+    with megatron_device():
+        weights = sharded_model(model, "model.")
+    save = TensorSave({"model": weights}, folder / "sharded", None)
+    save.write()
+    save.finish()
     tokenizer.save(folder / "tokenizer.model")
-    state = {
-        "format": FORMAT,
-        "step": 0,
-        "model": source.model.model_dump(),
-        "vocab_size": source.vocab_size,
-        "has_reference": False,
-        "distributed_optimizer": False,
-        "run": {},
-    }
-    write_json(folder / "state.json", state)
-    _write_manifest(folder)
+    write_state(folder, CheckpointState(0, source.model, source.vocab_size, {}))
+    write_manifest(folder)

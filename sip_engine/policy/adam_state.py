@@ -15,6 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+_STATE = ("params", "step")
+"""What of a parameter group is state, or is no setting."""
+
 
 def fill_adam_state(optimizer: Any) -> None:
     """Make the state that AdamW would make in its first step, and have it take that in one kernel on CUDA."""
@@ -40,7 +43,11 @@ def _fuse(adam: torch.optim.AdamW) -> None:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict(state)` for every kind of optimizer; no two parameters share a state's tensor."""
+    """`optimizer.load_state_dict(state)` for every kind of optimizer.
+
+    No two parameters share a state's tensor. Settings (decay rates, peak learning rate) stay this optimizer's own.
+    """
+    settings = [{k: v for k, v in group.items() if k not in _STATE} for group in optimizer.param_groups]
     with ExitStack() as stack:
         for part in _torch_adams(optimizer):
             if hasattr(part, "_set_main_param_and_optimizer_states"):
@@ -48,6 +55,8 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
             else:
                 _state_of(state)["state"].setdefault("common_step", torch.tensor(0.0))
         optimizer.load_state_dict(state)
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)
     for part in _torch_adams(optimizer):
         _own_tensors(part.optimizer)
         _fuse(part.optimizer)

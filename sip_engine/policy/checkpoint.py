@@ -6,52 +6,175 @@
         tokenizer.model
         manifest.json     size and sha256 of every file above; written last
 
-A checkpoint is written beside its final name and renamed, so that a folder with that name is complete.
-The sharded part uses torch's checkpoint format, whose index is a pickle: load only checkpoints you trust.
+Every process writes, syncs and hashes its own tensors; the first one adds the rest and gives the folder its name, so
+that a folder with that name is complete. Nothing in it is trusted when it is read.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sip_engine.config.schema import ModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.megatron_cpu import megatron_device
+from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.adam_state import load_optimizer
+from sip_engine.policy.checkpoint_files import (
+    MANIFEST,
+    FileEntry,
+    commit,
+    latest_checkpoint,
+    prune,
+    read_manifest,
+    resolve_checkpoint,
+    step_folder,
+    temporary_folder,
+    write_manifest,
+)
+from sip_engine.policy.checkpoint_state import (
+    CheckpointState,
+    StateFile,
+    read_state,
+    read_state_file,
+    state_of,
+    write_state,
+)
+from sip_engine.policy.checkpoint_tensors import HostCopies, TensorSave, cause_of, load_tensors
 from sip_engine.policy.model import PolicyModel
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
 from sip_engine.utils.errors import CheckpointError
-from sip_engine.utils.files import sha256_of, write_json
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-"""File of a checkpoint that names the content of all others, written last."""
+__all__ = [
+    "MANIFEST",
+    "CheckpointState",
+    "CheckpointWriter",
+    "checkpoint_tokenizer",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_weights",
+    "model_of",
+    "read_state",
+    "resolve_checkpoint",
+    "save_checkpoint",
+    "sharded_model",
+]
+
 _EXTRA_STATE = "_extra_state"
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
-class CheckpointState:
-    """What a checkpoint knows beside tensors."""
+class _Save:
+    """One that has begun: where it is to be, its tensors, and what else the first process is to write."""
 
-    step: int
-    model: ModelConfig
-    vocab_size: int
-    run: dict[str, Any]
-    """Everything else a run needs to go on: data position, settings, seconds spent."""
+    final: Path
+    tensors: TensorSave
+    write_rest: Callable[[Path], None]
+
+    @property
+    def temporary(self) -> Path:
+        return temporary_folder(self.final)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time; every process calls every method at the same moment.
+
+    With `asynchronous`, `save` returns when the tensors are copied to the host; the checkpoint comes to be in the
+    first `poll` after all processes have written, in the next `save`, or in `finish`.
+    """
+
+    def __init__(
+        self, folder: Path, mesh: Mesh, *, keep: int, keep_every: int = 0, asynchronous: bool = False
+    ) -> None:
+        self._folder, self._mesh = folder, mesh
+        self._keep, self._keep_every = keep, keep_every
+        self._copies = HostCopies() if asynchronous else None
+        self._begun: _Save | None = None
+
+    def save(
+        self, policy: Policy, reference: Reference | None, state: CheckpointState, tokenizer: Tokenizer
+    ) -> Path:
+        """Write `folder/step_N`; then remove older ones as far as they are not to be kept.
+
+        Raises:
+            CheckpointError: on every process; it cannot be written. Earlier checkpoints are as they were.
+        """
+        self.finish()
+        final = step_folder(self._folder, state.step)
+        average = reference.average if reference is not None else None
+
+        def write_rest(folder: Path) -> None:
+            tokenizer.save(folder / "tokenizer.model")
+            write_state(
+                folder,
+                state,
+                has_reference=reference is not None,
+                has_average=average is not None,
+                distributed_optimizer=policy.has_distributed_optimizer,
+                dtype=_dtype_of(policy),
+            )
+
+        temporary = temporary_folder(final)
+        self._together(final, lambda: _make_anew(temporary) if self._mesh.is_main else None)
+        tensors = TensorSave(_sharded(policy, reference, loading=False), temporary / "sharded", self._copies)
+        self._begun = _Save(final, tensors, write_rest)
+        if self._copies is None:
+            self.finish()
+        else:
+            tensors.start()
+        return final
+
+    def poll(self) -> None:
+        """Commit a save that is written on every process, if there is one. Raises CheckpointError as `save` does."""
+        if self._begun is not None and not self._mesh.any(self._begun.tensors.is_writing):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save that has begun, if there is one, and commit it. Raises CheckpointError as `save` does."""
+        if self._begun is None:
+            return
+        begun, self._begun = self._begun, None
+        self._together(begun.final, begun.tensors.wait)
+        self._together(begun.final, begun.tensors.finish)
+        hashed = {
+            f"sharded/{name}": entry
+            for written in self._mesh.gather(begun.tensors.written)
+            for name, entry in written.items()
+        }
+        self._together(begun.final, lambda: self._commit(begun, hashed) if self._mesh.is_main else None)
+
+    def _commit(self, begun: _Save, hashed: dict[str, FileEntry]) -> None:
+        begun.write_rest(begun.temporary)
+        write_manifest(begun.temporary, hashed)
+        commit(begun.temporary, begun.final)
+        prune(self._folder, keep=self._keep, keep_every=self._keep_every)
+
+    def _together(self, final: Path, action: Callable[[], None]) -> None:
+        """Do this process' part; where it fails on one process, all give the save up."""
+        failed: BaseException | None = None
+        try:
+            action()
+        except (Exception, CheckpointException) as error:  # torch wraps a full disk in errors of its own
+            failed = cause_of(error)
+        reasons = [reason for reason in self._mesh.gather(failed and _reason(failed)) if reason]
+        if not reasons:
+            return
+        if self._mesh.is_main:
+            shutil.rmtree(temporary_folder(final), ignore_errors=True)
+        self._mesh.barrier()
+        raise CheckpointError(
+            f"{final}: cannot be saved ({reasons[0]}); free space there, or keep fewer (checkpoint.keep); the run "
+            "goes on from the checkpoint before"
+        ) from failed
 
 
 def save_checkpoint(
@@ -63,75 +186,48 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write `folder/step_N` and remove all but the newest `keep`. Called by every process."""
-    mesh = policy.mesh
-    final = folder / f"step_{state.step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    if mesh.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "sharded").mkdir(parents=True)
-    mesh.barrier()
-    with megatron_device(), _quiet_megatron(), _results_in_process():
-        dist_checkpointing.save(_sharded(policy, reference, loading=False), str(temporary / "sharded"))
-    mesh.barrier()
-    if mesh.is_main:
-        tokenizer.save(temporary / "tokenizer.model")
-        write_json(
-            temporary / "state.json",
-            {
-                "format": FORMAT,
-                "step": state.step,
-                "model": state.model.model_dump(),
-                "vocab_size": state.vocab_size,
-                "has_reference": reference is not None,
-                "distributed_optimizer": policy.has_distributed_optimizer,
-                "dtype": _dtype_of(policy),
-                "run": state.run,
-            },
-        )
-        _write_manifest(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    mesh.barrier()
-    return final
+    """Write `folder/step_N` and remove all but the newest `keep`. Called by every process.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    return CheckpointWriter(folder, policy.mesh, keep=keep).save(policy, reference, state, tokenizer)
 
 
 def load_checkpoint(
-    path: Path, policy: Policy, reference: Reference | None, model: ModelConfig, vocab_size: int
+    path: Path,
+    policy: Policy,
+    reference: Reference | None,
+    model: ModelConfig,
+    vocab_size: int,
+    *,
+    verified: bool = False,
 ) -> CheckpointState:
     """Restore weights, optimizer and reference; returns the state. `path` is one checkpoint's folder.
+
+    Args:
+        verified: its files were checked against the manifest just now.
 
     Raises:
         CheckpointError: damaged, of another model, parameters' type or form of optimizer, or without the reference
             policy that is asked for.
     """
-    state = read_state(path)
+    state = state_of(read_state_file(path)) if verified else read_state(path)
     _check_model(path, state, model, vocab_size)
-    written = _raw_state(path)
-    if reference is not None and not written["has_reference"]:
-        raise CheckpointError(f"{path}: holds no reference policy; start a new run with init={path}")
-    sharded_optimizer = written["distributed_optimizer"]
-    if sharded_optimizer != policy.has_distributed_optimizer:
-        raise CheckpointError(
-            f"{path}: written with parallel.distributed_optimizer={str(sharded_optimizer).lower()}, whose optimizer "
-            "state has another form; resume with the same setting, or start a new run with init"
-        )
-    theirs, ours = written.get("dtype"), _dtype_of(policy)
-    if theirs not in (None, ours):
-        raise CheckpointError(
-            f"{path}: parameters of {theirs}, here they are {ours}, whose optimizer has another form; resume with "
-            "model.precision as it was, or start a new run with init"
-        )
-    wanted = _sharded(policy, reference, loading=True)
-    loaded = _load_sharded(path, wanted)
+    written = read_state_file(path)
+    _check_form(path, written, policy, reference)
+    averaged = reference if reference is not None and reference.cfg.ema and written.has_average else None
+    if averaged is not None:
+        averaged.start_average()
+    loaded = _load(path, _sharded(policy, reference, loading=True))
     with megatron_device():
         _load_into(policy.model, loaded["model"])
         load_optimizer(policy.optimizer, loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["scheduler"])
         if reference is not None:
             _load_into(reference.model, loaded["reference"])
+        for name, tensor in (averaged.average or {}).items() if averaged is not None else ():
+            tensor.copy_(loaded["average"][name])
     return state
 
 
@@ -144,55 +240,16 @@ def load_weights(path: Path, model: PolicyModel, config: ModelConfig, vocab_size
     state = read_state(path)
     _check_model(path, state, config, vocab_size)
     with megatron_device():
-        wanted = {"model": _sharded_model(model, "model.")}
-    loaded = _load_sharded(path, wanted)
+        wanted = {"model": sharded_model(model, "model.")}
+    loaded = _load(path, wanted)
     with megatron_device():
         _load_into(model, loaded["model"])
     return state
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of checkpoints."""
-    found = _complete(folder)
-    return found[-1] if found else None
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint a user means: the folder itself, or the newest of a run's folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / MANIFEST).is_file():
-        return path
-    for folder in (path / "checkpoints", path):
-        newest = latest_checkpoint(folder)
-        if newest is not None:
-            return newest
-    raise CheckpointError(
-        f"{path}: no checkpoint here; give a run's folder or one of its checkpoints/step_* folders"
-    )
-
-
-def read_state(path: Path) -> CheckpointState:
-    """A checkpoint's state after its files were checked against the manifest.
-
-    Raises:
-        CheckpointError: a file is missing or differs, or the format is not ours.
-    """
-    _verify(path)
-    raw = _raw_state(path)
-    if raw.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {raw.get('format')}, this version reads {FORMAT}")
-    return CheckpointState(raw["step"], ModelConfig(**raw["model"]), raw["vocab_size"], raw["run"])
-
-
 def model_of(path: Path) -> ModelConfig:
     """A checkpoint's model, its files not verified. Raises CheckpointError where it cannot be read."""
-    try:
-        return ModelConfig(**_raw_state(path)["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}/state.json: not readable ({error!r})".split("\n")[0]) from None
+    return read_state_file(path).model
 
 
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
@@ -200,24 +257,44 @@ def checkpoint_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.load(path / "tokenizer.model")
 
 
-def _sharded(policy: Policy, reference: Reference | None, *, loading: bool) -> dict[str, Any]:
-    model = _sharded_model(policy.model, "model.")
-    parts: dict[str, Any] = {
-        "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(
-            model, is_loading=loading, metadata=_OPTIMIZER_METADATA
-        ),
-        "scheduler": policy.scheduler.state_dict(),
-    }
-    if reference is not None:
-        parts["reference"] = _sharded_model(reference.model, "reference.")
-    return parts
-
-
-def _sharded_model(model: PolicyModel, prefix: str) -> dict[str, Any]:
+def sharded_model(model: PolicyModel, prefix: str) -> dict[str, Any]:
     """A model's tensors alone: FP8 scales, Transformer Engine's extra state, are found anew within a few steps."""
     state = model.sharded_state_dict(prefix=prefix)
     return {name: part for name, part in state.items() if not name.endswith(_EXTRA_STATE)}
+
+
+def _sharded(policy: Policy, reference: Reference | None, *, loading: bool) -> dict[str, Any]:
+    with megatron_device():
+        model = sharded_model(policy.model, "model.")
+        parts: dict[str, Any] = {
+            "model": model,
+            "optimizer": policy.optimizer.sharded_state_dict(
+                model, is_loading=loading, metadata=_OPTIMIZER_METADATA
+            ),
+            "scheduler": policy.scheduler.state_dict(),
+        }
+        if reference is not None:
+            parts["reference"] = sharded_model(reference.model, "reference.")
+            if reference.average is not None:
+                parts["average"] = _sharded_average(reference.model, reference.average)
+    return parts
+
+
+def _sharded_average(model: PolicyModel, average: dict[str, Any]) -> dict[str, Any]:
+    """The moving average's tensors, each cut like the parameter whose average it is."""
+    by_parameter = {id(p): average[name] for name, p in model.named_parameters()}
+    parts: dict[str, Any] = {}
+    for name, part in sharded_model(model, "average.").items():
+        ours = by_parameter[id(part.data)]
+        changes = {"dtype": ours.dtype} if isinstance(part, ShardedTensor) else {}
+        parts[name] = replace(part, data=ours, **changes)
+    return parts
+
+
+def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    listed = {n.removeprefix("sharded/") for n in read_manifest(path) if n.startswith("sharded/")}
+    loaded = load_tensors(path / "sharded", wanted, listed)
+    return {part: _strip(part, tensors) for part, tensors in loaded.items()}
 
 
 def _load_into(model: PolicyModel, tensors: dict[str, Any]) -> None:
@@ -225,23 +302,25 @@ def _load_into(model: PolicyModel, tensors: dict[str, Any]) -> None:
     assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing), (missing, unexpected)
 
 
-def _load_sharded(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    try:
-        with megatron_device(), _quiet_megatron():
-            loaded: Any = dist_checkpointing.load(
-                wanted, str(path / "sharded"), strict=StrictHandling.RAISE_UNEXPECTED
-            )
-    except Exception as error:  # Megatron and torch raise many types for one cause: an unreadable file
-        raise CheckpointError(
-            f"{path}: cannot be loaded ({type(error).__name__}: {error})".split("\n")[0]
-        ) from error
-    return {part: _strip(part, tensors) for part, tensors in loaded.items()}
-
-
 def _strip(part: str, tensors: Any) -> Any:
-    if part not in ("model", "reference"):
+    if part not in ("model", "reference", "average"):
         return tensors
     return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
+
+
+def _check_form(path: Path, written: StateFile, policy: Policy, reference: Reference | None) -> None:
+    if reference is not None and not written.has_reference:
+        raise CheckpointError(f"{path}: holds no reference policy; start a new run with init={path}")
+    if written.distributed_optimizer != policy.has_distributed_optimizer:
+        raise CheckpointError(
+            f"{path}: written with parallel.distributed_optimizer={str(written.distributed_optimizer).lower()}, "
+            "whose optimizer state has another form; resume with the same setting, or start a new run with init"
+        )
+    if written.dtype not in (None, _dtype_of(policy)):
+        raise CheckpointError(
+            f"{path}: parameters of {written.dtype}, here they are {_dtype_of(policy)}, whose optimizer has another "
+            "form; resume with model.precision as it was, or start a new run with init"
+        )
 
 
 def _check_model(path: Path, state: CheckpointState, model: ModelConfig, vocab_size: int) -> None:
@@ -259,66 +338,18 @@ def _dtype_of(policy: Policy) -> str:
     return str(next(policy.model.parameters()).dtype).removeprefix("torch.")
 
 
-def _raw_state(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}/state.json: not readable ({error})") from None
+def _make_anew(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "sharded").mkdir(parents=True)
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
-    write_json(folder / MANIFEST, entries)
-
-
-def _verify(path: Path) -> None:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(
-            f"{path}: not a checkpoint (no readable manifest.json); give a step_* folder"
-        ) from None
-    entries = manifest if isinstance(manifest, dict) else {}
-    if not (
-        {"state.json", "tokenizer.model"} <= entries.keys() and any(n.startswith("sharded/") for n in entries)
-    ):
-        raise CheckpointError(
-            f"{path}/{MANIFEST}: does not list a checkpoint's files; copy the checkpoint anew"
-        )
-    for name, entry in entries.items():
-        file, stated = path / name, entry if isinstance(entry, dict) else {}
-        size, digest = stated.get("bytes"), stated.get("sha256")
-        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != digest:
-            raise CheckpointError(
-                f"{file}: missing or damaged (differs from manifest.json); use an older checkpoint or copy it anew"
-            )
-
-
-def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).is_file())
-
-
-@contextmanager
-def _results_in_process() -> Iterator[None]:
-    """Megatron passes on what it wrote through a process of its own, which a save that waits does not need.
-
-    Starting that process takes seconds, since it imports torch and the program's main module.
-    """
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = Queue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = before
-
-
-class _quiet_megatron:
-    """Megatron logs every save at warning level; a progress bar and our own records say enough."""
-
-    def __enter__(self) -> None:
-        self._level = logging.getLogger("megatron.core").level
-        logging.getLogger("megatron.core").setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("megatron.core").setLevel(self._level)
+def _reason(error: BaseException) -> str:
+    """In one line; the system's own words where a full disk or the like lies at the bottom of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    with suppress(IndexError):
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return type(error).__name__

@@ -99,10 +99,12 @@ class Policy:
         """
         for group in self.optimizer.param_groups or ():
             group.setdefault("lr", 0.0)
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        totals = self._over_replicas(self.forward_backward(batches, loss))
-        self._check_finite(totals.loss, documents)
+        totals = self._passes(batches, loss)
+        if not self._is_finite(totals.loss):
+            raise NonFiniteError(
+                f"loss {totals.loss} or a gradient is not finite on documents {documents}: the update was not made; "
+                "lower optimizer.lr or inspect these documents"
+            )
         grad_norm = 0.0
         with megatron_device():
             self.scheduler.step(1)
@@ -116,6 +118,18 @@ class Policy:
             maxima=totals.maxima,
             units=totals.units,
         )
+
+    def stands(self, rows: Sequence[Row]) -> bool:
+        """Whether training can go on from these parameters: they, the next-token loss of `rows` (at least one on
+        every process) and its gradients are finite on every process. Changes nothing but gradients.
+        """
+
+        def loss(log_probs: Tensor, rows: PackedRows, number: int) -> LossSums:
+            return LossSums(-log_probs.sum(), len(log_probs))
+
+        totals = self._passes(self.micro_batches(rows), loss)
+        finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        return self._is_finite(totals.loss) and not self.mesh.any(not finite)
 
     def score(self, batches: Sequence[PackedRows]) -> list[Tensor]:
         """Log-probs [num_targets] of each micro-batch under this policy, no gradient.
@@ -144,6 +158,12 @@ class Policy:
         with megatron_device():
             return _run_schedule(forward_step, numbered, self.ddp, batches, forward_only=False)
 
+    def _passes(self, batches: Sequence[PackedRows], loss: MicroBatchLoss) -> _Totals:
+        """Gradients of all micro-batches, from zero; and their totals over all processes."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._over_replicas(self.forward_backward(batches, loss))
+
     def _over_replicas(self, found: Sequence[LossSums]) -> _Totals:
         """Totals over micro-batches and the data axis; the other pipeline stages learn them from the last one."""
         mine, total = _Totals(), _Totals()
@@ -153,17 +173,14 @@ class Policy:
             total.add(*part)
         return total
 
-    def _check_finite(self, loss: float, documents: str) -> None:
+    def _is_finite(self, loss: float) -> bool:
+        """Whether the loss and all gradients are, on every process."""
         # The largest absolute value, which is NaN where one is: nothing of the gradient's size is made, and the
         # host waits once.
         infinity = float("inf")
         largest = [torch.linalg.vector_norm(buffer.grad_data, infinity) for buffer in self.ddp.buffers]  # type: ignore[union-attr]
         bad_grad = bool(largest) and not math.isfinite(torch.stack(largest).sum(dtype=torch.float64).item())
-        if self.mesh.any(bad_grad or not math.isfinite(loss)):
-            raise NonFiniteError(
-                f"loss {loss} or a gradient is not finite on documents {documents}: the update was not made; "
-                "lower optimizer.lr or inspect these documents"
-            )
+        return not self.mesh.any(bad_grad or not math.isfinite(loss))
 
 
 def score(model: PolicyModel, batches: Sequence[PackedRows]) -> list[Tensor]:
@@ -239,4 +256,7 @@ def _scheduler(optimizer: Any, cfg: OptimizerConfig, steps: int) -> OptimizerPar
         end_wd=cfg.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        # On resume the settings hold, as everywhere, not those of the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

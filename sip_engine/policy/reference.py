@@ -19,7 +19,7 @@ class Reference:
     """A copy of the policy's weights, sharded like it, that no gradient updates.
 
     Offloaded, the weights live in CPU memory (pinned beside CUDA) and are on the device only while they score.
-    A moving average is kept in float32, since a bf16 one would not move; a restart rounds it to the weights' type.
+    A moving average is kept in float32, since a bf16 one would not move; checkpoints hold it so.
     """
 
     def __init__(self, cfg: RunConfig, vocab_size: int, mesh: Mesh) -> None:
@@ -45,11 +45,25 @@ class Reference:
             self.copy_from(policy)
         if self.cfg.ema:
             if self._average is None:
-                self._average = [p.float().clone() for p in self.model.parameters()]
+                self._average = self._start_average()
             parameters = zip(self._average, self.model.parameters(), policy.model.parameters(), strict=True)
             for average, ours, theirs in parameters:
                 average.lerp_(theirs.to(average.device, torch.float32), 1.0 - self.cfg.ema)
                 ours.copy_(average)
+
+    @property
+    def average(self) -> dict[str, Tensor] | None:
+        """The moving average in float32, by the names of the model's parameters; None where there is none yet."""
+        if self._average is None:
+            return None
+        return dict(zip((name for name, _ in self.model.named_parameters()), self._average, strict=True))
+
+    def start_average(self) -> None:
+        """Begin a moving average with the weights of this moment, to be filled by a checkpoint's."""
+        self._average = self._start_average()
+
+    def _start_average(self) -> list[Tensor]:
+        return [p.detach().float().clone() for p in self.model.parameters()]
 
     def score(self, batches: Sequence[PackedRows]) -> list[Tensor]:
         """Log-probs [num_targets] of each micro-batch; empty before the last pipeline stage."""

@@ -413,12 +413,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def rewrite_state(folder: Path) -> None:
     """Take the run's settings out of a checkpoint, as one that was imported has none."""
-    from sip_engine.policy.checkpoint import _write_manifest
+    from sip_engine.policy.checkpoint_files import write_manifest
 
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"run": {}}))
     (folder / "manifest.json").unlink()
-    _write_manifest(folder)
+    write_manifest(folder)
 
 
 def test_a_set_given_twice_is_refused(sip: Sip, runs: Path) -> None:

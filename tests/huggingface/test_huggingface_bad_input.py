@@ -180,7 +180,7 @@ def test_nothing_is_overwritten_or_half_written(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sip_engine.huggingface.importing.write_json", full)
+    monkeypatch.setattr("sip_engine.policy.checkpoint_state.write_json", full)
     monkeypatch.setattr("sip_engine.huggingface.exporting.write_json", full)
     for convert, given in ((import_model, good), (export_model, checkpoint)):
         with pytest.raises(CheckpointError, match=r"out: cannot be written .No space left"):

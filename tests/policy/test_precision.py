@@ -11,7 +11,7 @@ from conftest import SMALL_MODEL
 from sip_engine.config.schema import ModelConfig, ParallelConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy import precision
-from sip_engine.policy.checkpoint import _sharded_model
+from sip_engine.policy.checkpoint import sharded_model
 from sip_engine.policy.layers import SharedPrefixAttention, block_spec
 from sip_engine.policy.model import build_model, transformer_config
 from sip_engine.policy.precision import check_precision, fp8_settings, parameter_dtype
@@ -108,7 +108,7 @@ def test_fp8_layers_hold_the_parameters_of_bf16_ones(mesh: Mesh) -> None:
     for chosen in ("bf16", "fp8"):
         model = build_model(fp8_model(precision=chosen), ParallelConfig(), 101, mesh, seed=3)
         parameters = {name: (p.dtype, p.float().cpu()) for name, p in model.named_parameters()}
-        found.append((parameters, set(_sharded_model(model, "model."))))
+        found.append((parameters, set(sharded_model(model, "model."))))
     (plain, plain_keys), (fp8, fp8_keys) = found
     assert plain.keys() == fp8.keys() and plain_keys == fp8_keys
     assert all(plain[n][0] == fp8[n][0] and torch.equal(plain[n][1], fp8[n][1]) for n in plain)
