@@ -109,6 +109,13 @@ def merge_shards(stacked: ShardSample) -> tuple[Tensor, Tensor]:
     return stacked.token.gather(0, best)[0].where(sum_exp > 0, -1), logprob
 
 
+def finish_sample(found: ShardSample) -> tuple[Tensor, Tensor]:
+    """`merge_shards` of one shard's findings, [B] each, in fewer steps and with the same bits."""
+    shift = found.max.masked_fill(found.max == -torch.inf, 0.0)
+    logprob = found.logit - shift - found.sum_exp.log()
+    return found.token.where(found.sum_exp > 0, -1), logprob
+
+
 @jit(do_not_specialize=["num_rows"])
 def head_sample_kernel(
     hidden_ptr,

@@ -19,6 +19,7 @@ from sip_engine.kernels.kv_write import write_kv
 from sip_engine.kernels.prefill_attention import prefill_attention
 from sip_engine.kernels.shared_prefix_attention import RowLayout, shared_prefix_attention
 from sip_engine.policy.weights import PolicyWeights
+from sip_engine.sampler.decoder import Projected
 from sip_engine.sampler.pages import PagePool, WaveTables
 from sip_engine.sampler.transfer import upload
 from sip_engine.utils.errors import RequestError
@@ -130,14 +131,17 @@ class PagedAttention:
             self.suffix_tables, self.suffix_lens, self.pages.page_size, impl=self.impl
         )
 
-    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def prefill(self, layer: int, projected: Projected) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         k_scale, v_scale = self._scales_of(layer)
         if k_scale is not None and v_scale is not None and layer not in self._scaled:
+            _, k, v = projected.split()
             k_scale.copy_(_fp8_scale(k))
             v_scale.copy_(_fp8_scale(v))
             self._scaled.add(layer)
-        write_kv(k, v, keys, values, self.prefill_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl)
+        q = projected.store(
+            keys, values, self.prefill_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl
+        )
         return prefill_attention(
             q,
             keys,
@@ -150,10 +154,10 @@ class PagedAttention:
             impl=self.impl,
         )
 
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def decode(self, layer: int, projected: Projected) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         k_scale, v_scale = self._scales_of(layer)
-        write_kv(k, v, keys, values, self.decode_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl)
+        q = projected.store(keys, values, self.decode_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl)
         return decode_attention(
             q,
             keys,
@@ -217,7 +221,8 @@ class DenseAttention:
         self.prefixes: dict[int, tuple[Tensor, Tensor]] = {}
         self.step = -1
 
-    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def prefill(self, layer: int, projected: Projected) -> Tensor:
+        q, k, v = projected.split()
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         write_kv(k, v, keys, values, self.prefill_slots)
         self.prefixes[layer] = (self._contiguous(keys), self._contiguous(values))
@@ -227,7 +232,8 @@ class DenseAttention:
         """Suffix token `step` of every sequence is about to be stored and attended from."""
         self.step = step
 
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def decode(self, layer: int, projected: Projected) -> Tensor:
+        q, k, v = projected.split()
         keys, values = self.suffix_keys[layer], self.suffix_values[layer]
         keys[:, self.step], values[:, self.step] = k, v
         seen = self.step + 1
@@ -256,14 +262,16 @@ class ExactAttention(PagedAttention):
         super().__init__(pages, "triton" if uses_triton(pages.keys[0]) else "reference")
         self.max_context = max_context
 
-    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def prefill(self, layer: int, projected: Projected) -> Tensor:
+        q, k, v = projected.split()
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         write_kv(k, v, keys, values, self.prefill_slots, impl=self.impl)
         lens = self.prefill_lens.tolist()
         parts = zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
         return torch.cat([self._causal(*part) for part in parts])
 
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def decode(self, layer: int, projected: Projected) -> Tensor:
+        q, k, v = projected.split()
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         write_kv(k, v, keys, values, self.decode_slots, impl=self.impl)
         group_of = torch.repeat_interleave(self.group_starts.diff().long())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,15 +15,58 @@ from sip_engine.kernels._impl import uses_triton
 from sip_engine.kernels.exact import exact_linear
 from sip_engine.kernels.rms_norm import rms_norm
 from sip_engine.kernels.rotary import rotary
+from sip_engine.kernels.store_qkv import split_qkv, store_qkv
 from sip_engine.kernels.swiglu import swiglu
-from sip_engine.policy.weights import PolicyWeights
+from sip_engine.policy.weights import LayerWeights, PolicyWeights
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Queries, keys and values of N new tokens as one matrix holds them, neither normalised nor rotated."""
+
+    mixed: Tensor
+    """[N, kv_heads * (share + 2) * D]"""
+    layer: LayerWeights
+    weights: PolicyWeights
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+
+    def split(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q [N, heads, D], k and v [N, kv_heads, D], rotated."""
+        q, k, v = split_qkv(self.mixed, self.weights.num_local_kv_heads, self.weights.head_dim)
+        if self.layer.q_norm is not None:
+            q = F.rms_norm(q, q.shape[-1:], self.layer.q_norm, self.weights.norm_eps)
+        if self.layer.k_norm is not None:
+            k = F.rms_norm(k, k.shape[-1:], self.layer.k_norm, self.weights.norm_eps)
+        return (
+            rotary(q, self.cos, self.sin, self.positions),
+            rotary(k, self.cos, self.sin, self.positions),
+            v,
+        )
+
+    def store(self, keys: Tensor, values: Tensor, slots: Tensor, **options: Any) -> Tensor:
+        """Keys and values go to `slots` of the pages; returns the rotated queries. `options` are `store_qkv`'s."""
+        return store_qkv(
+            self.mixed,
+            self.cos,
+            self.sin,
+            self.positions,
+            keys,
+            values,
+            slots,
+            q_norm=self.layer.q_norm,
+            k_norm=self.layer.k_norm,
+            eps=self.weights.norm_eps,
+            **options,
+        )
 
 
 class Attend(Protocol):
     """Stores new keys and values of a layer and attends to all a token may see."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, heads, D], k and v [N, kv_heads, D], rotated -> [N, heads, D]."""
+    def __call__(self, layer: int, projected: Projected) -> Tensor:
+        """Returns [N, heads, D]."""
         ...
 
 
@@ -45,42 +89,41 @@ class Decoder:
         """
         w = self.weights
         hidden = inputs if w.embedding is None else self._embed(inputs, w.embedding)
-        for number, layer in enumerate(w.layers):
-            x = self._norm(hidden, layer.attention_norm)
-            q, k, v = self._qkv(self._columns(x, layer.qkv, layer.qkv_bias))
-            if layer.q_norm is not None:
-                q = F.rms_norm(q, q.shape[-1:], layer.q_norm, w.norm_eps)
-            if layer.k_norm is not None:
-                k = F.rms_norm(k, k.shape[-1:], layer.k_norm, w.norm_eps)
-            q = rotary(q, self._cos, self._sin, positions)
-            k = rotary(k, self._cos, self._sin, positions)
-            attended = attend(number, q, k, v).flatten(1)
-            hidden = hidden + self._rows(attended, layer.attention_out)
-            x = self._norm(hidden, layer.mlp_norm)
-            hidden = hidden + self._rows(self._gate(self._columns(x, layer.gate_up)), layer.down)
-        if w.final_norm is None:
-            return hidden
-        return self._norm(hidden, w.final_norm)
+        x = self._norm(hidden, w.layers[0].attention_norm)
+        next_norms = [*(layer.attention_norm for layer in w.layers[1:]), w.final_norm]
+        for number, (layer, next_norm) in enumerate(zip(w.layers, next_norms, strict=True)):
+            mixed = self._columns(x, layer.qkv, layer.qkv_bias)
+            attended = attend(number, Projected(mixed, layer, w, self._cos, self._sin, positions))
+            x, hidden = self._add_norm(
+                self._rows(attended.flatten(1), layer.attention_out), hidden, layer.mlp_norm
+            )
+            added = self._rows(self._gate(self._columns(x, layer.gate_up)), layer.down)
+            if next_norm is None:
+                return hidden + added
+            x, hidden = self._add_norm(added, hidden, next_norm)
+        return x
 
     def _embed(self, tokens: Tensor, table: Tensor) -> Tensor:
-        local = tokens - self.weights.tp_rank * len(table)
         # -1 stands for a token that could not be drawn; the sampler reports it when the wave is done.
+        if self.tp.size == 1:
+            return F.embedding(tokens.clamp(min=0), table)
+        local = tokens - self.weights.tp_rank * len(table)
         outside = (local < 0) | (local >= len(table))
         rows = F.embedding(local.masked_fill(outside, 0), table)
         return self._sum_shards(rows.masked_fill(outside[:, None], 0.0))
-
-    def _qkv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, g * (r + 2) * D] -> q [N, g * r, D], k [N, g, D], v [N, g, D]; Megatron groups by KV head."""
-        w = self.weights
-        share = w.num_heads // w.num_kv_heads
-        grouped = mixed.view(len(mixed), -1, share + 2, w.head_dim)
-        return grouped[:, :, :share].flatten(1, 2), grouped[:, :, share], grouped[:, :, share + 1]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Our kernel with CUDA; on the CPU torch's own single pass is the fastest."""
         if uses_triton(x):
             return rms_norm(x, weight, self.weights.norm_eps)
         return F.rms_norm(x, x.shape[-1:], weight, self.weights.norm_eps)
+
+    def _add_norm(self, x: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of hidden + x, and that sum."""
+        if uses_triton(x):
+            return rms_norm(x, weight, self.weights.norm_eps, residual=hidden)
+        hidden = hidden + x
+        return self._norm(hidden, weight), hidden
 
     def _columns(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times a matrix whose outputs are sharded."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from sip_engine.distributed.mesh import Axis
 from sip_engine.kernels.exact import exact_linear
 from sip_engine.kernels.filtered_sample import filtered_sample
-from sip_engine.kernels.sample import ShardSample, merge_shards, sample
+from sip_engine.kernels.sample import ShardSample, finish_sample, merge_shards, sample
 from sip_engine.policy.weights import PolicyWeights
 from sip_engine.sampler.requests import SamplingParams
 
@@ -40,7 +40,7 @@ class TokenDraw:
                 top_p=params.top_p,
                 vocab_size=self.weights.vocab_size,
             )
-            return merge_shards(ShardSample(*(part[None] for part in found)))
+            return finish_sample(found)
         found = sample(
             hidden,
             self.head,
@@ -50,6 +50,8 @@ class TokenDraw:
             vocab_start=self.weights.vocab_start,
             vocab_size=self.weights.vocab_size,
         )
+        if self.tp.size == 1:
+            return finish_sample(found)
         return merge_shards(ShardSample.unpack(self.tp.stack(found.pack())))
 
 

@@ -14,7 +14,7 @@ from interpreter import DEVICE
 from torch import Tensor
 
 from sip_engine.kernels.random import sequence_key, uniform
-from sip_engine.kernels.sample import ShardSample, merge_shards, sample, sample_from_logits
+from sip_engine.kernels.sample import ShardSample, finish_sample, merge_shards, sample, sample_from_logits
 
 IMPLS = ("reference", "triton")
 HALF = (
@@ -272,3 +272,14 @@ def test_bad_input_beside_logits_is_named():
         sample_from_logits(logits, zeros, zeros, temperature=-1)
     with pytest.raises(ValueError, match="keys"):
         sample_from_logits(logits, zeros[:1], zeros)
+
+
+def test_one_shard_is_finished_with_the_same_bits() -> None:
+    """With rows that have nothing to choose from and rows that are not finite."""
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits[1], logits[2, 3], logits[3, 5] = -torch.inf, torch.nan, torch.inf
+    numbers = torch.arange(6, device=DEVICE)
+    found = sample_from_logits(logits, numbers, numbers)
+    want = merge_shards(ShardSample(*(part[None] for part in found)))
+    for ours, theirs in zip(finish_sample(found), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

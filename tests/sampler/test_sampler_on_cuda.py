@@ -113,6 +113,29 @@ def test_one_more_token_costs_one_replay(mesh: Mesh, cuda: Device) -> None:
     assert six["synchronise"] == 2
 
 
+def launches_of_a_step(cuda: Device, num_layers: int, **settings) -> int:
+    """What one more token launches, when no graph hides it."""
+    mesh = start_mesh()
+    model = build_model(
+        MODEL.model_copy(update={"num_layers": num_layers, **settings}), ParallelConfig(), VOCAB, mesh, seed=1
+    )
+    sampler, counts = sampler_of(model, mesh, cuda_graph="off"), []
+    assert sampler.pages.keys  # made before anything is counted
+    for num_tokens in (2, 3):
+        with cuda.watch() as seen:
+            sampler.generate(requests(1)[:1], replace(PARAMS, max_new_tokens=num_tokens))
+        counts.append(seen["launch"])
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
+def test_a_layer_launches_ten_kernels_a_step(mesh: Mesh, cuda: Device, settings: dict) -> None:
+    """Two fused norms, four matrices, the projection's split to stored keys, attention in two, SwiGLU."""
+    one, two = (launches_of_a_step(cuda, layers, **settings) for layers in (1, 2))
+    assert two - one == 10
+    assert one - 10 <= 16, "placing tokens, embedding, first norm, head, draw, moving on"
+
+
 def stopping(on_cpu: list[list[Completion]]) -> SamplingParams:
     """Stop at tokens that come at different times."""
     return replace(PARAMS, stop_ids=(int(on_cpu[0][0].ids[1]), int(on_cpu[1][1].ids[3])))
