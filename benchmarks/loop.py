@@ -22,7 +22,7 @@ from benchmarks.sampler import MODEL, VOCAB
 from benchmarks.update import SUFFIX, PlainDpo, run_config
 from sip_engine.config.schema import ObjectiveConfig, SamplerConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.objectives.base import open_objective
+from sip_engine.objectives.base import open_objective, rows_of_choices
 from sip_engine.objectives.update import update
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
@@ -69,7 +69,7 @@ def measure(mesh: Mesh, prefix: int, rollouts: int, prompts: int, repeats: int) 
     for turn in range(repeats + 1):
         found = {"ours_generate": timed(generate), "peer_generate": timed(peer_generate)}
         ours, theirs = choices_of(batch, drawn["ours"]), choices_of(batch, drawn["peer"])
-        training = [objective.row_of_choice(choice) for choice in ours]
+        training = rows_of_choices(objective, ours)
         found["ours_update"] = timed(lambda rows=training: update(policy, reference, rows, objective))
         found["peer_update"] = timed(lambda pairs=theirs: peer.step(pairs))
         if turn:  # the first is the warm-up

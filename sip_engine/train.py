@@ -11,6 +11,7 @@ from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.judges.overlap import WaveJudge, split
 from sip_engine.monitoring.empty_steps import EmptySteps
 from sip_engine.monitoring.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
+from sip_engine.objectives.base import rows_of_choices
 from sip_engine.objectives.update import update
 from sip_engine.policy.rows import Row
 from sip_engine.policy.weights import assert_shared
@@ -124,7 +125,7 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
     means.add("rewriter/failure_rate", num_failed, len(samples) * stage.rewrite)
     run.thresholds.hear(verdicts)
     run.records.pools(run.step, samples, pools, verdicts, choices)
-    return [run.objective.row_of_choice(choice) for choice in choices if choice is not None]
+    return rows_of_choices(run.objective, choices)
 
 
 def learn_task(run: Run, samples: list[Sample], clock: Clock, means: Means) -> list[Row]:

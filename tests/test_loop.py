@@ -156,7 +156,7 @@ OBJECTIVES = [
     ("sft_rewrite", {}),
     ("sft_rollout", {}),
     ("dpo_rewrite_over_rollout", {}),
-    ("dpo", {"length_normalised": True, "nll_weight": 0.5}),
+    ("dpo", {"length_normalised": True, "nll_weight": 0.5, "document_nll_weight": 0.5}),
 ]
 
 
@@ -168,6 +168,7 @@ def test_every_objective_trains_on_what_it_says(
     train(cfg, mesh)
     rows = [row for row in metrics(tmp_path) if "loss" in row]
     assert all(row["grad_norm"] > 0 for row in rows)
+    assert all(("document/nll" in row) == ("document_nll_weight" in settings) for row in rows)
     for pool in pools(tmp_path):
         kinds = [c["kind"] for c in pool["candidates"]]
         if kind in ("sft_rewrite", "dpo_rewrite_over_rollout"):

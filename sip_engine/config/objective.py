@@ -70,6 +70,9 @@ class ObjectiveConfig(Section):
     """DPO: mean instead of summed log-probs."""
     nll_weight: float = Field(default=0.0, ge=0)
     """DPO: weight of the chosen suffix's mean NLL a token, added to the loss."""
+    document_nll_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean NLL a token of the document's own suffix, added to the loss of any objective that chooses
+    among candidates: it holds the policy to how the documents go on. 0 adds nothing."""
     loss_on: Literal["suffix", "all"] = "all"
     """next_token: train on the suffix only, or on every token of prefix and suffix."""
     generations: Annotated[int, Field(ge=2)] = 16

@@ -703,7 +703,13 @@ def _check_stages(cfg: RunConfig) -> None:
 
 
 def _check_objective(cfg: RunConfig) -> None:
-    cfg.objective.facts.check(cfg)
+    facts = cfg.objective.facts
+    facts.check(cfg)
+    if cfg.objective.document_nll_weight and facts.learns_from is not LearnsFrom.POOLS:
+        raise ValueError(
+            "objective.document_nll_weight stands beside a choice among candidates, which objective.kind = "
+            f'"{cfg.objective.kind}" does not make: remove it'
+        )
 
 
 def _check_sampler(cfg: RunConfig) -> None:

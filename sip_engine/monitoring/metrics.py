@@ -111,11 +111,16 @@ def group_means(
 
 
 def update_metrics(stats: UpdateStats) -> dict[str, float]:
-    """What every update is watched by, over all processes; drift goes by the tokens that were sampled."""
+    """What every update is watched by, over all processes.
+
+    Drift goes by the tokens that were sampled, `document/nll` (nats a token) by those of the documents' own suffixes.
+    """
     out = {"loss": stats.loss, "lr": stats.lr, "grad_norm": stats.grad_norm}
     tokens = stats.sums.get("drift_tokens", 0.0)
     if tokens:
         out |= {"drift/mean": stats.sums["drift_sum"] / tokens, "drift/max": stats.maxima["drift_max"]}
+    if documents := stats.sums.get("document_tokens", 0.0):
+        out["document/nll"] = stats.sums["document_nll"] / documents
     return out
 
 

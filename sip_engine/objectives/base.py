@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sip_engine.config.objective import OBJECTIVES, LearnsFrom, ObjectiveConfig
 from sip_engine.config.schema import RunConfig
 from sip_engine.config.section import Section
+from sip_engine.objectives.document_term import with_document
 from sip_engine.policy.rows import LossSums, Row, row_of
 from sip_engine.types import Candidate, Choice, Kind, Sample, Verdict
 from sip_engine.utils.errors import ConfigError
@@ -95,6 +96,10 @@ class Objective:
             document=choice.sample.document,
         )
 
+    def row_units(self, row: Row) -> int:
+        """POOLS: what a row counts for in the mean of the loss (`LossSums.units`); here its scored tokens."""
+        return sum(row.num_scored)
+
     def row_of_group(
         self, sample: Sample, group: Sequence[Completion], rewards: Sequence[float | None]
     ) -> Row | None:
@@ -116,6 +121,13 @@ class Objective:
     def metrics(self, logged: Mapping[str, float]) -> dict[str, float]:
         """Metrics of a step from what `loss` logged: sums and maxima over all micro-batches and processes."""
         return {}
+
+
+def rows_of_choices(objective: Objective, choices: Sequence[Choice | None]) -> list[Row]:
+    """What is trained on of a step's choices: the objective's rows, with the documents' own suffixes if wanted."""
+    weight = objective.cfg.document_nll_weight
+    made = [(choice, objective.row_of_choice(choice)) for choice in choices if choice is not None]
+    return [with_document(row, choice.sample, weight, objective.row_units(row)) for choice, row in made]
 
 
 def best_and_worst(sample: Sample, rewards: Sequence[float | None], seed: int) -> tuple[int, int] | None:

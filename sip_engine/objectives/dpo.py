@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sip_engine.objectives.base import Objective, best_and_worst, first_of
-from sip_engine.policy.rows import LossSums
+from sip_engine.policy.rows import LossSums, Row
 from sip_engine.types import Candidate, Choice, Kind, Sample, Verdict
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ class PairedDPO(Objective):
 
     needs_reference = True
     loss_unit = "nats a pair"
+
+    def row_units(self, row: Row) -> int:
+        return 1  # a pair
 
     def loss(self, log_probs: Tensor, rows: PackedRows, reference: Tensor | None) -> LossSums:
         from sip_engine.kernels.dpo import dpo

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from sip_engine.objectives.base import Objective
+from sip_engine.objectives.document_term import add_document_term
 from sip_engine.policy.packing import PackedRows
 from sip_engine.policy.policy import Policy, UpdateStats
 from sip_engine.policy.reference import Reference
@@ -23,22 +24,28 @@ def update(
     """Make one optimizer step on this process' rows; without any on all processes, nothing is updated.
 
     `sums` and `maxima` of the result hold what the objective logs and, of sampled tokens, `drift_sum`,
-    `drift_tokens` and `drift_max`: |trainer - sampler| log-prob, nats.
+    `drift_tokens` and `drift_max`: |trainer - sampler| log-prob, nats. Documents' own suffixes in the rows add their
+    term to the objective's loss (`objectives.document_term`).
 
     Raises:
         NonFiniteError: before anything is updated, on every process.
     """
     batches = policy.micro_batches(rows or [_STAND_IN])
+    shown = [batch.without_documents() for batch in batches]
     referred: Sequence[Tensor] = []
     if objective.needs_reference:
         assert reference is not None, "this objective needs a reference policy"
-        referred = reference.score(batches)
+        referred = reference.score([seen for seen, _ in shown])
 
     def loss(log_probs: Tensor, packed: PackedRows, number: int) -> LossSums:
         if not rows:
             return LossSums(0.0 * log_probs.sum(), 0)
-        found = objective.loss(log_probs, packed, referred[number] if referred else None)
-        return found if packed.sampled is None else _with_drift(found, log_probs.detach(), packed.sampled)
+        seen, kept = shown[number]
+        own = log_probs if kept is None else log_probs[kept]
+        found = objective.loss(own, seen, referred[number] if referred else None)
+        if seen.sampled is not None:
+            found = _with_drift(found, own.detach(), seen.sampled)
+        return found if kept is None else add_document_term(found, log_probs, packed)
 
     return policy.update(batches, loss, documents_of(rows))
 

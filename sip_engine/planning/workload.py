@@ -79,6 +79,7 @@ def workload_of(
     elif source is LearnsFrom.POOLS:
         # An objective with a reference compares two of a pool's candidates.
         sampled, candidates, trained = stage.rollouts, stage.num_candidates, 1 + cfg.needs_reference
+        trained += objective.document_nll_weight > 0  # the document's own suffix
     else:
         sampled, candidates, trained = 0, 0, 1
     return Workload(

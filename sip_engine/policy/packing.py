@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,10 @@ class PackedRows:
             it was not sampled.
         advantages: [num_targets] float32, 0 where it has none.
         weights: [num_targets] float32, 1 where it has none.
+        document_weights: [num_targets] float32, factors of the documents' next-token term, 0 elsewhere.
+        document_suffixes: which suffixes of the micro-batch are documents' own, rising.
 
-    The last three are None where no row of the micro-batch has such values; see `Row`.
+    Tensors of such values are None where no row of the micro-batch has any; see `Row`.
     """
 
     layout: RowLayout
@@ -39,6 +42,8 @@ class PackedRows:
     sampled: Tensor | None = None
     advantages: Tensor | None = None
     weights: Tensor | None = None
+    document_weights: Tensor | None = None
+    document_suffixes: tuple[int, ...] = ()
     # Megatron asks its packing parameters for this; any value but "thd" leaves the tensors to us.
     qkv_format: str = "shared_prefix"
 
@@ -58,6 +63,34 @@ class PackedRows:
         """[num_targets] -> [num_suffixes]: sums over each suffix' tokens, differentiable."""
         zeros = values.new_zeros(len(self.target_lens))
         return zeros.index_add(0, self.suffix_of_target, values)
+
+    def without_documents(self) -> tuple[PackedRows, Tensor | None]:
+        """The same stream with the targets that an objective sees, and which of all targets these are.
+
+        The second is int64 [num_kept], or None where all are kept: then the first is this micro-batch itself.
+        """
+        if not self.document_suffixes:
+            return self, None
+        seen = np.ones(len(self.target_lens), bool)
+        seen[list(self.document_suffixes)] = False
+        kept = torch.from_numpy(np.flatnonzero(np.repeat(seen, self.target_lens))).to(self.tokens.device)
+        lens = tuple(n for n, is_seen in zip(self.target_lens, seen, strict=True) if is_seen)
+
+        def pick(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[kept]
+
+        shown = replace(
+            self,
+            scored=self.scored[kept],
+            targets=self.targets[kept],
+            target_lens=lens,
+            sampled=pick(self.sampled),
+            advantages=pick(self.advantages),
+            weights=pick(self.weights),
+            document_weights=None,
+            document_suffixes=(),
+        )
+        return shown, kept
 
 
 def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -> PackedRows:
@@ -108,7 +141,24 @@ def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -
         sampled=_side_values(padded, "sampled", float("nan"), device),
         advantages=_side_values(padded, "advantages", 0.0, device),
         weights=_side_values(padded, "weights", 1.0, device),
+        **_documents(padded, device),
     )
+
+
+def _documents(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
+    """`document_weights` and `document_suffixes` of a micro-batch; nothing where no row has its document's suffix."""
+    if not any(row.document_weight for row in rows):
+        return {}
+    suffixes, weights, end = [], [], 0
+    for row in rows:
+        factors = np.zeros(len(row.suffixes), np.float32)
+        end += len(row.suffixes)
+        if row.document_weight:
+            factors[-1] = row.document_weight
+            suffixes.append(end - 1)
+        weights.append(np.repeat(factors, np.asarray(row.num_scored, np.int64)))
+    values = torch.from_numpy(np.concatenate(weights)).to(device)
+    return {"document_weights": values, "document_suffixes": tuple(suffixes)}
 
 
 def _side_values(rows: Sequence[Row], name: str, missing: float, device: torch.device) -> Tensor | None:

@@ -37,6 +37,9 @@ class Row:
     """How much better than its group's mean the reward of each token's sequence is."""
     weights: SideValues = ()
     """Factor of each token's loss; None is 1."""
+    document_weight: float = 0.0
+    """Above 0: the last suffix is the document's own, which no objective sees, and this the factor of each of its
+    tokens' negative log-likelihood (`objectives.document_term`)."""
     document: int | None = None
     """Number of the document, for error messages."""
 
