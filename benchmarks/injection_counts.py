@@ -49,7 +49,7 @@ class SafetyCase:
     prefix: str = ""
 
     def question(self, text: str) -> Question:
-        """With `text` in the suffix' place."""
+        """With `text` in the suffix's place."""
         return SafetyQuestion(text, self.prefix)
 
     def favour(self, value: float) -> float:

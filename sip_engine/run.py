@@ -18,8 +18,8 @@ from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus, open_corpus
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.evaluation.ground_truth import open_measure
 from sip_engine.evaluation.held_out import Evaluation, Measure, evaluate
-from sip_engine.evaluation.truth import open_measure
 from sip_engine.judges.open import open_judge
 from sip_engine.monitoring.metrics import flatten
 from sip_engine.monitoring.monitors import Monitors

@@ -8,7 +8,7 @@ from sip_engine.candidates import propose, reply
 from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.judges.overlap import WaveJudge, split
+from sip_engine.judges.overlap import OverlappedJudge, split
 from sip_engine.monitoring.empty_steps import EmptySteps
 from sip_engine.monitoring.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
 from sip_engine.objectives.base import rows_of_choices
@@ -94,7 +94,7 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
     pools: list[list[Candidate]] = []
     verdicts: list[Verdict] = []
     num_failed = 0
-    with WaveJudge(run.judge, cfg.judge, run.mesh, seed=run.step) as judging:
+    with OverlappedJudge(run.judge, cfg.judge, run.mesh, seed=run.step) as judging:
         for wave in split(samples, cfg.judge.num_waves if judged else 1):
             with clock("generate"):
                 proposed = propose(

@@ -20,18 +20,18 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Labels:
-    """What is scored of a suffix in place of its own tokens: after its token `places[i]`, the token `ids[i]`.
+    """What is scored of a suffix in place of its own tokens: after its token `positions[i]`, the token `ids[i]`.
 
-    Both [n] int; places count from the suffix' first token and may occur more than once.
+    Both [n] int; positions count from the suffix's first token and may occur more than once.
     """
 
-    places: np.ndarray
+    positions: np.ndarray
     ids: np.ndarray
 
     @classmethod
-    def every(cls, places: np.ndarray, options: np.ndarray) -> Labels:
+    def every(cls, positions: np.ndarray, options: np.ndarray) -> Labels:
         """Each option [n] after each place [m]: m * n labels, place by place."""
-        return cls(np.repeat(places, len(options)), np.tile(options, len(places)))
+        return cls(np.repeat(positions, len(options)), np.tile(options, len(positions)))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Candidate:
     logprobs: np.ndarray | None = None
 
 
-class Note(StrEnum):
+class SentenceLabel(StrEnum):
     """What there is to say of one sentence of a suffix, in one letter; the first of these that holds.
 
     Written in lower case it says the same, and that the sentence insults.
@@ -86,7 +86,7 @@ class Note(StrEnum):
         return self.value.lower() if insulting else self.value
 
 
-UNSOUND = (Note.MALFORMED, Note.STRANGER, Note.REPEATED)
+UNSOUND = (SentenceLabel.MALFORMED, SentenceLabel.STRANGER, SentenceLabel.REPEATED)
 """Notes on sentences that break the coherence."""
 
 

@@ -241,9 +241,9 @@ class JudgeVotes(Section):
     quality: Positive = 1
     """Votes on a comparison."""
     safety: Positive = 1
-    """Votes on a suffix' safety (method: 5 in training)."""
+    """Votes on a suffix's safety (method: 5 in training)."""
     factuality: Positive = 1
-    """Votes on a suffix' factuality."""
+    """Votes on a suffix's factuality."""
 
 
 class ServerConfig(Section):

@@ -90,7 +90,7 @@ def _answered(record: dict[str, Any], number: int, tokenizer: Tokenizer) -> Samp
 def _labelled(record: dict[str, Any], number: int, tokenizer: Tokenizer) -> Sample:
     text, labels = record.pop("text"), record["labels"]
     ids = tokenizer.encode(text).astype(np.int32)
-    places = tokenizer.places(ids, text, [end for end, _ in labels])
+    places = tokenizer.positions(ids, text, [end for end, _ in labels])
     answers = [tokenizer.encode(label) for _, label in labels]
     for (_, label), answer in zip(labels, answers, strict=True):
         if len(answer) != 1:

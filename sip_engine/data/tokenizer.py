@@ -107,7 +107,7 @@ class Tokenizer:
         token_bytes = self._backend.token_bytes
         return b"".join([token_bytes[token] for token in values.tolist()]).decode(errors="replace")
 
-    def places(self, ids: np.ndarray, text: str, ends: Sequence[int]) -> np.ndarray:
+    def positions(self, ids: np.ndarray, text: str, ends: Sequence[int]) -> np.ndarray:
         """[n] int32: which of the tokens `ids` of `text` hold the last characters before `ends` [n]."""
         token_bytes = self._backend.token_bytes
         byte_ends = np.cumsum([len(token_bytes[token]) for token in ids.tolist()], dtype=np.int64)

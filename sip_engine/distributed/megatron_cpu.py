@@ -52,6 +52,10 @@ def _nothing(*_args: object, **_kwargs: object) -> None:
     return None
 
 
+def _stream(*_args: object, **_kwargs: object) -> torch.cpu.Stream:
+    return torch.cpu.current_stream()
+
+
 def _cpu_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -66,6 +70,7 @@ def _patches() -> tuple[tuple[object, str, object], ...]:
 
     return (
         (torch.cuda, "current_device", lambda: "cpu"),
+        (torch.cuda, "current_stream", _stream),  # asked for by Megatron-core 0.17 and later
         (torch.cuda, "synchronize", _nothing),
         (torch.cuda, "empty_cache", _nothing),
         (torch.cuda, "manual_seed", torch.manual_seed),

@@ -14,11 +14,11 @@ from sip_engine.data.corpus import open_corpus
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.evaluation.answers import answer_set
 from sip_engine.evaluation.baseline_cache import kept_evaluation
+from sip_engine.evaluation.ground_truth import open_measure
 from sip_engine.evaluation.harness import check_harness, run_tasks
 from sip_engine.evaluation.held_out import Measure, evaluate, interleave
 from sip_engine.evaluation.results import PolicyResults, comparison_table, to_json
 from sip_engine.evaluation.sets import EvalSet, load_set
-from sip_engine.evaluation.truth import open_measure
 from sip_engine.judges.open import open_judge
 from sip_engine.policy.checkpoint import checkpoint_tokenizer, read_state, resolve_checkpoint
 from sip_engine.sampler.frozen import FrozenPolicy
@@ -102,10 +102,10 @@ def evaluate_checkpoint(
     assert kept is None or not (sets or tasks), "only answers to held-out prefixes are kept"
     check_writable(out, folder=True)
     path = resolve_checkpoint(checkpoint)
-    rival = resolve_checkpoint(baseline) if baseline else None
+    other = resolve_checkpoint(baseline) if baseline else None
     cfg = _settings_for(path, settings, source, tensor_parallel)
-    if rival is not None:
-        _check_same_tokenizer(path, rival)
+    if other is not None:
+        _check_same_tokenizer(path, other)
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit}: must be 1 or more")
     length = cfg.data.suffix_tokens if max_new_tokens is None else max_new_tokens
@@ -117,7 +117,7 @@ def evaluate_checkpoint(
     corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(path))
     judge, measure = CountedJudge(open_judge(cfg, corpus, mesh)), open_measure(cfg)
     asked = Questions(cfg, corpus.held_out, judge, measure, loaded, tasks, task_path, limit, length)
-    base = _ask_baseline(rival, asked, mesh, kept) if rival is not None else None
+    base = _ask_baseline(other, asked, mesh, kept) if other is not None else None
     ours = _ask(path, asked, mesh, base)
     safe = _safe_prefixes(judge, corpus.held_out, mesh)
     results = to_json(ours, base, judge.name, safe, knows_coherence=measure is not None)
@@ -163,12 +163,12 @@ def _settings_for(path: Path, settings: dict[str, Any], source: str, tensor_para
     return cfg
 
 
-def _check_same_tokenizer(path: Path, rival: Path) -> None:
-    read_state(rival)
-    ours, theirs = (checkpoint_tokenizer(p) for p in (path, rival))
+def _check_same_tokenizer(path: Path, other: Path) -> None:
+    read_state(other)
+    ours, theirs = (checkpoint_tokenizer(p) for p in (path, other))
     if ours.fingerprint != theirs.fingerprint:
         raise CheckpointError(
-            f"{rival}: a baseline with another tokenizer ({theirs.vocab_size} tokens, the checkpoint's has "
+            f"{other}: a baseline with another tokenizer ({theirs.vocab_size} tokens, the checkpoint's has "
             f"{ours.vocab_size}) would be given other prefixes; choose one with the tokenizer of {path}"
         )
 

@@ -115,11 +115,11 @@ def evaluate(
             one.add("heldout_loss", total, count)
     if sampler is not None and mine:
         texts, ids = _continue(sampler, mine, tokenizer)
-        rivals = texts if baseline is None else baseline[mesh.dp.rank :: mesh.dp.size]
+        others = texts if baseline is None else baseline[mesh.dp.rank :: mesh.dp.size]
         assert judge is not None, "continuations are judged"
-        _judge(mesh, judge, mine, texts, rivals, sums)
+        _judge(mesh, judge, mine, texts, others, sums)
         if measure is not None:
-            _measure(measure, mine, texts, rivals, sums)
+            _measure(measure, mine, texts, others, sums)
     table = _table(interleave(mesh.gather_replicas([one.values for one in sums])))
     found = estimates(table)
     figures = {name: one.value for name, one in found.items()}
@@ -171,13 +171,13 @@ def _judge(
     judge: Judge,
     samples: Sequence[Sample],
     texts: Sequence[str],
-    rivals: Sequence[str],
+    others: Sequence[str],
     sums: Sequence[_Sums],
 ) -> None:
     asked: list[tuple[_Sums, str, bool, Question]] = []
-    for s, text, rival, one in zip(samples, texts, rivals, sums, strict=True):
-        asked.append((one, "win_rate", False, PairQuestion(s.prefix, text, rival)))
-        asked.append((one, "win_rate", True, PairQuestion(s.prefix, rival, text)))
+    for s, text, other, one in zip(samples, texts, others, sums, strict=True):
+        asked.append((one, "win_rate", False, PairQuestion(s.prefix, text, other)))
+        asked.append((one, "win_rate", True, PairQuestion(s.prefix, other, text)))
         asked.append((one, "safety", False, SafetyQuestion(text, s.prefix)))
         asked.append((one, "factuality", False, FactualityQuestion(s.prefix, s.suffix, text)))
     silent_on = tuple(getattr(judge, "silent_on", ()))
@@ -193,13 +193,13 @@ def _measure(
     measure: Measure,
     samples: Sequence[Sample],
     texts: Sequence[str],
-    rivals: Sequence[str],
+    others: Sequence[str],
     sums: Sequence[_Sums],
 ) -> None:
-    for s, text, rival, one in zip(samples, texts, rivals, sums, strict=True):
+    for s, text, other, one in zip(samples, texts, others, sums, strict=True):
         found = measure(s.prefix, text)
         for name, value in found.items():
             one.add(name, value)
         if COHERENCE in found:
-            ours, theirs = found[COHERENCE], measure(s.prefix, rival)[COHERENCE]
+            ours, theirs = found[COHERENCE], measure(s.prefix, other)[COHERENCE]
             one.add("coherence_win_rate", 0.5 if ours == theirs else float(ours > theirs))

@@ -16,9 +16,9 @@ from sip_engine.judges.distributed import StagesJudge
 from sip_engine.judges.mutual_information import SILENT_ON, LocalReader, MutualInformation
 from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import Prompt, judge_prompt
-from sip_engine.judges.sentence_labels import EMPTY, NoteReader, Worth
+from sip_engine.judges.sentence_labels import EMPTY, Scores, SentenceLabelReader
 from sip_engine.llm.local_model import LocalModel, open_local_model
-from sip_engine.llm.option_probs import Reading, first_tokens, weigh
+from sip_engine.llm.option_probs import OptionQuery, first_tokens, option_probs
 from sip_engine.types import (
     Cost,
     FactualityQuestion,
@@ -52,9 +52,10 @@ class LocalJudge:
     `log_odds` reads the probabilities of the verdict words after the prompt, in one pass that computes what the
     questions of a group have in common once; the answer is their expectation. `generate` writes a reply and reads
     the verdict from where it must be. `notes` reads every continuation once, however often it is compared, and
-    weighs what the model notes on each of its sentences (`judges.notes`): of two the one of the better notes is the
-    better. They also say how safe a continuation is, and, without a reference, how true. `mutual_information` asks
-    nothing, but reads how much better the model foresees a continuation after its prefix than alone.
+    scores it by the labels that the model gives its sentences (`judges.sentence_labels`): of two the one of the
+    better labels is the better. They also say how safe a continuation is, and, without a reference, how true.
+    `mutual_information` asks nothing, but reads how much better the model foresees a continuation after its prefix
+    than alone.
     """
 
     name = "local"
@@ -62,7 +63,7 @@ class LocalJudge:
     def __init__(self, model: LocalModel) -> None:
         self._model, self._cfg = model, model.cfg
         self.deterministic = self._cfg.method != "generate" or self._cfg.temperature == 0
-        self._worths: dict[tuple[str, str], Worth] = {}
+        self._scores: dict[tuple[str, str], Scores] = {}
         """Of the continuations read lately: the rounds of a tournament ask for the same ones."""
         self.silent_on = SILENT_ON if self._cfg.method == "mutual_information" else ()
         self._information = (
@@ -71,7 +72,7 @@ class LocalJudge:
             else None
         )
         self._reader = (
-            NoteReader(model.tokenizer, model.encode, self._cfg.max_prefix_chars)
+            SentenceLabelReader(model.tokenizer, model.encode, self._cfg.max_prefix_chars)
             if self._cfg.method == "notes"
             else None
         )
@@ -87,7 +88,7 @@ class LocalJudge:
         if self._information is not None:
             answers |= self._information.judge(open_)
         elif self._reader is not None:
-            answers |= self._by_notes(self._reader, open_)
+            answers |= self._by_sentence_labels(self._reader, open_)
         else:
             answers |= self._by_verdicts(open_, seed)
         return _timed([answers[number] for number in range(len(questions))], time.perf_counter() - start)
@@ -99,26 +100,28 @@ class LocalJudge:
         found = self._generate(prompts, seed) if self._cfg.method == "generate" else self._log_odds(prompts)
         return dict.fromkeys(questions, _TOO_LONG) | dict(zip(asked, found, strict=True))
 
-    def _by_notes(self, reader: NoteReader, questions: Mapping[int, Question]) -> dict[int, Judgment]:
+    def _by_sentence_labels(
+        self, reader: SentenceLabelReader, questions: Mapping[int, Question]
+    ) -> dict[int, Judgment]:
         """Each continuation is read once, also over calls; the cost is that of the first question that needs it."""
-        if len(self._worths) > _REMEMBERED:
-            self._worths.clear()
+        if len(self._scores) > _REMEMBERED:
+            self._scores.clear()
         texts = dict.fromkeys(text for question in questions.values() for text in _texts_of(question))
-        self._worths |= {text: EMPTY for text in texts if not text[1].strip()}
-        unread = [text for text in texts if text not in self._worths]
-        readings = {text: one for text in unread if (one := reader.reading(*text)) is not None}
+        self._scores |= {text: EMPTY for text in texts if not text[1].strip()}
+        unread = [text for text in texts if text not in self._scores]
+        queries = {text: one for text in unread if (one := reader.query(*text)) is not None}
         costs: dict[tuple[str, str], Cost] = {}
-        for text, one in zip(readings, weigh(self._model.policy, list(readings.values())), strict=True):
-            self._worths[text] = reader.worth(text[1], one.shares)
+        for text, one in zip(queries, option_probs(self._model.policy, list(queries.values())), strict=True):
+            self._scores[text] = reader.scores(text[1], one.probs)
             costs[text] = Cost(1, one.num_tokens)
         answers: dict[int, Judgment] = {}
         for number, question in questions.items():
             asked = _texts_of(question)
             cost = sum((costs.pop(text, Cost()) for text in asked), Cost())
-            if any(text not in self._worths for text in asked):
+            if any(text not in self._scores for text in asked):
                 answers[number] = replace(_TOO_LONG, cost=cost)
             else:
-                value = _answer(question, [self._worths[text] for text in asked])
+                value = _answer(question, [self._scores[text] for text in asked])
                 answers[number] = Score(value, (value,), cost)
         return answers
 
@@ -145,8 +148,8 @@ class LocalJudge:
     def _log_odds(self, asked: Sequence[_Asked]) -> Iterable[Judgment]:
         kinds = {tuple(one.prompt.verdicts) for one in asked}
         options = {words: first_tokens(self._model.tokenizer, words) for words in kinds}
-        readings = [
-            Reading(
+        queries = [
+            OptionQuery(
                 one.ids,
                 options[tuple(one.prompt.verdicts)],
                 np.array([len(one.ids) - 1]),
@@ -155,10 +158,10 @@ class LocalJudge:
             )
             for one in asked
         ]
-        for one, weighed in zip(asked, weigh(self._model.policy, readings), strict=True):
+        for one, answered in zip(asked, option_probs(self._model.policy, queries), strict=True):
             values = torch.tensor(list(one.prompt.verdicts.values()), dtype=torch.float64)
-            value = float(weighed.shares[0] @ values)
-            yield Score(value, (value,), Cost(1, weighed.num_tokens))
+            value = float(answered.probs[0] @ values)
+            yield Score(value, (value,), Cost(1, answered.num_tokens))
 
 
 def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> StagesJudge:
@@ -176,15 +179,15 @@ def _texts_of(question: Question) -> list[tuple[str, str]]:
             return [(prefix, suffix)]
 
 
-def _answer(question: Question, worths: Sequence[Worth]) -> float:
+def _answer(question: Question, scores: Sequence[Scores]) -> float:
     match question:
         case PairQuestion():
-            first, second = (one.quality for one in worths)
+            first, second = (one.quality for one in scores)
             return (1 + (first > second) - (first < second)) / 2
         case SafetyQuestion():
-            return worths[0].safety
+            return scores[0].safety
         case FactualityQuestion():
-            return worths[0].factuality
+            return scores[0].factuality
 
 
 def _timed(answers: list[Judgment], seconds: float) -> list[Judgment]:

@@ -29,7 +29,7 @@ class RemoteJudge(Judge, Protocol):
         ...
 
 
-class WaveJudge:
+class OverlappedJudge:
     """Judges the waves of a step, one at a time and never more than one behind their generation.
 
     A `RemoteJudge` inside a `ReplicaJudge` is asked on a thread, by the first process of the replica alone; the
@@ -57,7 +57,7 @@ class WaveJudge:
         self._future: Future[tuple[list[Verdict], float]] | None = None
         self._verdicts: list[Verdict] = []
 
-    def __enter__(self) -> WaveJudge:
+    def __enter__(self) -> OverlappedJudge:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -21,7 +21,7 @@ from sip_engine.judges.mutual_information import (
 )
 from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import judge_prompt
-from sip_engine.llm.client import Answer, Chat, ChatClient, Echo, json_schema, request_seed
+from sip_engine.llm.client import Chat, ChatClient, Echo, Reply, json_schema, request_seed
 from sip_engine.types import Cost, Failure, Judgment, Question, Score
 
 
@@ -137,5 +137,5 @@ def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> ServerJudge:
     return ServerJudge(cfg.judge.server)
 
 
-def _judgment(answer: Answer[float] | Failure) -> Judgment:
-    return Score(answer.value, (answer.value,), answer.cost) if isinstance(answer, Answer) else answer
+def _judgment(answer: Reply[float] | Failure) -> Judgment:
+    return Score(answer.value, (answer.value,), answer.cost) if isinstance(answer, Reply) else answer

@@ -50,7 +50,7 @@ class Echo(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Answer(Generic[T]):
+class Reply(Generic[T]):
     """A reply as `Chat.read` understood it. A reply from the cache, or to an equal request, cost nothing."""
 
     value: T
@@ -98,7 +98,7 @@ class ChatClient:
         self._stopped = False
         self._batch: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
 
-    def ask(self, chats: Sequence[Chat[T] | Echo[T]]) -> list[Answer[T] | Failure]:
+    def ask(self, chats: Sequence[Chat[T] | Echo[T]]) -> list[Reply[T] | Failure]:
         """One answer or failure a request, in order; equal requests are sent once.
 
         Raises:
@@ -115,7 +115,7 @@ class ChatClient:
         with self._open_cache() as cache:
             known = {key: found for key, one in queue.items() if (found := _kept(cache, one)) is not None}
             asked = [one for key, one in queue.items() if key not in known]
-            results: dict[str, Answer[T] | Failure] = {**known}
+            results: dict[str, Reply[T] | Failure] = {**known}
             if asked:
                 _run(self._stoppable(self._ask_all(asked, cache, results)))
         if cache is not None and cache.failed:
@@ -182,7 +182,7 @@ class ChatClient:
         return body | cfg.extra_body
 
     async def _ask_all(
-        self, asked: list[_Pending[T]], cache: ReplyCache | None, results: dict[str, Answer[T] | Failure]
+        self, asked: list[_Pending[T]], cache: ReplyCache | None, results: dict[str, Reply[T] | Failure]
     ) -> None:
         """Fill `results`; after `batch_s` seconds what is still missing becomes a failure."""
         slots = asyncio.Semaphore(self._cfg.concurrency)
@@ -201,7 +201,7 @@ class ChatClient:
         self,
         end: float,
         tasks: dict[asyncio.Task[None], _Pending[T]],
-        results: dict[str, Answer[T] | Failure],
+        results: dict[str, Reply[T] | Failure],
     ) -> None:
         if not tasks:
             return
@@ -220,7 +220,7 @@ class ChatClient:
 
     async def _ask_one(
         self, session: openai.AsyncOpenAI, pending: _Pending[T], cache: ReplyCache | None, end: float
-    ) -> Answer[T] | Failure:
+    ) -> Reply[T] | Failure:
         import tenacity
 
         loop = asyncio.get_running_loop()
@@ -254,7 +254,7 @@ class ChatClient:
             return Failure(said, pending.cost)
         if cache is not None:
             cache.put(pending.key, reply)
-        return Answer(value, pending.cost)
+        return Reply(value, pending.cost)
 
     async def _attempt(self, session: openai.AsyncOpenAI, pending: _Pending[Any]) -> str | Failure:
         started, tokens = time.monotonic(), 0
@@ -280,11 +280,11 @@ def json_schema(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
 
 
-def _kept(cache: ReplyCache | None, pending: _Pending[T]) -> Answer[T] | None:
+def _kept(cache: ReplyCache | None, pending: _Pending[T]) -> Reply[T] | None:
     """The answer in the cache, if there is one and it is still understood."""
     reply = cache.get(pending.key) if cache is not None else None
     value = Failure("not kept") if reply is None else pending.read(reply)
-    return None if isinstance(value, Failure) else Answer(value, Cost())
+    return None if isinstance(value, Failure) else Reply(value, Cost())
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

@@ -36,7 +36,7 @@ def compact_prompt(question: Question, max_prefix_chars: int | None = None) -> s
 
 
 def reading_prompt(prefix: str, suffix: str, max_prefix_chars: int | None = None) -> tuple[str, int]:
-    """What is read to be noted sentence by sentence, and the number of the suffix' first character in it."""
+    """What is read to be noted sentence by sentence, and the number of the suffix's first character in it."""
     before = f"\x01{_tail(prefix, max_prefix_chars)}\x02"
     return before + neutral(suffix), len(before)
 

@@ -83,7 +83,7 @@ class Objective:
         raise NotImplementedError
 
     def row_of_sample(self, sample: Sample) -> Row:
-        """SAMPLES: what is trained on of a sample; here its suffix, or the suffix' labels."""
+        """SAMPLES: what is trained on of a sample; here its suffix, or the suffix's labels."""
         return row_of(sample)
 
     def row_of_choice(self, choice: Choice) -> Row:

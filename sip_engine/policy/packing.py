@@ -60,7 +60,7 @@ class PackedRows:
         return torch.repeat_interleave(torch.arange(len(lens)), lens).to(self.tokens.device)
 
     def sum_by_suffix(self, values: Tensor) -> Tensor:
-        """[num_targets] -> [num_suffixes]: sums over each suffix' tokens, differentiable."""
+        """[num_targets] -> [num_suffixes]: sums over each suffix's tokens, differentiable."""
         zeros = values.new_zeros(len(self.target_lens))
         return zeros.index_add(0, self.suffix_of_target, values)
 
@@ -111,7 +111,7 @@ def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -
         start += len(row.prefix)
         for number, suffix in enumerate(row.suffixes):
             if row.labels:
-                scored.append(start + row.labels[number].places)
+                scored.append(start + row.labels[number].positions)
                 targets.append(row.labels[number].ids)
             else:
                 before = np.arange(start - 1, start + len(suffix) - 1)

@@ -35,7 +35,7 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One figure over the three policies, as text; `best` is the number of the best of them."""
 
     label: str
@@ -54,7 +54,7 @@ class Comparison:
     """The summary as a table, and what must be said with it."""
 
     notes: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     times: tuple[str, ...]
     total_time: str
 
@@ -73,7 +73,7 @@ def comparison(summary: dict[str, Any]) -> Comparison:
     )
 
 
-def _row(figure: Figure, summary: dict[str, Any]) -> Row:
+def _row(figure: Figure, summary: dict[str, Any]) -> ComparisonRow:
     values = [_finite(summary.get(stage, {}).get(figure.key)) for stage in STAGES]
     is_loss = figure.key == "heldout_loss"
     known = [value for value in values if value is not None]
@@ -81,7 +81,7 @@ def _row(figure: Figure, summary: dict[str, Any]) -> Row:
     gain = _difference if is_loss else _relative_gain
     base, standard, ours = values
     paper = figure.paper
-    return Row(
+    return ComparisonRow(
         label=figure.label,
         meaning=figure.meaning,
         values=tuple(_value(value, is_loss) for value in values),

@@ -9,7 +9,7 @@ from functools import partial
 from sip_engine.config.schema import RunConfig, ServerConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema, request_seed
+from sip_engine.llm.client import Chat, ChatClient, Reply, json_schema, request_seed
 from sip_engine.rewriters.prompt import read_rewrite, rewrite_prompt
 from sip_engine.types import Cost, Failure, RewriteRequest
 
@@ -44,7 +44,7 @@ class ServerRewriter:
         """
         answers = self._client.ask([self._chat(request, seed) for request in requests])
         self.cost = sum((answer.cost for answer in answers), self.cost)
-        return [answer.value if isinstance(answer, Answer) else answer for answer in answers]
+        return [answer.value if isinstance(answer, Reply) else answer for answer in answers]
 
     def _chat(self, request: RewriteRequest, seed: int) -> Chat[str]:
         cfg = self._cfg

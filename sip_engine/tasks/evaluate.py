@@ -62,7 +62,7 @@ def _labels_hit(policy: Policy, samples: Sequence[Sample], options: np.ndarray) 
     rows, wanted = [], []
     for s in samples:
         assert s.labels is not None
-        rows.append(Row(s.prefix_ids, (s.suffix_ids,), (Labels.every(s.labels.places, options),)))
+        rows.append(Row(s.prefix_ids, (s.suffix_ids,), (Labels.every(s.labels.positions, options),)))
         wanted += zip((label for _, label in s.facts["labels"]), s.labels.ids.tolist(), strict=True)
     scored = policy.score(policy.micro_batches(rows))  # nothing before the last pipeline stage
     likeliest = [options[n] for part in scored for n in part.view(-1, len(options)).argmax(dim=1).tolist()]

@@ -1,9 +1,9 @@
-"""`sip data notes`: texts with a note at the end of every sentence, what a judge is trained on first.
+"""`sip data notes`: texts with a label at the end of every sentence, what a judge is trained on first.
 
 One verdict a prompt says too little for a small model to find out by itself what makes a suffix worse, least of all
-what takes comparing: that a sentence repeats an earlier one, or is about a stranger. With a note on each sentence it
-learns that in minutes, and can then be asked for them (judge.local.method = "notes"; README, training a judge). Only
-the synthetic world knows the answers.
+what takes comparing: that a sentence repeats an earlier one, or is about a stranger. With a label on each sentence it
+learns that in minutes, and can then be asked for them (judge.local.method = "notes";
+configs/reproduction/README.md). Only the synthetic world knows the answers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sip_engine.types import Sample
 from sip_engine.utils.errors import ConfigError
 from sip_engine.utils.progress import console
 from sip_engine.world import World
-from sip_engine.world.exercises import make_up, notes_on_prefix, notes_on_suffix
+from sip_engine.world.exercises import labels_on_prefix, labels_on_suffix, make_up
 
 _MADE_UP = 4
 """Made-up texts a prefix, beside its rollouts."""
@@ -34,7 +34,7 @@ _ANSWER = 16
 
 
 def make_sentence_labels(cfg: RunConfig, out: Path, spec: SentenceLabels) -> None:
-    """Write `out`/train.jsonl and `out`/eval.jsonl: {"text", "labels": [[end, note], ...], "kind"}.
+    """Write `out`/train.jsonl and `out`/eval.jsonl: {"text", "labels": [[end, letter], ...], "kind"}.
 
     Half of the texts are rollouts of the checkpoint `init`, half are made up of facts, said again or about anyone.
     Those without a label, or as long as the model's context less an answer, are left out. `spec.mix` is a folder of a
@@ -60,7 +60,9 @@ def make_sentence_labels(cfg: RunConfig, out: Path, spec: SentenceLabels) -> Non
         some = samples[: _num_prefixes(wanted)]
         rollouts = sample_rollouts(sampler, corpus.tokenizer, some, seed)
         noted = [
-            one for one in _noted_texts(world, some, rollouts, cfg.data.suffix_tokens, seed) if one["labels"]
+            one
+            for one in _labelled_texts(world, some, rollouts, cfg.data.suffix_tokens, seed)
+            if one["labels"]
         ]
         made = [one for one in noted if fits(one["text"])]
         if len(made) < len(noted):
@@ -80,25 +82,26 @@ def _num_prefixes(num_texts: int) -> int:
     return -(-num_texts // (ROLLOUTS + _MADE_UP))
 
 
-def _noted_texts(
+def _labelled_texts(
     world: World, samples: Sequence[Sample], rollouts: Sequence[Sequence[str]], suffix_tokens: int, seed: int
 ) -> Iterator[Record]:
     """Each rollout, and texts made up for the same prefix: half to twice as many words as a suffix has tokens."""
     rng = random.Random(seed)
     for sample, group in zip(samples, rollouts, strict=True):
         for text in group:
-            yield noted_text(world, sample.prefix, text) | {"kind": "rollout"}
+            yield labelled_text(world, sample.prefix, text) | {"kind": "rollout"}
         for _ in range(_MADE_UP):
             words = rng.randint(suffix_tokens // 2, 2 * suffix_tokens)
-            yield noted_text(world, *make_up(world, sample.prefix, words, rng)) | {"kind": "made_up"}
+            yield labelled_text(world, *make_up(world, sample.prefix, words, rng)) | {"kind": "made_up"}
 
 
-def noted_text(world: World, prefix: str, suffix: str) -> Record:
-    """The text as a judge reads it, with the notes on the sentences of the prefix and the suffix."""
+def labelled_text(world: World, prefix: str, suffix: str) -> Record:
+    """The text as a judge reads it, with the labels of the sentences of the prefix and the suffix."""
     text, start = reading_prompt(prefix, suffix)
     # What cannot be seen is shown as something longer.
-    labels = [[1 + len(neutral(prefix[: one.end])), one.note] for one in notes_on_prefix(world, prefix)]
+    labels = [[1 + len(neutral(prefix[: one.end])), one.letter] for one in labels_on_prefix(world, prefix)]
     labels += [
-        [start + len(neutral(suffix[: one.end])), one.note] for one in notes_on_suffix(world, prefix, suffix)
+        [start + len(neutral(suffix[: one.end])), one.letter]
+        for one in labels_on_suffix(world, prefix, suffix)
     ]
     return {"text": text, "labels": labels}

@@ -1,4 +1,4 @@
-"""Texts with a `Note` at the end of every sentence: what a judge must see before it can weigh suffixes."""
+"""Texts with a `SentenceLabel` at the end of every sentence: what a judge must see before it can weigh suffixes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sip_engine.world.corrupt import shuffle_words, stutter
 from sip_engine.world.facts import Attribute, Person, World
-from sip_engine.world.measure import measure, note_on
+from sip_engine.world.measure import label_of, measure
 from sip_engine.world.parse import SENTENCE, Reader, parser_of, read_prefix
 from sip_engine.world.wordings import CLOSERS, FACTS, INSULTS, SCENES, Aside, Form, Pattern
 
@@ -21,31 +21,31 @@ _INSULT = 0.25
 """Share of sentences that insult, of those that can."""
 
 
-class NotedSentence(NamedTuple):
-    """Where a sentence ends, in characters, and what there is to say of it: the letter of a `Note`."""
+class LabelledSentence(NamedTuple):
+    """Where a sentence ends, in characters, and what there is to say of it: the letter of a `SentenceLabel`."""
 
     end: int
-    note: str
+    letter: str
 
 
-def notes_on_prefix(world: World, prefix: str) -> list[NotedSentence]:
-    """Notes on the finished sentences of a prefix, except the first, of which a cut may have left a piece."""
+def labels_on_prefix(world: World, prefix: str) -> list[LabelledSentence]:
+    """Labels of the finished sentences of a prefix, except the first, of which a cut may have left a piece."""
     parser, reader, end = parser_of(world), Reader(world), 0
-    notes = []
+    labels = []
     for text in SENTENCE.findall(prefix):
         end += len(text)
         if text.endswith("."):
             sentence = parser.sentence(text.lstrip())
             reading = reader.read(sentence, in_prefix=True)
-            note = note_on(world, sentence, reading, reading.claim)
-            notes.append(NotedSentence(end, note.letter(insulting=sentence.insult_end > 0)))
-    return notes[1:]
+            label = label_of(world, sentence, reading, reading.claim)
+            labels.append(LabelledSentence(end, label.letter(insulting=sentence.insult_end > 0)))
+    return labels[1:]
 
 
-def notes_on_suffix(world: World, prefix: str, suffix: str) -> list[NotedSentence]:
-    """The notes of `measure`, and where in the suffix they belong."""
+def labels_on_suffix(world: World, prefix: str, suffix: str) -> list[LabelledSentence]:
+    """The labels of `measure`, and where in the suffix they belong."""
     found = measure(world, prefix, suffix)
-    return [NotedSentence(end, note) for end, note in zip(found.ends, found.notes, strict=True)]
+    return [LabelledSentence(end, letter) for end, letter in zip(found.ends, found.labels, strict=True)]
 
 
 def make_up(world: World, prefix: str, num_words: int, rng: random.Random) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from sip_engine.types import UNSOUND, Note
+from sip_engine.types import UNSOUND, SentenceLabel
 from sip_engine.world.facts import MEN, SURNAMES, VALUES, WOMEN, World
 from sip_engine.world.parse import (
     INSULT,
@@ -68,8 +68,8 @@ class Measures:
     num_claims: int
     num_true: int
     num_insults: int
-    notes: str
-    """The letter of a `Note` for each of its sentences."""
+    labels: str
+    """The letter of a `SentenceLabel` for each of its sentences."""
     ends: tuple[int, ...]
     """Where each of its sentences ends, in characters."""
 
@@ -102,7 +102,7 @@ class _Tally:
     num_sentences: int = 0
     claims: set[Claim] = field(default_factory=set)
     patterns: list[Pattern] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
     def add(self, sentence: Sentence, parser: Parser, cut: int, begun_soundly: bool) -> None:
@@ -118,12 +118,12 @@ class _Tally:
         if claim and not (reading.repeated and _verdict(self.reader.world, claim) == 1.0):
             self.claims.add(claim)
         reading = reading._replace(repeated=reading.repeated and cut == 0)
-        note = note_on(self.reader.world, sentence, reading, claim)
+        note = label_of(self.reader.world, sentence, reading, claim)
         good = note not in UNSOUND
         insulting = sentence.insult_end > cut
         # The note is on what counts as unsafe, which an insult that the end cuts short does as well.
         begins_one = not sentence.closed and _INSULT_HEAD.search(sentence.text.lower()) is not None
-        self.notes.append(note.letter(insulting=insulting or begins_one))
+        self.labels.append(note.letter(insulting=insulting or begins_one))
         num_chars = len(sentence.text) - cut
         weight = len(sentence.text) if begun_soundly and not good else num_chars
         self.all_chars += weight
@@ -134,16 +134,21 @@ class _Tally:
             self.patterns.append(sentence.wording[0])
 
 
-def note_on(world: World, sentence: Sentence, reading: Reading, claim: Claim | None) -> Note:
+def label_of(world: World, sentence: Sentence, reading: Reading, claim: Claim | None) -> SentenceLabel:
     """What there is to say of a sentence that was read so and is answerable for `claim`."""
     if not sentence.sound:
-        return Note.MALFORMED
+        return SentenceLabel.MALFORMED
     if not reading.follows:
-        return Note.STRANGER
+        return SentenceLabel.STRANGER
     if reading.repeated:
-        return Note.REPEATED
+        return SentenceLabel.REPEATED
     verdict = _verdict(world, claim) if claim else None
-    return {None: Note.NEUTRAL, 1.0: Note.TRUE, 0.5: Note.UNCERTAIN, 0.0: Note.FALSE}[verdict]
+    return {
+        None: SentenceLabel.NEUTRAL,
+        1.0: SentenceLabel.TRUE,
+        0.5: SentenceLabel.UNCERTAIN,
+        0.0: SentenceLabel.FALSE,
+    }[verdict]
 
 
 def _verdict(world: World, claim: Claim) -> float:
@@ -199,6 +204,6 @@ def measure(world: World, prefix: str, suffix: str) -> Measures:
         num_claims=len(verdicts),
         num_true=sum(verdict == 1.0 for verdict in verdicts),
         num_insults=num_insults,
-        notes="".join(tally.notes),
+        labels="".join(tally.labels),
         ends=tuple(tally.ends),
     )

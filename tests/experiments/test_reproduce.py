@@ -13,7 +13,7 @@ import pytest
 
 from sip_engine.experiments.reproduction.plan import load_plan
 from sip_engine.experiments.reproduction.runner import Job, RowsFailedError, _alone, _Processes, reproduce
-from sip_engine.experiments.reproduction.worker import run_row
+from sip_engine.experiments.reproduction.worker import run_arm
 from sip_engine.utils.errors import ConfigError, DataError
 
 RUN = """
@@ -151,7 +151,7 @@ def test_what_was_begun_otherwise_or_made_from_another_base_is_refused(folder: P
     with pytest.raises(
         ConfigError, match="begun from another base"
     ):  # where the base is made anew by the same call
-        run_row(plan, next(row for row in plan.rows if row.name == "dpo"), 1, out)
+        run_arm(plan, next(row for row in plan.rows if row.name == "dpo"), 1, out)
     (run / "kept.json").rename(run / "result.json")
     shutil.rmtree(out / "base")
     with pytest.raises(ConfigError, match="seed_1 was made from base, which is gone: remove it"):

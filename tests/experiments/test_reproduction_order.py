@@ -12,12 +12,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sip_engine.config.schema import RunConfig
-from sip_engine.experiments.reproduction.plan import FigureName, Row, Table
+from sip_engine.experiments.reproduction.plan import Arm, FigureName, Table
 from sip_engine.experiments.reproduction.statistics import (
+    ArmRuns,
     Cost,
     Order,
     Result,
-    RowRuns,
     Spread,
     alike_rows,
     all_pairs,
@@ -45,14 +45,14 @@ def a_row(
     table: str = "main",
     also: tuple[str, ...] = (),
     **settings: Any,
-) -> RowRuns:
+) -> ArmRuns:
     """A row with one result a seed."""
     results = {
         seed: Result(figures=found, baseline=baseline or {}, num_prefixes=9, cost=NO_COST)
         for seed, found in enumerate(figures)
     }
-    row = Row(name=name, label=name.upper(), table=table, also=also, paper=paper or {})
-    return RowRuns(row, RunConfig.model_validate(SETTINGS | settings), results, {}, len(figures))
+    row = Arm(name=name, label=name.upper(), table=table, also=also, paper=paper or {})
+    return ArmRuns(row, RunConfig.model_validate(SETTINGS | settings), results, {}, len(figures))
 
 
 @given(st.lists(st.floats(-100, 100), max_size=8))

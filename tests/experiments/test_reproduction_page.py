@@ -16,7 +16,7 @@ import pytest
 
 from sip_engine.experiments.reproduction import page as page_module
 from sip_engine.experiments.reproduction.page import write_page
-from sip_engine.experiments.reproduction.plan import Plan, row_config, run_folder, scaled
+from sip_engine.experiments.reproduction.plan import Plan, arm_config, run_folder, scaled
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import write_json
 
@@ -111,7 +111,7 @@ def a_result(
     """Write what a run of a row leaves, as the worker does; returns its folder."""
     row = next(row for row in plan.rows if row.name == name)
     folder = run_folder(out, row, seed)
-    settings = row_config(plan, row, seed, out).model_dump(mode="json")
+    settings = arm_config(plan, row, seed, out).model_dump(mode="json")
     result = {"row": name, "seed": seed, "settings": settings, "figures": dict(figures), "num_prefixes": 300}
     result |= {"baseline": {"safety": 0.7, "factuality": 0.5}, "cost": a_cost()}
     write_json(folder / "result.json", result | changes)

@@ -10,9 +10,9 @@ from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import ModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.experiments.reproduction.plan import (
+    arm_config,
+    arm_recipe,
     load_plan,
-    row_config,
-    row_recipe,
     scaled,
     stage_config,
     stage_recipe,
@@ -30,7 +30,7 @@ def test_every_stage_and_row_of_a_shipped_plan_is_a_run(tmp_path: Path, name: st
     for stage in plan.stages:
         assert stage_config(plan, stage, PLAN.parent, tmp_path).out == tmp_path / stage.name
     for row in plan.rows:
-        cfg = row_config(plan, row, 2, tmp_path)
+        cfg = arm_config(plan, row, 2, tmp_path)
         assert (cfg.seed, cfg.out) == (2, tmp_path / "rows" / row.name / "seed_2")
         assert (cfg.init is None) == row.name.startswith("scratch")
         for path in (cfg.init, cfg.judge.local.checkpoint, cfg.rewriter.local.checkpoint, cfg.data.tokenizer):
@@ -38,7 +38,7 @@ def test_every_stage_and_row_of_a_shipped_plan_is_a_run(tmp_path: Path, name: st
         assert truth_config(plan, cfg, plan.root)["judge"] == {"backend": "world"}
     names = {row.name for row in plan.rows}
     assert {f"quality_{n}" for n in (1, 2, 4, 8, 16)} | {"pivot_8", "tournament_8", "verdicts_8"} <= names
-    runs = {row.name: row_config(plan, row, 1, tmp_path) for row in plan.rows}
+    runs = {row.name: arm_config(plan, row, 1, tmp_path) for row in plan.rows}
     by_truth = {row for row, cfg in runs.items() if cfg.needs_judge and cfg.judge.backend == "world"}
     tried = {row for row in runs if row.startswith("tried")}
     assert bool(tried) == (name == "win_rate")
@@ -68,7 +68,7 @@ def test_the_large_plan_is_large(tmp_path: Path) -> None:
     """As large everywhere, or what one stage makes does not fit into the next."""
     plan = load_plan(PLAN.with_name("large.toml"))
     stages = {stage.name: stage_config(plan, stage, PLAN.parent, tmp_path) for stage in plan.stages}
-    runs = [row_config(plan, row, 1, tmp_path) for row in plan.rows]
+    runs = [arm_config(plan, row, 1, tmp_path) for row in plan.rows]
     (model,) = {cfg.model.model_dump_json() for cfg in (*stages.values(), *runs)}
     assert len({cfg.world.model_dump_json() for cfg in (*stages.values(), *runs) if cfg.world}) == 1
     layer = 2 * 768 * (768 + 4 * 64) + 3 * 768 * 2048
@@ -95,16 +95,16 @@ def test_the_evaluation_is_checked_with_the_rows_and_moves_with_out(tmp_path: Pa
     text = SMALL.replace("[common]", "[evaluation.eval]\nnum_prefixs = 3\n[common]")
     plan = load_plan(written(tmp_path, text))
     with pytest.raises(ConfigError, match=r"evaluation of row one.*num_prefixs"):
-        row_recipe(plan, plan.rows[0], 1)
+        arm_recipe(plan, plan.rows[0], 1)
     plan = load_plan(PLAN)
-    assert row_recipe(plan, plan.rows[0], 1) != row_recipe(plan, plan.rows[0], 2)
-    assert row_recipe(plan, plan.rows[0], 1)["evaluation"]["judge"]["backend"] == "world"
+    assert arm_recipe(plan, plan.rows[0], 1) != arm_recipe(plan, plan.rows[0], 2)
+    assert arm_recipe(plan, plan.rows[0], 1)["evaluation"]["judge"]["backend"] == "world"
 
 
 def test_a_short_plan_is_short(tmp_path: Path) -> None:
     plan, short = load_plan(PLAN), scaled(load_plan(PLAN), 0.1)
-    row = row_config(plan, plan.rows[1], 1, tmp_path)
-    less = row_config(short, short.rows[1], 1, tmp_path)
+    row = arm_config(plan, plan.rows[1], 1, tmp_path)
+    less = arm_config(short, short.rows[1], 1, tmp_path)
     assert (less.steps, less.optimizer.warmup_steps) == (row.steps // 10, row.optimizer.warmup_steps // 10)
     base = stage_config(short, short.stages[0], PLAN.parent, tmp_path)
     assert base.steps == stage_config(plan, plan.stages[0], PLAN.parent, tmp_path).steps // 10
@@ -151,7 +151,7 @@ table = "main"
     (stage,) = plan.stages
     base = stage_config(plan, stage, tmp_path, tmp_path / "out")
     assert (base.steps, base.model.num_layers, base.model.num_heads) == (7, 5, 2)
-    one, two = (row_config(plan, row, 7, tmp_path / "out") for row in plan.rows)
+    one, two = (arm_config(plan, row, 7, tmp_path / "out") for row in plan.rows)
     assert (one.steps, one.model.num_layers, one.model.hidden_size) == (4, 5, 96)
     assert (two.steps, two.model.num_layers) == (4, 5)
     assert one.init == tmp_path / "out" / "base"  # under the root that the extended plan names
@@ -229,14 +229,14 @@ def test_settings_that_a_row_is_without(tmp_path: Path) -> None:
         tmp_path, SMALL + 'unset = ["init", "judge.local"]\nset = { judge = { backend = "heuristic" } }\n'
     )
     plan = load_plan(path)
-    cfg = row_config(plan, plan.rows[0], 1, tmp_path)
+    cfg = arm_config(plan, plan.rows[0], 1, tmp_path)
     assert cfg.init is None and cfg.judge.local.checkpoint is None
     plan = load_plan(written(tmp_path, SMALL + 'unset = ["init.made"]\n'))
     with pytest.raises(ConfigError, match="'init' is a setting without settings"):
-        row_config(plan, plan.rows[0], 1, tmp_path)
+        arm_config(plan, plan.rows[0], 1, tmp_path)
     plan = load_plan(written(tmp_path, SMALL + 'unset = ["judge.lokal"]\n'))
     with pytest.raises(ConfigError, match="no common setting 'lokal'"):
-        row_config(plan, plan.rows[0], 1, tmp_path)
+        arm_config(plan, plan.rows[0], 1, tmp_path)
 
 
 @pytest.mark.parametrize(

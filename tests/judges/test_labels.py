@@ -31,7 +31,7 @@ VOCAB = 101
 
 
 def labelled_rows(seed: int) -> list[Row]:
-    """Several suffixes a row, an empty prefix, places more than once and in no order, a row without."""
+    """Several suffixes a row, an empty prefix, positions more than once and in no order, a row without."""
     rng = np.random.default_rng(seed)
 
     def ids(length: int) -> np.ndarray:
@@ -50,8 +50,8 @@ def llama_labels(llama: Any, row: Row) -> list[torch.Tensor]:
     for suffix, labels in zip(row.suffixes, row.labels, strict=True):
         ids = torch.from_numpy(np.concatenate([row.prefix, suffix]).astype(np.int64))
         logprobs = llama(ids[None]).logits[0].double().log_softmax(-1)
-        places = len(row.prefix) + labels.places.astype(np.int64)
-        found.append(logprobs[places, labels.ids.astype(np.int64)])
+        positions = len(row.prefix) + labels.positions.astype(np.int64)
+        found.append(logprobs[positions, labels.ids.astype(np.int64)])
     return found
 
 

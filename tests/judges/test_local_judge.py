@@ -19,7 +19,7 @@ from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.local import LocalJudge
 from sip_engine.judges.prompts import verdicts_of
-from sip_engine.judges.sentence_labels import NOTES, worth_of
+from sip_engine.judges.sentence_labels import LABEL_LETTERS, scores_of
 from sip_engine.llm.compact_prompts import compact_prompt, reading_prompt, rewrite_prompt
 from sip_engine.llm.local_model import LocalModel
 from sip_engine.llm.untrusted import neutral
@@ -73,8 +73,8 @@ def test_log_odds_equal_transformers(
         words = verdicts_of(question)
         with torch.no_grad():
             logits = llama(torch.tensor([ids])).logits[0, -1].double()
-        shares = torch.softmax(logits[[int(encode(word)[0]) for word in words]], dim=0)
-        want = float(shares @ torch.tensor(list(words.values()), dtype=torch.float64))
+        probs = torch.softmax(logits[[int(encode(word)[0]) for word in words]], dim=0)
+        want = float(probs @ torch.tensor(list(words.values()), dtype=torch.float64))
         assert isinstance(answer, Score)
         assert answer.value == pytest.approx(want, abs=1e-5)
         assert answer.cost.calls == 1 and 0 < answer.cost.tokens <= len(ids)
@@ -86,7 +86,7 @@ def test_questions_of_a_group_read_their_prefix_once(policy: FrozenPolicy) -> No
     together = [answer.cost.tokens for answer in judge(policy).judge(pairs)]
     shared = len(policy.tokenizer.encode("\x01the quick brown fox jumps\x02"))
     assert sum(together) <= sum(alone) - 5 * shared + 3  # costs are rounded to whole tokens
-    # What a question has of its own is its own cost, whoever shares the rest of it.
+    # What a question has of its own is its own cost, whoever probs the rest of it.
     assert len({one - other for one, other in zip(alone, together, strict=True)}) == 1
 
 
@@ -150,10 +150,10 @@ def _noted_by_llama(policy: FrozenPolicy, prefix: str, text: str) -> tuple[float
         length += len(part)
         ids = [policy.tokenizer.bos_id, *encode(f"\x01{prefix}\x02{shown[:length]}").tolist()]
         with torch.no_grad():
-            shares = torch.softmax(llama(torch.tensor([ids])).logits[0, -1].double()[options], dim=0)
-        x, o, r, f, u, t, _ = (shares[:7] + shares[7:]).tolist()
-        civil += len(part) * float(shares[:7].sum())
-        safety *= float(shares[:7].sum())
+            probs = torch.softmax(llama(torch.tensor([ids])).logits[0, -1].double()[options], dim=0)
+        x, o, r, f, u, t, _ = (probs[:7] + probs[7:]).tolist()
+        civil += len(part) * float(probs[:7].sum())
+        safety *= float(probs[:7].sum())
         sound += len(part) * (1 - x - o - r)
         true += t + u / 2
         claims += f + u + t
@@ -177,10 +177,10 @@ def _noted_by_llama(policy: FrozenPolicy, prefix: str, text: str) -> tuple[float
     ],
 )
 def test_what_certain_notes_are_worth(notes: str, quality: float, safety: float, factuality: float) -> None:
-    shares = torch.zeros(2, len(NOTES), dtype=torch.float64)
-    for row, note in zip(shares, notes, strict=True):
-        row[NOTES.index(note)] = 1.0
-    found = worth_of(shares, torch.tensor([4.0, 6.0], dtype=torch.float64), num_words=9)
+    probs = torch.zeros(2, len(LABEL_LETTERS), dtype=torch.float64)
+    for row, note in zip(probs, notes, strict=True):
+        row[LABEL_LETTERS.index(note)] = 1.0
+    found = scores_of(probs, torch.tensor([4.0, 6.0], dtype=torch.float64), num_words=9)
     assert found == pytest.approx((quality, safety, factuality))
 
 
@@ -206,11 +206,11 @@ def test_safety_is_asked_about_the_suffix_alone(policy: FrozenPolicy) -> None:
 
 
 def test_long_texts_have_more_to_say() -> None:
-    shares = torch.zeros(3, len(NOTES), dtype=torch.float64)
-    shares[:, NOTES.index("T")] = 1.0
+    probs = torch.zeros(3, len(LABEL_LETTERS), dtype=torch.float64)
+    probs[:, LABEL_LETTERS.index("T")] = 1.0
     lengths = torch.ones(3, dtype=torch.float64)
-    assert worth_of(shares, lengths, 30).quality == pytest.approx(1.0)
-    assert worth_of(shares, lengths, 60).quality == pytest.approx(0.85 + 0.15 / 2)
+    assert scores_of(probs, lengths, 30).quality == pytest.approx(1.0)
+    assert scores_of(probs, lengths, 60).quality == pytest.approx(0.85 + 0.15 / 2)
 
 
 def test_what_was_noted_is_not_read_again(policy: FrozenPolicy) -> None:

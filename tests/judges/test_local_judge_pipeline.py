@@ -130,7 +130,7 @@ def test_answers_equal_those_of_one_process(
     checkpoint = str(judge_checkpoint(mesh, tmp_path / "judge", tied=tied))
     want = answers(mesh, checkpoint, {})
     run_ranks("test_local_judge_pipeline:answer_on_ranks", size, tmp_path, checkpoint, json.dumps(layout))
-    shares: dict[int, list[list[int]]] = {}
+    probs: dict[int, list[list[int]]] = {}
     for rank in range(size):
         got = json.loads((tmp_path / f"answers-{rank}.json").read_text())
         for number, (ours, theirs) in enumerate(zip(got["found"]["log_odds"], want["log_odds"], strict=True)):
@@ -145,16 +145,16 @@ def test_answers_equal_those_of_one_process(
             )
         assert got["found"]["generate"] == want["generate"]
         assert got["found"]["rewrites"] == want["rewrites"]
-        assert shares.setdefault(got["stage"], got["reached"]) == got["reached"]
+        assert probs.setdefault(got["stage"], got["reached"]) == got["reached"]
     assert len({value for value, *_ in want["log_odds"]}) > 8
     assert len({tokens for *_, tokens in want["generate"]}) > 5
     assert tied or {0.0, 1.0} & {value for value, calls, _ in want["generate"] if calls}
     assert any(len(answer) == 1 for answer in want["rewrites"])
-    first, second = shares[0][0], shares[1][0]
+    first, second = probs[0][0], probs[1][0]
     assert sorted(first + second) == list(range(len(QUESTIONS)))
     assert {0, 6, 9} <= set(first) or {0, 6, 9} <= set(second)
     assert min(len(first), len(second)) >= 3
-    assert len(shares[0]) + len(shares[1]) == 6  # a single question reaches one stage only
+    assert len(probs[0]) + len(probs[1]) == 6  # a single question reaches one stage only
 
 
 class Breaking:
@@ -199,12 +199,12 @@ def test_shares_are_whole_groups_of_even_size(sizes: list[list[int]], num_shares
     flat = iter(range(1000))
     groups = [[next(flat) for _ in group] for group in sizes]
     totals = [sum(group) for group in sizes]
-    shares = share_out(groups, totals, num_shares)
-    assert len(shares) == num_shares and sorted(n for share in shares for n in share) == list(
+    probs = share_out(groups, totals, num_shares)
+    assert len(probs) == num_shares and sorted(n for share in probs for n in share) == list(
         range(sum(map(len, groups)))
     )
-    assert all(share == sorted(share) for share in shares)
-    owners = [{n for n, share in enumerate(shares) if set(group) & set(share)} for group in groups]
+    assert all(share == sorted(share) for share in probs)
+    owners = [{n for n, share in enumerate(probs) if set(group) & set(share)} for group in groups]
     assert all(len(owner) == 1 for owner in owners)
     loads = [0] * num_shares
     for owner, total in zip(owners, totals, strict=True):

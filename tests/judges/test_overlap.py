@@ -23,7 +23,7 @@ from world_runs import metrics, pools, run_config
 from sip_engine.config.schema import JudgeConfig, JudgeServerConfig, ObjectiveConfig, RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.judges.distributed import ReplicaJudge
-from sip_engine.judges.overlap import WaveJudge, split
+from sip_engine.judges.overlap import OverlappedJudge, split
 from sip_engine.judges.rewards import judge_pools
 from sip_engine.judges.server import ServerJudge
 from sip_engine.llm.endpoint import EndpointError
@@ -78,8 +78,8 @@ class RemoteOracle(Oracle):
         self.stopped = True
 
 
-def waves_of(oracle: Oracle, mesh: Mesh, cfg: JudgeConfig | None = None) -> WaveJudge:
-    return WaveJudge(ReplicaJudge(oracle, mesh), cfg or JudgeConfig(), mesh, seed=5)
+def waves_of(oracle: Oracle, mesh: Mesh, cfg: JudgeConfig | None = None) -> OverlappedJudge:
+    return OverlappedJudge(ReplicaJudge(oracle, mesh), cfg or JudgeConfig(), mesh, seed=5)
 
 
 def judge_threads() -> list[threading.Thread]:
@@ -209,7 +209,7 @@ def test_an_interrupt_cuts_the_judge_short_and_keeps_what_was_paid_for(mesh: Mes
 
     with FaultServer(rule_judge, before=before) as server:
         cfg = server_settings(server, cache=tmp_path / "replies.sqlite")
-        judging = WaveJudge(ReplicaJudge(ServerJudge(cfg), mesh), JudgeConfig(), mesh, seed=5)
+        judging = OverlappedJudge(ReplicaJudge(ServerJudge(cfg), mesh), JudgeConfig(), mesh, seed=5)
         with pytest.raises(KeyboardInterrupt), judging:
             judging.submit(make_pools(2))
             assert hanging.wait(PATIENCE)

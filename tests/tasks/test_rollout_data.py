@@ -182,7 +182,7 @@ def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) 
         notes = measure(WORLD, prefix, text)
         start = 2 + len(neutral(prefix))
         own = [label for label in record["labels"] if label[0] > start]
-        assert "".join(note for _, note in own) == notes.notes
+        assert "".join(note for _, note in own) == notes.labels
         assert [end for end, _ in own] == [start + len(neutral(text[:end])) for end in notes.ends]
         before = [label for label in record["labels"] if label[0] <= start]
         assert all(record["text"][end - 1] == "." for end, _ in before)
@@ -190,7 +190,7 @@ def _check_notes(cfg: RunConfig, folder: Path, rollouts: list[tuple[str, str]]) 
     path = folder / "notes" / "train.jsonl"
     for sample in read_prompts(path, tokenizer, max_prompt_tokens=400, max_answer_tokens=4):
         if sample.labels is not None and "\ufffd" not in sample.suffix:  # pieces of characters have no length
-            for place, (end, _) in zip(sample.labels.places, sample.facts["labels"], strict=True):
+            for place, (end, _) in zip(sample.labels.positions, sample.facts["labels"], strict=True):
                 before, with_it = (tokenizer.decode(sample.suffix_ids[: place + n]) for n in (0, 1))
                 assert len(before) < end <= len(with_it)
     spec = SentenceLabels(num=9, held_out=8)

@@ -25,11 +25,11 @@ from pydantic import ValidationError
 
 from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import JudgeConfig, RewriterConfig
-from sip_engine.experiments.reproduction.plan import Plan, Row, row_config, row_recipe, run_folder
+from sip_engine.experiments.reproduction.plan import Arm, Plan, arm_config, arm_recipe, run_folder
 from sip_engine.experiments.reproduction.provenance import RESULT, STAGE_RESULT
 from sip_engine.experiments.reproduction.statistics import (
+    ArmRuns,
     Result,
-    RowRuns,
     Spread,
     StageResult,
     alike_rows,
@@ -78,7 +78,7 @@ def write_page(plan: Plan, out: Path, page: Path, *, failed: Mapping[str, str]) 
     Raises:
         DataError: a result or a run's records are damaged, or `page` cannot be written.
     """
-    rows = [_load_row(plan, row, out, failed) for row in plan.rows]
+    rows = [_load_arm(plan, row, out, failed) for row in plan.rows]
     named = {one.row.name: one for one in rows}
     stages = {s.name: found for s in plan.stages if (found := _load_stage(out / s.name)) is not None}
     seen = {n: {s: _look(run_folder(out, one.row, s)) for s in plan.seeds} for n, one in named.items()}
@@ -128,7 +128,7 @@ def write_page(plan: Plan, out: Path, page: Path, *, failed: Mapping[str, str]) 
     return page
 
 
-def _settings(plan: Plan, rows: Sequence[RowRuns]) -> dict[str, Any]:
+def _settings(plan: Plan, rows: Sequence[ArmRuns]) -> dict[str, Any]:
     """What the page tells of the rows' settings."""
     judged = [one for one in rows if one.is_judged]
     truth = plan.evaluation.get("judge", {}).get("backend")
@@ -193,21 +193,21 @@ def _minus(text: str) -> str:
 # --- what was found
 
 
-def _load_row(plan: Plan, row: Row, out: Path, failed: Mapping[str, str]) -> RowRuns:
+def _load_arm(plan: Plan, row: Arm, out: Path, failed: Mapping[str, str]) -> ArmRuns:
     """The results of a row's runs; those made with other settings than the plan's are not among them."""
     results, reasons = {}, {}
     for seed in plan.seeds:
         path = run_folder(out, row, seed) / RESULT
         if path.is_file():
             found = _read(Result, path)
-            if changes := changed_settings(found.recipe, row_recipe(plan, row, seed)):
+            if changes := changed_settings(found.recipe, arm_recipe(plan, row, seed)):
                 reasons[seed] = f"not shown, since it was made with other settings ({changes[0]})"
             else:
                 results[seed] = found
         elif (title := f"{row.name}, seed {seed}") in failed:
             reasons[seed] = f"failed: {failed[title]}"
     seed = next(iter(plan.seeds), 0)
-    return RowRuns(row, row_config(plan, row, seed, out), results, reasons, len(plan.seeds))
+    return ArmRuns(row, arm_config(plan, row, seed, out), results, reasons, len(plan.seeds))
 
 
 def _load_stage(folder: Path) -> StageResult | None:
@@ -286,7 +286,7 @@ def _machine() -> str:
 # --- plots
 
 
-def _chosen(rows: Sequence[RowRuns], seen: Mapping[str, Mapping[int, _Seen | None]]) -> list[Plot]:
+def _chosen(rows: Sequence[ArmRuns], seen: Mapping[str, Mapping[int, _Seen | None]]) -> list[Plot]:
     """Chosen rate by kind, mean over the seeds that are done: continual rows, then rows from scratch."""
     plots = []
     for from_scratch, title in ((False, "continual"), (True, "from scratch")):
@@ -318,7 +318,7 @@ def _mean_curves(runs: Sequence[dict[str, Curve]]) -> dict[str, Curve]:
     return means
 
 
-def _rollouts(rows: Sequence[RowRuns]) -> Plot:
+def _rollouts(rows: Sequence[ArmRuns]) -> Plot:
     """Figures over the number of rollouts, among rows that differ in nothing else."""
     panels = []
     for members in alike_rows(rows, judge=set(), candidates={"rollouts"}):
@@ -342,7 +342,7 @@ def _rollouts(rows: Sequence[RowRuns]) -> Plot:
     return Plot("Number of rollouts", caption, _POINT_KEYS, tuple(panels))
 
 
-def _schedules(rows: Sequence[RowRuns]) -> Plot:
+def _schedules(rows: Sequence[ArmRuns]) -> Plot:
     """Win rate over what judging cost, among rows that differ in the judge's schedule only."""
     panels = []
     for members in alike_rows(rows, judge={"schedule", "pivot", "budget"}, candidates=set()):

@@ -72,7 +72,7 @@ class Stage(Section):
         return self.judge_data or self.rollout_data or self.notes_data or self.rewrite_data
 
 
-class Row(Section):
+class Arm(Section):
     """One row of a table: settings over the common ones, and the paper's figures to stand beside."""
 
     name: FolderName
@@ -135,7 +135,7 @@ class Plan(Section):
     """Settings of all rows and all stages, in the place of their own: the one model that is trained everywhere."""
     stages: tuple[Stage, ...]
     tables: tuple[Table, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[Arm, ...]
     scale: float = 1.0
     """Share of all steps and data; a shortened reproduction is a smoke test."""
     targets: tuple[Target, ...] = ()
@@ -271,9 +271,9 @@ def stage_recipe(plan: Plan, stage: Stage, beside: Path) -> dict[str, Any]:
     }
 
 
-def row_recipe(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
+def arm_recipe(plan: Plan, row: Arm, seed: int) -> dict[str, Any]:
     """All that decides what comes of a run of a row, wherever it is made; JSON values. Raises ConfigError."""
-    cfg = row_config(plan, row, seed, plan.root)
+    cfg = arm_config(plan, row, seed, plan.root)
     evaluation = parse_config(truth_config(plan, cfg, plan.root), f"evaluation of row {row.name}")
     return {
         "settings": cfg.model_dump(mode="json"),
@@ -291,7 +291,7 @@ def stage_config(plan: Plan, stage: Stage, beside: Path, out: Path) -> RunConfig
     return parse_config({**values, "out": str(out / stage.name)}, source + _everywhere(plan))
 
 
-def row_config(plan: Plan, row: Row, seed: int, out: Path) -> RunConfig:
+def arm_config(plan: Plan, row: Arm, seed: int, out: Path) -> RunConfig:
     """The settings of one run of a row. Raises ConfigError."""
     common = _without(plan.common, row.unset)
     settings = merge_settings(merge_settings(common, row.set), plan.everywhere)
@@ -325,7 +325,7 @@ def stages_of(plan: Plan, cfg: RunConfig, out: Path) -> list[Path]:
     ]
 
 
-def run_folder(out: Path, row: Row, seed: int) -> Path:
+def run_folder(out: Path, row: Arm, seed: int) -> Path:
     """Where a run of a row lies."""
     return out / "rows" / row.name / f"seed_{seed}"
 

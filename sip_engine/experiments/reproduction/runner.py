@@ -20,9 +20,9 @@ from sip_engine.config.parse import find_config
 from sip_engine.experiments.reproduction.page import write_page
 from sip_engine.experiments.reproduction.plan import (
     Plan,
+    arm_config,
+    arm_recipe,
     load_plan,
-    row_config,
-    row_recipe,
     run_folder,
     scaled,
     stage_recipe,
@@ -188,14 +188,14 @@ def _row_jobs(plan: Plan, path: Path, out: Path, scale: float) -> Iterator[Job]:
     """Seed by seed, so that all rows can be compared early."""
     for seed in plan.seeds:
         for row in plan.rows:
-            cfg = row_config(plan, row, seed, out)
+            cfg = arm_config(plan, row, seed, out)
             folder = run_folder(out, row, seed)
             yield Job(
                 f"{row.name}, seed {seed}",
                 (str(path), str(out), str(scale), row.name, str(seed)),
                 folder,
                 folder / RESULT,
-                row_recipe(plan, row, seed),
+                arm_recipe(plan, row, seed),
                 tuple(stages_of(plan, cfg, out)),
             )
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
-from sip_engine.experiments.reproduction.plan import Row, Table
+from sip_engine.experiments.reproduction.plan import Arm, Table
 from sip_engine.types import Kind
 
 CHANCE = 0.05
@@ -131,7 +131,7 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     recipe: dict[str, Any] = {}
-    """All that decided it, `plan.row_recipe` when it was made."""
+    """All that decided it, `plan.arm_recipe` when it was made."""
     figures: dict[str, float]
     baseline: dict[str, float]
     num_prefixes: int
@@ -158,10 +158,10 @@ class StageResult(BaseModel):
 
 
 @dataclass(frozen=True)
-class RowRuns:
+class ArmRuns:
     """A row with what is there of it."""
 
-    row: Row
+    row: Arm
     cfg: RunConfig
     """Settings of its first seed."""
     results: dict[int, Result]
@@ -261,7 +261,7 @@ def _noise(a: Spread, b: Spread, floor: float) -> tuple[float | None, float | No
     return error, max(_t_quantile(freedom) * error, floor)
 
 
-def table_bases(table: Table, rows: Sequence[RowRuns]) -> dict[str, Spread | None]:
+def table_bases(table: Table, rows: Sequence[ArmRuns]) -> dict[str, Spread | None]:
     """The baseline's figures as the runs of a table's rows measured them, in percent."""
     results = [result for one in rows if one.is_in(table) for result in one.results.values()]
     bases = {}
@@ -272,7 +272,7 @@ def table_bases(table: Table, rows: Sequence[RowRuns]) -> dict[str, Spread | Non
     return bases
 
 
-def table_orders(table: Table, rows: Sequence[RowRuns]) -> dict[str, Order]:
+def table_orders(table: Table, rows: Sequence[ArmRuns]) -> dict[str, Order]:
     """For each figure of a table that two rows or more have, our order of them against the paper's."""
     orders = {}
     for figure in table.figures:
@@ -294,15 +294,15 @@ def all_pairs(orders: Iterable[Mapping[str, Order]]) -> Order:
     return Order(tuple(pairs.values()), 0, None)
 
 
-def standard_row(one: RowRuns, rows: Sequence[RowRuns]) -> RowRuns | None:
+def standard_row(one: ArmRuns, rows: Sequence[ArmRuns]) -> ArmRuns | None:
     """Standard pretraining from the same beginning, if a run of it is there."""
     same = [r for r in rows if r.from_scratch == one.from_scratch and r.results]
     return next((r for r in same if r.cfg.objective.facts.learns_from is LearnsFrom.SAMPLES), None)
 
 
-def alike_rows(rows: Sequence[RowRuns], *, judge: set[str], candidates: set[str]) -> list[list[RowRuns]]:
+def alike_rows(rows: Sequence[ArmRuns], *, judge: set[str], candidates: set[str]) -> list[list[ArmRuns]]:
     """Judged rows in groups that differ in these settings of judge and candidates only."""
-    groups: dict[str, list[RowRuns]] = {}
+    groups: dict[str, list[ArmRuns]] = {}
     for one in rows:
         if one.is_judged:
             free: dict[str, Any] = {"out": True, "seed": True}

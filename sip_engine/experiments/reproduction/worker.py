@@ -16,12 +16,12 @@ from sip_engine.distributed.mesh import Mesh, start_alone, stop_mesh
 from sip_engine.evaluation.command import evaluate_checkpoint
 from sip_engine.experiments.reproduction.cost import EnergyMeter, peak_memory_mb
 from sip_engine.experiments.reproduction.plan import (
+    Arm,
     Plan,
-    Row,
     Stage,
+    arm_config,
+    arm_recipe,
     load_plan,
-    row_config,
-    row_recipe,
     scaled,
     stage_config,
     stage_recipe,
@@ -63,10 +63,10 @@ def make_stage(plan: Plan, stage: Stage, beside: Path, out: Path) -> None:
     write_json(folder / STAGE_RESULT, result)
 
 
-def run_row(plan: Plan, row: Row, seed: int, out: Path) -> None:
+def run_arm(plan: Plan, row: Arm, seed: int, out: Path) -> None:
     """Train a row with one seed, measure it by the world's truth against the baseline stage, write `result.json`."""
-    cfg = row_config(plan, row, seed, out)
-    made = begin(cfg.out, row_recipe(plan, row, seed), stages_of(plan, cfg, out))
+    cfg = arm_config(plan, row, seed, out)
+    made = begin(cfg.out, arm_recipe(plan, row, seed), stages_of(plan, cfg, out))
     cost = _train(cfg, start_alone(seed=cfg.seed))
     found = evaluate_checkpoint(
         cfg.out,
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
     plan = scaled(load_plan(Path(path)), float(scale))
     try:
         if seed:
-            run_row(plan, next(row for row in plan.rows if row.name == name), int(seed[0]), Path(out))
+            run_arm(plan, next(row for row in plan.rows if row.name == name), int(seed[0]), Path(out))
         else:
             make_stage(plan, next(s for s in plan.stages if s.name == name), Path(path).parent, Path(out))
     finally:

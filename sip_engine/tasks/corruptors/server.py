@@ -9,7 +9,7 @@ from functools import partial
 from sip_engine.config.schema import RunConfig, ServerConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.llm.client import Answer, Chat, ChatClient, json_schema, request_seed
+from sip_engine.llm.client import Chat, ChatClient, Reply, json_schema, request_seed
 from sip_engine.llm.messages import Format
 from sip_engine.llm.untrusted import neutral
 from sip_engine.rewriters.prompt import RewritePrompt, passage_prompt, read_rewrite
@@ -38,7 +38,7 @@ so it may end within a sentence. Write nothing that the document itself would no
 no hint that anything was changed."""
 
 _SHORTEST = 0.8
-"""Share of the suffix' characters below which a copy is no use: its length would tell the two apart."""
+"""Share of the suffix's characters below which a copy is no use: its length would tell the two apart."""
 
 
 class ServerCorruptor:
@@ -75,7 +75,7 @@ class ServerCorruptor:
         answers = self._client.ask(chats)
         self.cost = sum((answer.cost for answer in answers), self.cost)
         return [
-            Corruption(answer.value, flaw) if isinstance(answer, Answer) else answer
+            Corruption(answer.value, flaw) if isinstance(answer, Reply) else answer
             for answer, flaw in zip(answers, flaws, strict=True)
         ]
 
@@ -125,7 +125,7 @@ def corrupt_prompt(
 def read_copy(reply: str, prompt: RewritePrompt, suffix: str) -> str | Failure:
     """The worse copy of `suffix`, read as strictly as a rewrite (`read_rewrite`); never raises.
 
-    A Failure also if it has the suffix' own words, or is much shorter.
+    A Failure also if it has the suffix's own words, or is much shorter.
     """
     copy = read_rewrite(reply, prompt)
     if isinstance(copy, Failure):
