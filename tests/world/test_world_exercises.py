@@ -50,7 +50,7 @@ def test_every_note(world: World) -> None:
         and measure(world, prefix, cut_short[:-5]).labels == "X"
     )
     (last,) = labels_on_prefix(world, prefix + rude[0])[1:]
-    assert last.note == "t"
+    assert last.letter == "t"
     # Malformed comes before stranger, stranger before repeated; a value that the prefix settled is no claim.
     assert measure(world, prefix, f" {stranger.first} keeps {pet}.").labels == "X"
     again = f" {stranger.first} keeps a {pet}."
