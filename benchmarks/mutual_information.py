@@ -8,7 +8,7 @@ first half, of which a fair judge prefers neither. Columns: how often the true s
 (Wilson), and the seconds that the method took for all kinds together.
 
 - mutual_information: `judge.local.method`; likelihood: mean log p(token | prefix) alone;
-- verdicts: the model asked in words (style "direct", log-odds), the mean of both orders.
+- verdicts: the model asked in words (log-odds, `judge.local.style` "direct" or "chat"), the mean of both orders.
 
 Factuality has the original as reference: the suffix' sentences in another order against the same with facts changed
 (numbers, negations, names), so that neither side can be told by copying alone.
@@ -25,8 +25,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import numpy as np
-
 from benchmarks.record import RESULTS, at_least, header, write_csv
 from sip_engine.config.schema import LocalModelConfig
 from sip_engine.distributed.mesh import start_mesh
@@ -35,12 +33,13 @@ from sip_engine.judges.local import LocalJudge
 from sip_engine.judges.mutual_information import LocalReader, Reading, TokenLogProbs, mean_gain
 from sip_engine.llm.local_model import LocalModel
 from sip_engine.policy.checkpoint import resolve_checkpoint
-from sip_engine.sampler.frozen import FrozenPolicy
+from sip_engine.sampler.frozen import FrozenPolicy, encode_prompt
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.types import FactualityQuestion, PairQuestion, Score
 from sip_engine.utils.errors import SipError
 from sip_engine.utils.files import check_writable
 
+FACTS = "factuality, told in another order"
 Cut = tuple[str, str]
 """A prefix and its own suffix."""
 Case = tuple[str, str, str]
@@ -103,11 +102,11 @@ def turned_round(text: str) -> str:
 
 
 def written_from_nothing(model: LocalModel, num: int, tokens: int) -> list[str]:
-    """Fluent text about nothing here: what the model writes behind its beginning-of-text token."""
+    """Fluent text about nothing here: what the model writes behind one word."""
     params = SamplingParams(tokens, top_p=0.9, seed=7)
-    start = np.array([model.tokenizer.bos_id], np.int32)
+    start = encode_prompt(model.tokenizer, "The")
     done = model.sampler.generate([Request(start, 1, document=n) for n in range(num)], params)
-    return [model.tokenizer.decode(one.ids) for (one,) in done]
+    return [f" The{model.tokenizer.decode(one.ids)}" for (one,) in done]
 
 
 def cases_of(
@@ -153,27 +152,27 @@ def read_wins(model: LocalModel, cases: Sequence[Case]) -> dict[str, list[float]
     }
 
 
-def verdict_wins(model: LocalModel, cases: Sequence[Case]) -> list[float]:
+def verdict_wins(model: LocalModel, cases: Sequence[Case], style: str) -> list[float]:
     """The judge's comparisons in words, the mean of both orders."""
     there = [PairQuestion(*case) for case in cases]
     back = [PairQuestion(prefix, rival, text) for prefix, text, rival in cases]
-    values = _values(_judge(model, "log_odds").judge([*there, *back]))
+    values = _values(_judge(model, "log_odds", style).judge([*there, *back]))
     pairs = zip(values[: len(cases)], values[len(cases) :], strict=True)
     return [(one + 1.0 - other) / 2 for one, other in pairs]
 
 
-def factuality(model: LocalModel, cases: Sequence[tuple[str, str, str, str]], method: str) -> list[float]:
+def factuality(
+    model: LocalModel, cases: Sequence[tuple[str, str, str, str]], method: str, style: str = "compact"
+) -> list[float]:
     """1 where the text is called truer than its rival, given the original: (prefix, original, text, rival)."""
     asked = [FactualityQuestion(p, original, text) for p, original, *texts in cases for text in texts]
-    values = _values(_judge(model, method).judge(asked))
+    values = _values(_judge(model, method, style).judge(asked))
     return [float(one > other) for one, other in zip(values[::2], values[1::2], strict=True)]
 
 
-def _judge(model: LocalModel, method: str) -> LocalJudge:
-    style = {"log_odds": "direct"}.get(method, "compact")
-    return LocalJudge(
-        LocalModel(model.policy, model.cfg.model_copy(update={"method": method, "style": style}))
-    )
+def _judge(model: LocalModel, method: str, style: str) -> LocalJudge:
+    changes = {"method": method, "style": style}
+    return LocalJudge(LocalModel(model.policy, model.cfg.model_copy(update=changes)))
 
 
 def _values(answers: Sequence[object]) -> list[float]:
@@ -191,23 +190,44 @@ def _row(kind: str, method: str, wins: Sequence[float], seconds: float) -> Row:
     }  # fmt: skip
 
 
-def measure(model: LocalModel, cuts: Sequence[Cut], num_asked: int, tokens: int, seed: int) -> Iterator[Row]:
+def measure(
+    model: LocalModel, cuts: Sequence[Cut], num_asked: int, tokens: int, styles: Sequence[str], seed: int
+) -> Iterator[Row]:
     """A row for each kind of rival and method; verdicts, which read most, on the first `num_asked` cuts."""
     rng = random.Random(seed)
     by_kind = cases_of(model, cuts, tokens, rng)
     asked = {prefix for prefix, _ in cuts[:num_asked]}
     every = [(kind, case) for kind, cases in by_kind.items() for case in cases]
     some = [(kind, case) for kind, case in every if case[0] in asked]
+    told = told_again(cuts, rng)
     start = time.perf_counter()
-    found = {name: (every, wins) for name, wins in read_wins(model, [case for _, case in every]).items()}
-    seconds = dict.fromkeys(found, time.perf_counter() - start)
+    found = read_wins(model, [case for _, case in every])
+    seconds = time.perf_counter() - start
+    for method, wins in found.items():
+        yield from _rows(method, every, wins, seconds)
     start = time.perf_counter()
-    found["verdicts"] = some, verdict_wins(model, [case for _, case in some])
-    seconds["verdicts"] = time.perf_counter() - start
-    for kind in by_kind:
-        for method, (cases, wins) in found.items():
-            mine = [win for (other, _), win in zip(cases, wins, strict=True) if other == kind]
-            yield _row(kind, method, mine, seconds[method])
+    wins = factuality(model, told, "mutual_information")
+    yield _row(FACTS, "mutual_information", wins, time.perf_counter() - start)
+    for style in styles:
+        start = time.perf_counter()
+        wins = verdict_wins(model, [case for _, case in some], style)
+        yield from _rows(f"verdicts, {style}", some, wins, time.perf_counter() - start)
+        start = time.perf_counter()
+        wins = factuality(model, [one for one in told if one[0] in asked], "log_odds", style)
+        yield _row(FACTS, f"verdicts, {style}", wins, time.perf_counter() - start)
+
+
+def _rows(
+    method: str, cases: Sequence[tuple[str, Case]], wins: Sequence[float], seconds: float
+) -> Iterator[Row]:
+    """A row for each kind of rival."""
+    for kind in dict.fromkeys(kind for kind, _ in cases):
+        mine = [win for (other, _), win in zip(cases, wins, strict=True) if other == kind]
+        yield _row(kind, method, mine, seconds)
+
+
+def told_again(cuts: Sequence[Cut], rng: random.Random) -> list[tuple[str, str, str, str]]:
+    """(prefix, original, its sentences in another order, the same with facts changed), where there are facts."""
     told = []
     for prefix, suffix in cuts:
         names = sorted(set(re.findall(r'"(\w{3,})\(?\)?"', prefix + suffix)))
@@ -215,11 +235,7 @@ def measure(model: LocalModel, cuts: Sequence[Cut], num_asked: int, tokens: int,
         changed = wrong(again, names, rng)
         if changed != again:
             told.append((prefix, suffix, again, changed))
-    for method, most in (("mutual_information", len(told)), ("log_odds", num_asked)):
-        start = time.perf_counter()
-        wins = factuality(model, told[:most], method)
-        name = "verdicts" if method == "log_odds" else method
-        yield _row("factuality, told in another order", name, wins, time.perf_counter() - start)
+    return told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,26 +248,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--asked", type=at_least(1), default=12, help="of these, places judged by verdicts")
     parser.add_argument("--prefix-tokens", type=at_least(1), default=192)
     parser.add_argument("--suffix-tokens", type=at_least(8), default=64)
+    parser.add_argument("--styles", default="direct,chat", help="of verdicts, with commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "mutual_information.csv", help="CSV file")
     args = parser.parse_args(argv)
     rows: list[Row] = []
+    about = header("mutual_information", ("torch",))
     try:
         check_writable(args.out)
         policy, _ = FrozenPolicy.load(resolve_checkpoint(args.judge), start_mesh())
         policy.micro_batch_tokens = 4096  # memory of a laptop
         model = LocalModel(policy, LocalModelConfig(checkpoint=args.judge))
         cuts = cuts_of(model, args.pools, args.prefix_tokens, args.suffix_tokens, random.Random(args.seed))
-        for row in measure(model, cuts, args.asked, args.suffix_tokens, args.seed):
+        for row in measure(model, cuts, args.asked, args.suffix_tokens, args.styles.split(","), args.seed):
             print(
                 f"{row['kind']:36}{row['method']:20}{row['preferred']:7.1%} ({row['low']:.1%} - {row['high']:.1%}) "
                 f"of {row['answered']}/{row['asked']}, {row['seconds']:.1f} s",
                 flush=True,
             )
-            rows.append(row)
+            rows.append({**about, **row})
+            write_csv(args.out, rows)  # verdicts take long
     except SipError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    about = header("mutual_information", ("torch",))
-    write_csv(args.out, [{**about, **row} for row in rows])
     return 0

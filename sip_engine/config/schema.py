@@ -344,9 +344,10 @@ class LocalModelConfig(Section):
     (for models trained with `sip data notes`; style = "compact").
     mutual_information: any language model, never asked in words: the better continuation is the one that the prefix
     makes more probable than it is alone; factuality is what the original adds to that. It says nothing of safety."""
-    style: Literal["compact", "direct", "reasoned"] = "compact"
+    style: Literal["compact", "direct", "reasoned", "chat"] = "compact"
     """Judge: compact prompts are for models trained on `sip data`; the others instruct in words, and `reasoned`
-    asks for a brief reasoning before the verdict (with method = "generate")."""
+    asks for a brief reasoning before the verdict (with method = "generate"). chat: `direct`, in the chat template
+    that came with an imported instruct model."""
     temperature: float = Field(default=0.0, ge=0.0)
     """Of generated replies; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)

@@ -95,6 +95,15 @@ class BundledTokenizer:
         table = table[:rows]
         self.token_bytes = table + [b""] * (rows - len(table))
         self.encode = backend.encode
+        self.special_tokens: dict[str, int]
+        if isinstance(backend, FastBackend):
+            self.special_tokens, self.encode_with_special = (
+                backend.special_tokens,
+                backend.encode_with_special,
+            )
+        else:
+            self.special_tokens = _special_of_settings(files)
+        self.special_tokens = {name: token for name, token in self.special_tokens.items() if token < rows}
 
 
 class FastBackend:
@@ -125,6 +134,21 @@ class FastBackend:
         """The id of a token by its name."""
         return self._fast.token_to_id(token)
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Names and ids of its special tokens."""
+        added = self._fast.get_added_tokens_decoder()
+        return {one.content: token for token, one in added.items() if one.special}
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """Ids [num_tokens] int32 of a text in which the names of special tokens stand for them."""
+        self._fast.encode_special_tokens = False
+        try:
+            ids = self._fast.encode(text, add_special_tokens=False).ids
+        finally:
+            self._fast.encode_special_tokens = True
+        return np.array(ids, np.int32)
+
     def begins_with(self, token: int | None) -> bool:
         """Whether its own rule puts this token in front of a text."""
         ids = self._fast.encode("a", add_special_tokens=True).ids
@@ -153,6 +177,12 @@ class FastBackend:
             else:
                 table[token] = bytes_of(piece)
         return table
+
+
+def _special_of_settings(files: Mapping[str, bytes]) -> dict[str, int]:
+    """Special tokens that the settings add to a sentencepiece model."""
+    decoder = json.loads(files.get("tokenizer_config.json", b"{}")).get("added_tokens_decoder", {})
+    return {one["content"]: int(token) for token, one in decoder.items() if one.get("special")}
 
 
 class _Unsupported(Exception):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,31 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Ids [num_tokens] int32 of a text, without bos and eos. Raises DataError for lone surrogates."""
         return self.encode_batch([text], num_threads=1)[0]
+
+    def files(self) -> dict[str, bytes]:
+        """The files of an imported model's tokenizer by name; none of one that was trained here."""
+        if not self.model.startswith(b"{"):
+            return {}
+        from sip_engine.data.bundled_tokenizer import bundled_files  # it builds on this module
+
+        return bundled_files(self.model, "tokenizer")
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Names and ids of the special tokens of an imported model."""
+        return getattr(self._backend, "special_tokens", {})
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """`encode` of a text in which the names of special tokens stand for them: never for a text of others."""
+        ids: list[np.ndarray] = []
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        whole = getattr(self._backend, "encode_with_special", None)
+        if whole is not None or not names:
+            return self.encode(text) if whole is None else whole(text)
+        for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
+            known = piece in self.special_tokens
+            ids.append(np.array([self.special_tokens[piece]], np.int32) if known else self.encode(piece))
+        return np.concatenate(ids).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[np.ndarray]:
         """`encode` of each text, on `num_threads` threads (default: one a core)."""

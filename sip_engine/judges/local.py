@@ -17,6 +17,7 @@ from sip_engine.judges.mutual_information import SILENT_ON, LocalReader, MutualI
 from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import Prompt, judge_prompt
 from sip_engine.judges.sentence_labels import EMPTY, Scores, SentenceLabelReader
+from sip_engine.llm.chat_template import ChatTemplate
 from sip_engine.llm.local_model import LocalModel, open_local_model
 from sip_engine.llm.option_probs import OptionQuery, first_tokens, option_probs
 from sip_engine.types import (
@@ -65,6 +66,9 @@ class LocalJudge:
         self.deterministic = self._cfg.method != "generate" or self._cfg.temperature == 0
         self._scores: dict[tuple[str, str], Scores] = {}
         """Of the continuations read lately: the rounds of a tournament ask for the same ones."""
+        self._template = (
+            ChatTemplate(model.tokenizer, str(self._cfg.checkpoint)) if self._cfg.style == "chat" else None
+        )
         self.silent_on = SILENT_ON if self._cfg.method == "mutual_information" else ()
         self._information = (
             MutualInformation(LocalReader(model), self._cfg.pair_temperature)
@@ -126,11 +130,16 @@ class LocalJudge:
         return answers
 
     def _prepare(self, question: Question) -> _Asked | None:
-        prompt = judge_prompt(question, style=self._cfg.style, max_prefix_chars=self._cfg.max_prefix_chars)
-        text = f"{prompt.system}\n\n{prompt.user}\n\n" if prompt.system else prompt.user
-        if self._cfg.method != "generate" and prompt.format == "verdict_line":
-            text += prompt.verdict_start
-        ids = self._model.encode(text, self._cfg.max_new_tokens if self._cfg.method == "generate" else 0)
+        style = "direct" if self._cfg.style == "chat" else self._cfg.style
+        prompt = judge_prompt(question, style=style, max_prefix_chars=self._cfg.max_prefix_chars)
+        generates = self._cfg.method == "generate"
+        start = "" if generates or prompt.format != "verdict_line" else prompt.verdict_start
+        room = self._cfg.max_new_tokens if generates else 0
+        if self._template is not None:
+            ids = self._model.fitting(self._template.encode(prompt.messages(), start), room)
+        else:
+            text = f"{prompt.system}\n\n{prompt.user}\n\n" if prompt.system else prompt.user
+            ids = self._model.encode(text + start, room)
         if ids is None:
             return None
         group = (

@@ -26,7 +26,10 @@ class LocalModel:
 
     def encode(self, prompt: str, room: int = 0) -> np.ndarray | None:
         """A prompt's tokens, begun as its model does, int32; None if the context cannot hold them and `room` more."""
-        ids = encode_prompt(self.tokenizer, prompt)
+        return self.fitting(encode_prompt(self.tokenizer, prompt), room)
+
+    def fitting(self, ids: np.ndarray, room: int = 0) -> np.ndarray | None:
+        """`ids`, or None if the context cannot hold them and `room` tokens of a reply."""
         return ids if len(ids) + room <= self.policy.max_context else None
 
     def reply(self, prompts: Sequence[np.ndarray], seed: int) -> list[tuple[str | None, int]]:
