@@ -86,6 +86,7 @@ def test_gathered_text_is_kept_and_too_little_is_refused(
     with pytest.raises(DataError, match="--text PATH"):
         texts.gather(tmp_path / "text")
     assert not (tmp_path / "text").exists()
+    monkeypatch.setattr(texts, "_MOST_CHARS", 10**9)
     monkeypatch.setattr(texts, "_sources", lambda: sources(300))
     about = texts.gather(tmp_path / "text")
     assert about[0]["licence"] == "MIT" and about[0]["documents"] == 300
@@ -234,7 +235,7 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh) -> Pa
         "out": folder / "run",
         "steps": 2,
         "batch_size": 4,
-        "model": SMALL_MODEL.model_dump(),
+        "model": {**SMALL_MODEL.model_dump(), "max_context": 160},
         "data": {
             "path": folder / "text.jsonl",
             "holdout": 0.1,
