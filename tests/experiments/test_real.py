@@ -17,7 +17,12 @@ from sip_engine.config.parse import parse_config
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.intervals import Estimate
 from sip_engine.experiments.real import packages, plan, runner, texts
-from sip_engine.experiments.real.measures import HIGHER_IS_BETTER, Measured, repeated_trigrams, sentence_embedder
+from sip_engine.experiments.real.measures import (
+    HIGHER_IS_BETTER,
+    Measured,
+    repeated_trigrams,
+    sentence_embedder,
+)
 from sip_engine.experiments.real.plan import ARMS, EXPERIMENTS, Plan, form_of
 from sip_engine.experiments.real.results import figures_of, read_measured, save_measured, target_of
 from sip_engine.train import train
@@ -254,8 +259,8 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh) -> Pa
 
 def _write_text(path: Path, documents: int) -> None:
     draw = np.random.default_rng(3)
-    words = "the array value of a function returns sum mean order axis list input is in for with not given".split()
-    rows = [" ".join(draw.choice(words, 90)) for _ in range(documents)]
+    words = "the array value of a function returns sum mean order axis list input is in for with not given"
+    rows = [" ".join(draw.choice(words.split(" "), 90)) for _ in range(documents)]
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
@@ -265,7 +270,8 @@ def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "configs"
     shutil.copytree(shipped_configs() / "real", folder / "real")
     small = {
-        "shared.toml": {"suffix_tokens = 32": "suffix_tokens = 12", "max_prefix_tokens = 96": "max_prefix_tokens = 24",
+        "shared.toml": {"suffix_tokens = 32": "suffix_tokens = 12",
+                        "max_prefix_tokens = 96": "max_prefix_tokens = 24",
                         "min_prefix_tokens = 48": "min_prefix_tokens = 8"},
         "scratch_base.toml": {"steps = 240": "steps = 30", "vocab_size = 4096": "vocab_size = 300",
                               "num_layers = 4": "num_layers = 1", "hidden_size = 192": "hidden_size = 24"},

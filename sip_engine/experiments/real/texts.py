@@ -75,8 +75,8 @@ def gather(folder: Path) -> list[dict[str, Any]]:
     total = sum(source.chars for source in sources)
     if total < _LEAST_OF_ALL:
         raise DataError(
-            f"this machine has {total / 1000:.0f} kB of documentation, at least {_LEAST_OF_ALL / 1000:.0f} are needed: "
-            "install a package of PACKAGES (experiments/real/texts.py), or give your own: --text PATH"
+            f"this machine has {total / 1000:.0f} kB of documentation, at least {_LEAST_OF_ALL / 1000:.0f} are "
+            f"needed: install one of {', '.join(PACKAGES)}, or give your own: --text PATH"
         )
     train, held_out = split([text for source in sources for text in source.texts])
     write_jsonl(folder / TRAIN, ({"text": text, "file": file} for file, text in train))
