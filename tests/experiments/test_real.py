@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,12 @@ def test_embeddings_are_the_mean_over_tokens_at_length_one(tmp_path: Path) -> No
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     torch.manual_seed(1)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     model = BertModel(BertConfig(vocab_size=len(words), **sizes)).eval()
     model.save_pretrained(tmp_path)
     given = ["some words here", "here", ""]
@@ -140,7 +146,7 @@ def test_embeddings_are_the_mean_over_tokens_at_length_one(tmp_path: Path) -> No
         np.testing.assert_allclose(row, (mean / mean.norm()).numpy(), atol=1e-6)
 
 
-def _measured(wins: list[float], loss: float, distinct: float = 0.5, repeated: float = 0.1) -> Measured:
+def _measured(wins: Sequence[float], loss: float, distinct: float = 0.5, repeated: float = 0.1) -> Measured:
     n = len(wins)
     ones = np.ones(n)
     table = {
