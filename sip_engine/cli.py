@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            console.print(f"[red]error:[/] {_one_line(error.format_message())}", soft_wrap=True)  # type: ignore[attr-defined]
+            console.print(f"[red]error:[/] {_one_line(error.format_message())}", markup=True, soft_wrap=True)  # type: ignore[attr-defined]
             sys.exit(2)
         raise
     finally:

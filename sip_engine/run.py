@@ -239,16 +239,21 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
     run.baseline = baseline
     if mesh.is_main:
         for fault in faults:
-            console.print(f"[bold]{escape(str(cfg.out))}[/]: set aside: {escape(fault)}", soft_wrap=True)
+            console.print(
+                f"[bold]{escape(str(cfg.out))}[/]: set aside: {escape(fault)}", markup=True, soft_wrap=True
+            )
         settings = cfg.model_dump(mode="json")
         write_json(cfg.out / "config.json", settings)
         found = f"resuming at step {step} of {cfg.steps}" if step else "starting"
         if step >= cfg.steps:
             found = f"found complete, at step {step}; remove the folder to train anew"
         for change in changed_settings(before, settings):
-            console.print(f"[bold]{escape(str(cfg.out))}[/]: changed since the checkpoint: {escape(change)}")
+            said = f"[bold]{escape(str(cfg.out))}[/]: changed since the checkpoint: {escape(change)}"
+            console.print(said, markup=True, soft_wrap=True)
         console.print(
-            f"[bold]{escape(str(cfg.out))}[/]: {found}; {escape(corpus.description)}", soft_wrap=True
+            f"[bold]{escape(str(cfg.out))}[/]: {found}; {escape(corpus.description)}",
+            markup=True,
+            soft_wrap=True,
         )
     return run
 

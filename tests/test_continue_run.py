@@ -121,6 +121,13 @@ def test_ruined_parameters_are_not_saved(mesh: Mesh, tmp_path: Path) -> None:
     assert [row["lr"] for row in metrics(tmp_path) if "lr" in row][1] == pytest.approx(1e-4)
 
 
+def test_a_folder_with_brackets_in_its_name(mesh: Mesh, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """What is said of it is said as it is, and nothing takes it for markup."""
+    plain: dict[str, Any] = {"batch_size": 2, "eval": {"generate": False, "num_prefixes": 2}}
+    train(run_config(tmp_path / "a[" / "b]", steps=1, **plain), mesh)
+    assert "/a[/b]/run: starting" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["stream", "config", "elapsed"])
 @pytest.mark.parametrize("value", [None, [], "x", {"position": "3"}, -1])
 def test_odd_types_in_the_runs_state_are_one_line(part: str, value: Any) -> None:

@@ -48,7 +48,10 @@ def read_toml(path: Path, merge: Merge | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: a file is missing or not TOML, or files extend each other in a circle.
     """
-    return _read_extended(find_config(path), merge or _merge_plainly, ())
+    try:
+        return _read_extended(find_config(path), merge or _merge_plainly, ())
+    except RecursionError:
+        raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
 
 
 def find_config(path: Path) -> Path:

@@ -33,7 +33,7 @@ class Fp8Config(Section):
 class ModelConfig(Section):
     """A Llama-like decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
 
-    num_layers: Positive = 4
+    num_layers: Annotated[int, Field(gt=0, le=10_000)] = 4
     """Transformer layers."""
     hidden_size: Positive = 128
     """Width of the residual stream."""
@@ -461,7 +461,7 @@ class ReferenceConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = Field(default=5e-6, gt=0)
+    lr: float = Field(default=5e-6, gt=0, le=1e30)
     """Peak learning rate."""
     min_lr_ratio: Share = 0.1
     """Final learning rate as a share of the peak."""
@@ -568,7 +568,7 @@ class RunConfig(Section):
     """Checkpoint to start the policy (and the reference policy) from; unset starts from scratch."""
     seed: Seed = 0
     """Seed of initial weights, data order and sampling."""
-    steps: Positive = 1000
+    steps: Annotated[int, Field(gt=0, lt=10**8)] = 1000
     """Updates."""
     batch_size: Positive = 256
     """Prefixes an update, over all processes."""

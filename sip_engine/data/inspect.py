@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
 
 from sip_engine.config.schema import RunConfig
@@ -33,10 +32,10 @@ def describe_data(cfg: RunConfig) -> None:
             **{f"note {number}": note for number, note in enumerate(corpus.notes, start=1)},
         }
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     console.print(table)
     sample = corpus.stream.samples_at(0, 1)[0]
-    console.print(f"[bold]first prefix[/] (document {sample.document}, cut {sample.cut})", highlight=False)
-    console.print(sample.prefix[-400:], markup=False)
-    console.print("[bold]its suffix[/]")
-    console.print(sample.suffix[:400], markup=False)
+    console.print(f"[bold]first prefix[/] (document {sample.document}, cut {sample.cut})", markup=True)
+    console.print(sample.prefix[-400:])
+    console.print("[bold]its suffix[/]", markup=True)
+    console.print(sample.suffix[:400])

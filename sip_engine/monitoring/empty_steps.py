@@ -24,6 +24,7 @@ class EmptySteps:
             console.print(
                 f"[yellow]step {step} teaches nothing:[/] no prefix offers two candidates of different text and "
                 "reward (pairs/dropped, groups/dropped; judge/failure_rate is the share of failed judgments)",
+                markup=True,
                 soft_wrap=True,
             )
         return {EMPTY: 1.0}
@@ -34,4 +35,6 @@ class EmptySteps:
             return
         empty = len(self._records.curves[EMPTY].values)
         what = "the policy is as it began" if empty >= steps else "see pairs/dropped in the report"
-        console.print(f"[yellow]{empty} of {steps} steps taught nothing:[/] {what}", soft_wrap=True)
+        console.print(
+            f"[yellow]{empty} of {steps} steps taught nothing:[/] {what}", markup=True, soft_wrap=True
+        )

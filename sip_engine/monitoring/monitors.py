@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
+
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.monitoring.curves import RunState
@@ -41,7 +43,9 @@ class Monitors:
         curves = self._records.curves
         for name in seen if self._mesh.is_main else ():
             if _metric(name) not in curves or not curves[_metric(name)].values.any():
-                console.print(f"[yellow]watch out:[/] {name}: {seen[name]}", soft_wrap=True)
+                console.print(
+                    f"[yellow]watch out:[/] {name}: {escape(seen[name])}", markup=True, soft_wrap=True
+                )
         return {_metric(name): float(is_seen) for name, (is_seen, _) in found.items()}
 
     def _look(self) -> dict[str, tuple[bool, str]]:

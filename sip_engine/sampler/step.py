@@ -242,6 +242,7 @@ class DecodeSteps:
                 "[yellow]notice:[/] the decode step cannot be captured as a CUDA graph "
                 f"({str(error).splitlines()[0]}); going on without, slower: "
                 'sampler.cuda_graph = "off" does so at once',
+                markup=True,
                 soft_wrap=True,
             )
             return None

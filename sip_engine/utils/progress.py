@@ -16,7 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
+"""Says things as they are, for paths and texts hold brackets; for colours say markup=True, and escape the rest."""
 LINE_SECONDS = 15.0
 
 
@@ -55,13 +56,13 @@ def steps(title: str, total: int, *, done: int = 0, quiet: bool = False) -> Iter
         yield Steps(title, done, total, None, quiet)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
         yield Steps(title, done, total, bar, quiet)

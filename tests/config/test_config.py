@@ -88,6 +88,8 @@ def test_the_stage_in_force_changes_with_the_step() -> None:
         (None, "no such config file"),
         (b"steps = [", "not a readable TOML file"),
         (b"\xff\xfe", "not a readable"),
+        (b"steps = " + b"[" * 50_000, "not a readable TOML file: nested too deeply"),
+        (b"a" + b".a" * 50_000 + b" = 1", "not a readable TOML file: nested too deeply"),
     ],
 )
 def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -96,6 +98,27 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, mess
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"{re.escape(str(path))}: {message}"):
         read_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"seed": True}, "seed: true is no number"),
+        ({"optimizer": {"lr": False}}, r"optimizer\.lr: false is no number"),
+        ({"judge": {"waves": True}}, r"judge\.waves: true is no number"),
+        ({"steps": 99999999999999999999}, "steps: Input should be less than 100000000"),
+        ({"batch_size": 2**31}, "batch_size: Input should be less than 2147483648"),
+        ({"model": {"num_layers": 10**9}}, r"model\.num_layers: Input should be less than or equal to 10000"),
+        ({"optimizer": {"lr": 1e38}}, r"optimizer\.lr: Input should be less than or equal to 1"),
+    ],
+)
+def test_numbers_that_are_none_or_out_of_all_range(values: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config(values, "test")
+
+
+def test_true_stays_true() -> None:
+    assert parse_config({"parallel": {"sequence": False, "overlap": True}}, "test").parallel.overlap is True
 
 
 def test_every_setting_has_a_meaning() -> None:
