@@ -27,6 +27,7 @@ GpusPerNode = Annotated[int | None, typer.Option(help="GPUs of a node; default: 
 def add_planning_commands(app: typer.Typer) -> None:
     """Add this module's commands to the command line."""
     app.command("plan", context_settings=_OVERRIDES)(plan)
+    app.command("simulate", context_settings=_OVERRIDES)(simulate)
     launch = typer.Typer(
         no_args_is_help=True, help="Write the script that starts a run on a cluster, and submit it."
     )
@@ -192,3 +193,54 @@ def _check_fit(cfg: RunConfig, config: Path, gpu: str, nodes: int, gpus_per_node
     found = make_plan(cfg, Request(load_hardware(gpu, gpus_per_node=gpus_per_node), nodes))
     if not found.fits:
         refuse(found, str(config))
+
+
+def simulate(
+    context: typer.Context,
+    config: Config,
+    gpu: GpuName = "h100",
+    nodes: Nodes = 8,
+    gpus_per_node: GpusPerNode = None,
+    judge: Annotated[str | None, typer.Option(help="Size of the model that judges: 8b, 32b, 70b.")] = None,
+    judge_gpus: Annotated[int, typer.Option(help="GPUs of a judge's server at that many nodes.")] = 0,
+    judge_latency: Annotated[float, typer.Option(help="Seconds of one judge call.")] = 1.0,
+    rate_limit: Annotated[
+        float | None, typer.Option(help="Judge calls a second that its server takes.")
+    ] = None,
+    failures: Annotated[
+        float | None, typer.Option(help="Failures of a GPU an hour; default: 2.0e-5, arXiv 2407.21783.")
+    ] = None,
+    restart: Annotated[float, typer.Option(help="Seconds from a failure to the next step.")] = 300.0,
+    stragglers: Annotated[float, typer.Option(help="Spread of a node's times (of their logarithm).")] = 0.03,
+    hours: Annotated[float, typer.Option(help="Hours to simulate at each scale.")] = 240.0,
+    seed: Annotated[int, typer.Option(help="Seed of all chance.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the plots and simulate.json.")] = Path("simulation"),
+) -> None:
+    """Simulate a run on 8 to 4,096 GPUs: goodput, best checkpoint interval, judge GPUs needed, where it breaks.
+
+    Steps are those that `sip plan` predicts; the batch and the judge's GPUs grow with the policy's.
+    """
+    from sip_engine.planning.hardware import load_hardware, load_judge
+    from sip_engine.planning.plan import Request
+    from sip_engine.planning.simulate.command import study
+    from sip_engine.planning.simulate.scenario import FAILURES_PER_GPU_HOUR
+
+    cfg = read_run_config(config, context.args)
+    request = Request(
+        load_hardware(gpu, gpus_per_node=gpus_per_node),
+        nodes,
+        judge=load_judge(judge) if judge else None,
+        judge_gpus=judge_gpus,
+    )
+    changes = {
+        "judge_shared": cfg.judge.backend == "local",
+        "judge_latency_s": judge_latency if cfg.judge.backend == "server" else 0.0,
+        "rate_limit": rate_limit,
+        "failures_per_gpu_hour": FAILURES_PER_GPU_HOUR if failures is None else failures,
+        "restart_s": restart,
+        "straggler_spread": stragglers,
+    }
+    screen = _wide_console()
+    save_every = cfg.checkpoint.every or 100
+    for part in study(cfg, request, out, hours=hours, seed=seed, save_every=save_every, changes=changes):
+        screen.print(part)

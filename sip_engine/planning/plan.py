@@ -82,6 +82,8 @@ class Plan:
     wave: Wave
     phases: tuple[Phase, ...]
     judge_calls: int
+    judge_alone_s: float
+    """Seconds of the judge's work, whether the loop waits for it or not."""
     tokens_per_second: float
     """Tokens written by the policy and tokens trained on, all GPUs together."""
     mfu: float
@@ -147,6 +149,7 @@ def make_plan(cfg: RunConfig, request: Request) -> Plan:
         wave=wave,
         phases=tuple(phases),
         judge_calls=asked.calls * load.prefixes * replicas,
+        judge_alone_s=judge.seconds,
         tokens_per_second=tokens / seconds,
         mfu=useful / seconds / (request.gpus * hardware.gpu.peak_bf16_tflop_s * 1e12),
         step=step,

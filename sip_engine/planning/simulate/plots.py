@@ -1,0 +1,75 @@
+"""The study as plots, SVG and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sip_engine.planning.simulate.study import AtScale
+
+_PARTS = ("generate", "judge", "update", "save", "restart")
+_NOTE = "a simulation of predicted steps, not a measurement"
+
+
+def draw_all(
+    folder: Path,
+    scales: Sequence[AtScale],
+    intervals: Mapping[str, tuple[Sequence[tuple[float, float]], float]],
+    judges: Mapping[str, int | None],
+) -> list[Path]:
+    """Write every plot to `folder`; returns the files.
+
+    intervals: name -> ((seconds between saves, goodput) ..., Daly's interval in seconds).
+    judges: policy -> judge GPUs for each of its own, None where no number was enough.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    written: list[Path] = []
+
+    def save(name: str) -> None:
+        plt.figtext(0.99, 0.01, _NOTE, ha="right", fontsize=7, color="gray")
+        for kind in ("svg", "png"):
+            path = folder / f"{name}.{kind}"
+            plt.savefig(path, dpi=150, bbox_inches="tight")
+            written.append(path)
+        plt.close()
+
+    gpus = [one.scenario.gpus for one in scales]
+    names = [str(number) for number in gpus]
+    _, (above, below) = plt.subplots(2, 1, figsize=(7, 7), sharex=True)
+    above.plot(names, [100 * one.outcome.goodput for one in scales], marker="o")
+    above.set_ylabel("goodput, %")
+    above.set_ylim(0, 105)
+    above.grid(alpha=0.3)
+    bottom = [0.0] * len(scales)
+    for part in _PARTS:
+        shares = [100 * one.outcome.seconds.get(part, 0.0) / one.outcome.elapsed for one in scales]
+        below.bar(names, shares, bottom=bottom, label=part)
+        bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
+    below.set_xlabel("GPUs of the policy")
+    below.set_ylabel("time, % (lost steps included)")
+    below.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.13))
+    save("goodput_by_scale")
+
+    plt.figure(figsize=(7, 4))
+    for name, (points, best) in intervals.items():
+        line = plt.plot([x for x, _ in points], [100 * y for _, y in points], marker=".", label=name)[0]
+        plt.axvline(best, color=line.get_color(), linestyle=":")
+    plt.xscale("log")
+    plt.xlabel("work between saves, s (dotted: Daly's estimate)")
+    plt.ylabel("goodput, %")
+    plt.grid(alpha=0.3)
+    plt.legend()
+    save("goodput_by_interval")
+
+    known = {name: number for name, number in judges.items() if number}
+    if known:
+        plt.figure(figsize=(6, 3.5))
+        plt.bar(list(known), [float(n) for n in known.values()])
+        plt.ylabel("judge GPUs for a wait of a third of a step")
+        plt.yscale("log", base=2)
+        save("judge_gpus")
+    return written
