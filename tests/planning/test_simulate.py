@@ -46,6 +46,8 @@ def test_the_best_interval() -> None:
     best = max(points, key=lambda point: point[1])[0]
     assert best_interval(replace(STORMY, generate_s=1.0)) == pytest.approx(exact, rel=0.01)
     assert exact / 2.1 <= best <= exact * 2.1
+    for _, simulated, closed_form in points:
+        assert simulated == pytest.approx(closed_form, abs=0.06)
 
 
 def test_a_save_that_goes_on_meanwhile_costs_its_stall_alone() -> None:

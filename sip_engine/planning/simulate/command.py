@@ -53,7 +53,7 @@ def study(
     scales = at_scales(scenario_of, seconds=seconds, seed=seed)
     if not scales:
         raise ConfigError("no scale from 8 to 4,096 GPUs holds this layout: see sip plan")
-    shown = {one.scenario.gpus: one for one in scales if one.scenario.gpus in (512, 4096)}
+    shown = {one.scenario.gpus: one for one in scales if one.scenario.gpus in (1024, 4096)}
     intervals = {}
     for gpus, one in shown.items():
         if points := by_interval(one.scenario, seed=seed):

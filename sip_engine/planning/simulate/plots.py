@@ -14,12 +14,12 @@ _NOTE = "a simulation of predicted steps, not a measurement"
 def draw_all(
     folder: Path,
     scales: Sequence[AtScale],
-    intervals: Mapping[str, tuple[Sequence[tuple[float, float]], float]],
+    intervals: Mapping[str, tuple[Sequence[tuple[float, float, float]], float]],
     judges: Mapping[str, int | None],
 ) -> list[Path]:
     """Write every plot to `folder`; returns the files.
 
-    intervals: name -> ((seconds between saves, goodput) ..., Daly's interval in seconds).
+    intervals: name -> ((seconds between saves, goodput, goodput by Daly) ..., Daly's interval in seconds).
     judges: policy -> judge GPUs for each of its own, None where no number was enough.
     """
     import matplotlib
@@ -30,7 +30,7 @@ def draw_all(
     written: list[Path] = []
 
     def save(name: str) -> None:
-        plt.figtext(0.99, 0.01, _NOTE, ha="right", fontsize=7, color="gray")
+        plt.figtext(0.99, -0.03, _NOTE, ha="right", fontsize=7, color="gray")
         for kind in ("svg", "png"):
             path = folder / f"{name}.{kind}"
             plt.savefig(path, dpi=150, bbox_inches="tight")
@@ -56,10 +56,16 @@ def draw_all(
 
     plt.figure(figsize=(7, 4))
     for name, (points, best) in intervals.items():
-        line = plt.plot([x for x, _ in points], [100 * y for _, y in points], marker=".", label=name)[0]
+        line = plt.plot(
+            [p[0] for p in points], [100 * p[1] for p in points], marker="o", linestyle="", label=name
+        )[0]
+        plt.plot([p[0] for p in points], [100 * p[2] for p in points], color=line.get_color(), linewidth=1)
         plt.axvline(best, color=line.get_color(), linestyle=":")
     plt.xscale("log")
-    plt.xlabel("work between saves, s (dotted: Daly's estimate)")
+    plt.xlabel(
+        fontsize=8,
+        xlabel="work between saves, s (points: simulated; lines: Daly's closed form; dotted: his best interval)",
+    )
     plt.ylabel("goodput, %")
     plt.grid(alpha=0.3)
     plt.legend()

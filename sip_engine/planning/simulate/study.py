@@ -9,15 +9,15 @@ from typing import Any
 
 from sip_engine.planning.hardware import JudgeModel
 from sip_engine.planning.plan import Request, make_plan
-from sip_engine.planning.simulate.closed_forms import daly_interval
+from sip_engine.planning.simulate.closed_forms import daly_interval, expected_goodput
 from sip_engine.planning.simulate.model import Outcome, simulate
 from sip_engine.planning.simulate.scenario import Scenario, scenario_of_plan
 
 SCALES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-MOST_STEPS = 3_000
-"""Steps to simulate at a scale."""
-FAILURES, MOST_SAVES = 400, 8_000
-"""To simulate for each interval between saves, whichever is reached first."""
+MANY_STEPS, MOST_STEPS, FAILURES = 3_000, 20_000, 5
+"""Steps to simulate at a scale: so many, or, up to a limit, as many as see so many failures."""
+MOST_SAVES, MOST_FAILURES = 40_000, 40
+"""To simulate of the shortest interval between saves, whichever is reached first; the others as many seconds."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def at_scales(
         tuned = (
             replace(plain, save_every=max(1, round(best / plain.ideal_s))) if math.isfinite(best) else plain
         )
-        outcome = simulate(tuned, seconds=min(seconds, MOST_STEPS * tuned.ideal_s), seed=seed)
+        steps = max(MANY_STEPS, min(MOST_STEPS, FAILURES * tuned.mtbf / tuned.ideal_s))
+        outcome = simulate(tuned, seconds=min(seconds, steps * tuned.ideal_s), seed=seed)
         found.append(AtScale(tuned, outcome, best))
     return found
 
@@ -73,20 +74,22 @@ def best_interval(scenario: Scenario) -> float:
     return max(daly_interval(scenario.save_stall_s, scenario.mtbf), scenario.save_write_s, scenario.ideal_s)
 
 
-def by_interval(scenario: Scenario, *, seed: int) -> list[tuple[float, float]]:
-    """(seconds of work between saves, goodput) around Daly's estimate, from a 16th of it to 16 times.
+def by_interval(scenario: Scenario, *, seed: int) -> list[tuple[float, float, float]]:
+    """(seconds of work between saves, goodput, goodput by Daly), from a quarter of the best interval to 512 times it.
 
-    Failures and saves alone: all work between two saves is one step, without stragglers and judge. Empty where
-    nothing fails.
+    Failures and saves alone: all work between two saves is one step, without stragglers and judge; failures strike at
+    the same times whatever the interval. Empty where nothing fails.
     """
-    best = best_interval(scenario)
+    best, mtbf = best_interval(scenario), scenario.mtbf
     found = []
-    for power in range(-4, 5) if math.isfinite(best) else ():
+    for power in range(-2, 10) if math.isfinite(best) else ():
         interval = best * 2.0**power
         work = {"generate_s": interval, "judge_s": 0.0, "update_s": 0.0, "chunks": 1, "straggler_spread": 0.0}
         tried = replace(scenario, save_every=1, **work)
-        seconds = min(FAILURES * scenario.mtbf, MOST_SAVES * interval)
-        found.append((interval, simulate(tried, seconds=seconds, seed=seed).goodput))
+        seconds = min(MOST_FAILURES * mtbf, MOST_SAVES * best / 4)
+        exact = expected_goodput(interval, scenario.save_stall_s, scenario.restart_s, mtbf)
+        if interval < mtbf:
+            found.append((interval, simulate(tried, seconds=seconds, seed=seed).goodput, exact))
     return found
 
 
