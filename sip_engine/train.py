@@ -29,7 +29,12 @@ def train(cfg: RunConfig, mesh: Mesh | None = None) -> Path:
         SipError: bad settings or data before anything is written; NonFiniteError and ThresholdError on every
             process at the same step, with the parameters as they were before it.
     """
-    mesh = mesh or start_mesh(cfg.parallel.tensor, cfg.parallel.pipeline, seed=cfg.seed)
+    mesh = mesh or start_mesh(
+        cfg.parallel.tensor,
+        cfg.parallel.pipeline,
+        seed=cfg.seed,
+        timeout_minutes=cfg.parallel.timeout_minutes,
+    )
     with (
         open_run(cfg, mesh) as run,
         steps(str(cfg.out), cfg.steps, done=run.step, quiet=not mesh.is_main) as bar,
@@ -49,6 +54,8 @@ def train(cfg: RunConfig, mesh: Mesh | None = None) -> Path:
                 case LearnsFrom.GENERATIONS:
                     rows = learn_task(run, samples, clock, means)
             with clock("update"):
+                if run.sampler is not None:
+                    run.sampler.give_back()
                 stats = update(run.policy, run.reference, rows, run.objective)
                 if run.reference is not None:
                     run.reference.follow(run.policy, run.step + 1)

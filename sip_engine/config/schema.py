@@ -208,8 +208,12 @@ class SamplerConfig(Section):
     """The same bits for any batch, order and parallel layout, by exact sums in float64; many times slower."""
     max_sequences: Positive = 256
     """Most sequences decoded together; groups beyond it wait for the next wave."""
-    kv_memory_mb: Positive = 1024
-    """Memory of the KV pages on each process, in MiB."""
+    kv_memory_mb: Positive | Literal["auto"] = 1024
+    """Memory of the KV pages on each process, in MiB. auto: on CUDA four fifths of what is free when tokens are first
+    drawn, given back while the policy is updated; on the CPU 1024."""
+    prefill_tokens: Positive = 16384
+    """Most prefix tokens in one forward pass of the sampler on CUDA, and with stop tokens; a longer prefix has one
+    pass to itself."""
 
     @model_validator(mode="after")
     def _exact_pages(self) -> SamplerConfig:

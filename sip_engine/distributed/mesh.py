@@ -81,6 +81,14 @@ class Mesh:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen.item())
 
+    def least_in_replica(self, value: int) -> int:
+        """The smallest of a number over the processes of a replica; over gloo."""
+        if self.replica.size == 1:
+            return value
+        least = torch.tensor([value], dtype=torch.int64, device="cpu")
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.replica.group)
+        return int(least.item())
+
     def broadcast(self, value: T | None) -> T:
         """Give every process of the world the first one's object."""
         if self.size == 1:

@@ -80,7 +80,8 @@ class PagedAttention:
     """
 
     def __init__(self, pages: KVPages, impl: Literal["reference", "triton"]) -> None:
-        self.pages, self.impl = pages, impl
+        self.pages = pages
+        self.impl: Literal["reference", "triton"] = impl
         self.group_size = 16
         """The usual number of sequences a group."""
         self.scales: Tensor | None = None

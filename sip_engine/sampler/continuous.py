@@ -21,6 +21,7 @@ from sip_engine.sampler.attention import KVPages, PagedAttention
 from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.pages import RollingPages
+from sip_engine.sampler.prefill import prefill
 from sip_engine.sampler.requests import Completion, Limits, Request, SamplingParams, random_keys
 from sip_engine.sampler.step import DecodeStep, DecodeSteps, StepShape, StepState
 from sip_engine.sampler.transfer import Read, upload
@@ -128,14 +129,14 @@ class _Batch:
         lens = self.prefix_lens[requests]
         self.rows.admit(lens, np.array([len(group) for group in groups], np.int32))
         new = slice(self.rows.num_groups - len(groups), self.rows.num_groups)
-        self.attention.set_prefill(self.rows.prefix_tables[new], lens)
-        stream = np.concatenate([self.requests[r].prefix_ids for r in requests]).astype(np.int64)
-        positions = np.concatenate([np.arange(n) for n in lens])
-        hidden = self.decoder.forward(self._device(stream), self._device(positions), self.attention.prefill)
+        prefixes = [self.requests[r].prefix_ids for r in requests]
+        tables = self.rows.prefix_tables[new]
+        last = prefill(self.decoder, self.attention, tables, prefixes, self.steps.prefill_tokens)
         entering = np.concatenate(groups)
-        last = np.repeat(lens.cumsum() - 1, [len(group) for group in groups])
+        group = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         keys, positions = self._device(self.keys[entering]), self._device(self.starts[entering])
-        ids, logprobs = self.steps.draw(hidden[self._device(last)], keys, positions, self.params)
+        hidden = last.index_select(0, self._device(group))
+        ids, logprobs = self.steps.draw(hidden, keys, positions, self.params)
         self.tokens = torch.cat([self.tokens[: len(self.live)], ids])
         self.live, self.step = np.concatenate([self.live, entering]), None
         self._drew(entering, torch.stack([ids.to(torch.int32), logprobs.view(torch.int32)]))

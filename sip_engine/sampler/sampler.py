@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from sip_engine.sampler.step import DecodeSteps
 from sip_engine.sampler.wave import Wave
 from sip_engine.utils.errors import NonFiniteError
 
+AUTO_SHARE, AUTO_MB_ON_CPU = 0.8, 1024
+"""kv_memory_mb="auto": the share of CUDA's free memory (the rest is for prefill), and the CPU's MiB."""
+
 
 class Sampler:
     """Samples from weight views inside the trainer's process group.
@@ -47,15 +51,40 @@ class Sampler:
         exact = self.impl == "exact"
         self.decoder = Decoder(weights, mesh.tp, exact=exact)
         self.draw = TokenDraw(weights, mesh.tp, exact=exact) if mesh.pp.is_last else None
-        self.limits = Limits(
-            weights.max_context,
-            weights.vocab_size,
-            cfg.kv_memory_mb * 2**20 // page_bytes(weights, cfg.page_size, self.kv_dtype),
-            cfg.page_size,
-            cfg.max_sequences,
-        )
         self._pages: KVPages | None = None  # allocated when first used
         self._steps: DecodeSteps | None = None
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What a request must fit into. With kv_memory_mb="auto" the memory free at the first look decides."""
+        size = page_bytes(self.weights, self.cfg.page_size, self.kv_dtype)
+        return Limits(
+            self.weights.max_context,
+            self.weights.vocab_size,
+            self._kv_bytes() // size,
+            self.cfg.page_size,
+            self.cfg.max_sequences,
+        )
+
+    def _kv_bytes(self) -> int:
+        if self.cfg.kv_memory_mb != "auto":
+            return self.cfg.kv_memory_mb * 2**20
+        if self.weights.device.type != "cuda":
+            return AUTO_MB_ON_CPU * 2**20
+        free, _ = torch.cuda.mem_get_info()
+        free += (
+            torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        )  # the allocator's own spare blocks
+        # Processes of one replica decode the same waves.
+        return self.mesh.least_in_replica(int(AUTO_SHARE * free))
+
+    def give_back(self) -> None:
+        """Free the pages, and the steps over them, where the settings leave their size to the sampler on CUDA.
+
+        They are made anew when tokens are drawn again. To be called while nothing is drawn.
+        """
+        if self.cfg.kv_memory_mb == "auto" and self.weights.device.type == "cuda":
+            self._pages = self._steps = None
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """`n` completions for each request, in order. Every process of a replica gets the same.
@@ -105,6 +134,8 @@ class Sampler:
     def pages(self) -> KVPages:
         if self._pages is None:
             size = self.limits.page_size
+            if self.cfg.kv_memory_mb == "auto" and self.weights.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the update left in small pieces
             self._pages = KVPages(self.weights, self.limits.num_pages, size, self.kv_dtype)
         return self._pages
 
@@ -112,8 +143,14 @@ class Sampler:
     def steps(self) -> DecodeSteps | None:
         """Decode steps with their buffers and graphs, as long as the pages; None where attention is not paged."""
         if self._steps is None and self.draw is not None and self.impl in ("reference", "triton"):
-            graphs = self.cfg.cuda_graph == "on"
-            self._steps = DecodeSteps(self.decoder, self.draw, self.pages, self.impl, graphs=graphs)
+            self._steps = DecodeSteps(
+                self.decoder,
+                self.draw,
+                self.pages,
+                self.impl,
+                graphs=self.cfg.cuda_graph == "on",
+                prefill_tokens=self.cfg.prefill_tokens,
+            )
         return self._steps
 
     def _wave_steps(self) -> DecodeSteps | None:

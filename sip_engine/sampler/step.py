@@ -205,8 +205,13 @@ class DecodeSteps:
         impl: Literal["reference", "triton"],
         *,
         graphs: bool = False,
+        prefill_tokens: int = 16384,
     ) -> None:
-        """`graphs` captures steps on CUDA; the reference kernels ask the host, and are not captured."""
+        """`graphs` captures steps on CUDA; the reference kernels ask the host, and are not captured.
+
+        Whoever uses the steps prefills `prefill_tokens` at a time.
+        """
+        self.prefill_tokens = prefill_tokens
         self.decoder, self.draw, self.pages = decoder, draw, pages
         self.impl: Literal["reference", "triton"] = impl
         self.on_cuda = decoder.weights.device.type == "cuda"

@@ -18,6 +18,7 @@ from sip_engine.sampler.attention import (
 from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.pages import WavePages
+from sip_engine.sampler.prefill import prefill
 from sip_engine.sampler.requests import Request, SamplingParams, random_keys
 from sip_engine.sampler.step import DecodeSteps, StepShape, StepState
 from sip_engine.sampler.transfer import upload
@@ -62,6 +63,7 @@ class Wave:
         ends, lens = prefix_lens.cumsum(dtype=np.int64) - 1, prefix_lens.astype(np.int64)
         stream = np.concatenate([r.prefix_ids for r in requests]).astype(np.int64)
         self._tables, self._prefix_lens = tables, prefix_lens
+        self._prefixes = [r.prefix_ids for r in requests]
         self._host_keys, self._host_positions = random_keys(requests, params), lens[group]
         self._host_starts = np.array([r.start for r in requests], np.int64)[group]
         self.stream = upload(stream, device)
@@ -109,10 +111,10 @@ class Wave:
 
     def run(self) -> None:
         """Decode all tokens where this process holds every stage."""
-        tokens = self.advance(None)
         if self.steps is not None:
-            self._run_steps(self.steps, tokens)
+            self._run_steps(self.steps, self._prefill_in_parts(self.steps))
             return
+        tokens = self.advance(None)
         for _ in range(1, self.params.max_new_tokens):
             tokens = self.advance(tokens)
             if self._all_stopped():
@@ -128,6 +130,18 @@ class Wave:
         self.ids.index_copy_(1, self.drawn, ids[:, None])
         self.logprobs.index_copy_(1, self.drawn, logprobs[:, None])
         return ids
+
+    def _prefill_in_parts(self, steps: DecodeSteps) -> Tensor:
+        """The first token of every sequence [B]."""
+        assert isinstance(self.attention, PagedAttention) and self.draw is not None
+        last = prefill(
+            self.decoder, self.attention, self._tables.prefix_tables, self._prefixes, steps.prefill_tokens
+        )
+        group = upload(self._tables.group_of_sequence.astype(np.int64), last.device)
+        tokens = self._draw(self.draw, last.index_select(0, group))
+        self.drawn += 1
+        self.step += 1
+        return tokens
 
     def _run_steps(self, steps: DecodeSteps, tokens: Tensor) -> None:
         """All tokens after the first, without any work on the host between them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -205,3 +206,52 @@ def test_reference_kernels_on_the_device(
         stopped = sampler.generate(requests(), stopping(on_cpu))
     assert seen["triton"] == seen["replay"] == 0 and seen["launch"] > 0
     assert tokens(stopped)[0][0] == on_cpu[0][0].ids[:2].tolist()
+
+
+def test_prefixes_are_read_a_few_tokens_at_a_time(
+    mesh: Mesh, cuda: Device, on_cpu: list[list[Completion]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most the setting's, or one longer prefix; waves and rolling batches alike."""
+    monkeypatch.setenv("SIP_KERNELS", "reference")
+    mesh = start_mesh()
+    sampler = sampler_of(small_model(mesh), mesh, prefill_tokens=18)
+    sizes = []
+    forward = sampler.decoder.forward
+
+    def watching(inputs: torch.Tensor, *rest) -> torch.Tensor:
+        sizes.append(len(inputs))
+        return forward(inputs, *rest)
+
+    sampler.decoder.forward = watching  # type: ignore[method-assign]
+    assert_same(sampler.generate(requests(), PARAMS), on_cpu)
+    assert sizes[:2] == [3, 17]
+    sizes.clear()
+    sampler.generate(requests(), replace(PARAMS, stop_ids=(VOCAB - 1,)))
+    assert sizes[:2] == [3, 17]
+    sampler.steps.prefill_tokens = 20  # type: ignore[union-attr]
+    sizes.clear()
+    assert_same(sampler.generate(requests(), PARAMS), on_cpu)
+    assert sizes[0] == 20
+
+
+def test_pages_are_sized_by_free_memory_and_given_back(
+    mesh: Mesh, cuda: Device, on_cpu: list[list[Completion]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIP_KERNELS", "reference")
+    mesh = start_mesh()
+    model = small_model(mesh)
+    fixed, sampler = sampler_of(model, mesh), sampler_of(model, mesh, kv_memory_mb="auto")
+    before = cuda.allocated_bytes
+    cuda.free_bytes = 10 * 2**20
+    assert_same(sampler.generate(requests(), PARAMS), on_cpu)
+    held = cuda.allocated_bytes - before
+    assert 0.75 * cuda.free_bytes < held < 0.9 * cuda.free_bytes
+    sampler.give_back()
+    gc.collect()
+    assert cuda.allocated_bytes == before
+    cuda.free_bytes = 2**20  # the size stays that of the first look, so that waves do
+    assert_same(sampler.generate(requests(), PARAMS), on_cpu)
+    assert cuda.allocated_bytes - before == held
+    assert fixed.pages.keys
+    fixed.give_back()
+    assert fixed._pages is not None, "a size in MiB is kept"
