@@ -15,6 +15,7 @@ from conftest import SMALL_MODEL
 
 from sip_engine.config.files import shipped_configs
 from sip_engine.config.parse import parse_config
+from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.intervals import Estimate
 from sip_engine.experiments.real import packages, plan, runner, texts
@@ -305,10 +306,25 @@ def test_a_tiny_run_from_end_to_end_and_again(
     _write_text(text, 200)
     out = tmp_path / "out"
     trained: list[Path] = []
-    monkeypatch.setattr(runner, "train", lambda cfg, mesh: trained.append(cfg.out) or train(cfg, mesh))
+
+    def train_or_stop(cfg: RunConfig, mesh: Mesh) -> Path:
+        trained.append(cfg.out)
+        if cfg.out.name == "scratch_standard_1" and trained.count(cfg.out) == 1:
+            raise KeyboardInterrupt
+        return train(cfg, mesh)
+
+    monkeypatch.setattr(runner, "train", train_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_real(out, 1, text=text, model=small_checkpoint, embed=_by_letters)
+    early = json.loads((out / "summary.json").read_text())
+    assert list(early["experiments"]) == ["continued"] and early["jobs_left"] == 2
+    html = (out / "real.html").read_text()
+    assert "2 of its trainings" in html and "A small policy from scratch" not in html
+
     page = runner.run_real(out, 1, text=text, model=small_checkpoint, embed=_by_letters)
 
     summary = json.loads((out / "summary.json").read_text())
+    assert summary["experiments"]["continued"] == early["experiments"]["continued"]
     for experiment in EXPERIMENTS:
         figures = summary["experiments"][experiment.name]["figures"]
         assert set(figures) == set(HIGHER_IS_BETTER)
@@ -320,15 +336,15 @@ def test_a_tiny_run_from_end_to_end_and_again(
     assert "A small policy from scratch" in html and "true suffix" in html
     first = read_measured(out / "continued_self_improving_1" / "measured.json").continuations[0]
     assert len(first) > 5 and first.split()[0] in html
-    assert len(trained) == 5
+    assert len(trained) == 6
 
     # One measurement is lost, all else is there: nothing is trained again, and the same comes out.
     (out / "scratch_standard_1" / "measured.json").unlink()
     runner.run_real(out, 1, text=text, model=small_checkpoint, embed=_by_letters)
     again = json.loads((out / "summary.json").read_text())
-    assert len(trained) == 5
+    assert len(trained) == 6
     assert again["experiments"] == summary["experiments"]
-    assert again["wall_seconds"] > summary["wall_seconds"]
+    assert again["wall_seconds"] > summary["wall_seconds"] and again["jobs_left"] == 0
     with pytest.raises(ConfigError, match=r"begun with minutes 1\b"):
         runner.run_real(out, 2, text=text, model=small_checkpoint, embed=_by_letters)
 

@@ -62,7 +62,9 @@ class Shown:
 def write_page(
     plan: Plan, figures: Mapping[str, Sequence[Figure]], about: Mapping[str, Any], page: Path
 ) -> Path:
-    """Write one HTML file that needs nothing else; returns `page`. All runs of the plan are there.
+    """Write one HTML file that needs nothing else; returns `page`.
+
+    `figures` holds the experiments that there is something to show of.
 
     Raises:
         DataError: a run's records or measurements are damaged.
@@ -70,6 +72,7 @@ def write_page(
     shown = [
         Shown(one, figures[one.name], target_of(figures[one.name]), _samples(plan, one), _settings(plan, one))
         for one in EXPERIMENTS
+        if one.name in figures
     ]
     script = resources.files("sip_engine.report").joinpath("report.js").read_text(encoding="utf-8")
     text = _template().render(
@@ -79,7 +82,7 @@ def write_page(
         base=BASE,
         arms=(BASE, *ARMS),
         about=about,
-        plots=_plots(plan),
+        plots=_plots(plan, [one.experiment for one in shown]),
         seeds=plan.form.seeds,
         num_prefixes=plan.form.num_prefixes,
         versions=versions(),
@@ -122,11 +125,11 @@ def _template() -> Any:
     return environment.get_template("page.html.j2")
 
 
-def _plots(plan: Plan) -> list[Plot]:
+def _plots(plan: Plan, experiments: Sequence[Experiment]) -> list[Plot]:
     """Chosen kinds, rewards and losses of the first seed's runs."""
     seed = plan.form.seeds[0]
-    improving = load_runs([plan.folder(one, SELF_IMPROVING, seed) for one in EXPERIMENTS])
-    every = load_runs([plan.folder(one, arm, seed) for one in EXPERIMENTS for arm in ARMS])
+    improving = load_runs([plan.folder(one, SELF_IMPROVING, seed) for one in experiments])
+    every = load_runs([plan.folder(one, arm, seed) for one in experiments for arm in ARMS])
     return [plot for plot in (choices(improving), rewards(improving), losses(every)) if plot.panels]
 
 

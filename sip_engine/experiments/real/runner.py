@@ -96,21 +96,41 @@ class Experiments:
         gc.collect()
 
     def figures(self) -> dict[str, list[Figure]]:
-        """Figures of both experiments, over all seeds."""
+        """Figures of every experiment of which both arms have a seed, over the seeds that both have."""
         found = {}
         for experiment in EXPERIMENTS:
-            arms = {
-                arm: [
-                    read_measured(self.plan.folder(experiment, arm, n) / MEASURED)
-                    for n in self.plan.form.seeds
-                ]
-                for arm in ARMS
-            }
-            found[experiment.name] = figures_of(read_measured(self._base_result(experiment)), arms)
+            base = self._base_result(experiment)
+            paths = [
+                [self.plan.folder(experiment, arm, seed) / MEASURED for arm in ARMS]
+                for seed in self.plan.form.seeds
+            ]
+            whole = [pair for pair in paths if all(path.is_file() for path in pair)]
+            if base.is_file() and whole:
+                arms = {arm: [read_measured(pair[n]) for pair in whole] for n, arm in enumerate(ARMS)}
+                found[experiment.name] = figures_of(read_measured(base), arms)
         return found
 
     def _base_result(self, experiment: Experiment) -> Path:
         return self.plan.out / f"{experiment.name}_base.json"
+
+
+class Spent:
+    """Wall and processor seconds over all restarts, kept in a file."""
+
+    def __init__(self, path: Path, started: float) -> None:
+        """started: when this start began, by `time.monotonic`."""
+        self._path, self._started = path, started
+        self._before = read_json(path) if path.is_file() else {"wall_seconds": 0.0, "cpu_seconds": 0.0}
+
+    def so_far(self) -> dict[str, float]:
+        """Both, up to now; this is what the next start goes on from."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        spent = {
+            "wall_seconds": self._before["wall_seconds"] + time.monotonic() - self._started,
+            "cpu_seconds": self._before["cpu_seconds"] + used.ru_utime + used.ru_stime,
+        }
+        write_json(self._path, spent)
+        return spent
 
 
 def _is_trained(cfg: RunConfig) -> bool:
@@ -154,26 +174,19 @@ def run_real(
         texts = gather(out / "text") if text is None else [_own(text)]
         plan = Plan(out, form, checkpoint, text)
         experiments = Experiments(plan, lambda: embed or sentence_embedder(_model_folder(folder)), mesh)
-        _do(experiments)
-        spent = _spend(out, time.monotonic() - started)
-        about = {"model": about_model, "texts": texts, "minutes": minutes, "seeds": list(form.seeds), **spent}
-        return _conclude(experiments, about)
+        about = {"model": about_model, "texts": texts, "minutes": minutes, "seeds": list(form.seeds)}
+        return _do(experiments, about, Spent(out / "spent.json", started))
     finally:
         release_folder(out, lock)
 
 
-def _conclude(experiments: Experiments, about: dict[str, Any]) -> Path:
-    plan, figures = experiments.plan, experiments.figures()
-    summary = {**about, "experiments": {name: to_json(found) for name, found in figures.items()}}
-    write_json(plan.out / SUMMARY, summary)
-    page = write_page(plan, figures, about, plan.out / PAGE)
-    console.print(f"page    {page}\nsummary {plan.out / SUMMARY}", soft_wrap=True, markup=False)
-    return page
+def _do(experiments: Experiments, about: dict[str, Any], spent: Spent) -> Path:
+    """Every job that is not done, with the time that is left by the shares of those done before it.
 
-
-def _do(experiments: Experiments) -> None:
-    """Every job that is not done, with the time that is left by the shares of those done before it."""
-    left = [job for job in experiments.jobs() if not job.result.is_file()]
+    Summary and page are written as soon as there is something to compare, and after every job from then on.
+    """
+    every = list(experiments.jobs())
+    left = [job for job in every if not job.result.is_file()]
     begun, past = time.monotonic(), 0.0
     for number, job in enumerate(left):
         ahead = sum(one.share for one in left[number:])
@@ -181,6 +194,19 @@ def _do(experiments: Experiments) -> None:
         console.print(f"job {number + 1} of {len(left)}: {job.title}{eta}", soft_wrap=True, markup=False)
         experiments.do(job)
         past += job.share
+        _write(experiments, {**about, **spent.so_far(), "jobs_left": len(left) - number - 1})
+    summary, page = _write(experiments, {**about, **spent.so_far(), "jobs_left": 0})
+    console.print(f"page    {page}\nsummary {summary}", soft_wrap=True, markup=False)
+    return page
+
+
+def _write(experiments: Experiments, about: dict[str, Any]) -> tuple[Path, Path]:
+    out, figures = experiments.plan.out, experiments.figures()
+    if figures:
+        found = {name: to_json(figures) for name, figures in figures.items()}
+        write_json(out / SUMMARY, {**about, "experiments": found})
+        write_page(experiments.plan, figures, about, out / PAGE)
+    return out / SUMMARY, out / PAGE
 
 
 def _begin(path: Path, recipe: dict[str, Any]) -> None:
@@ -190,18 +216,6 @@ def _begin(path: Path, recipe: dict[str, Any]) -> None:
             f"{path.parent} was begun with {changes[0].split(' -> ')[0]}: go on with that, or choose another --out"
         )
     write_json(path, recipe)
-
-
-def _spend(out: Path, seconds: float) -> dict[str, float]:
-    """Wall and processor seconds over all restarts."""
-    path, used = out / "spent.json", resource.getrusage(resource.RUSAGE_SELF)
-    before = read_json(path) if path.is_file() else {"wall_seconds": 0.0, "cpu_seconds": 0.0}
-    spent = {
-        "wall_seconds": before["wall_seconds"] + seconds,
-        "cpu_seconds": before["cpu_seconds"] + used.ru_utime + used.ru_stime,
-    }
-    write_json(path, spent)
-    return spent
 
 
 def _own(text: Path) -> dict[str, Any]:
