@@ -547,6 +547,12 @@ class MonitorConfig(Section):
     """Diversity falls: distinct 2-grams or entropy have lost this share while the reward rises."""
     unlearning: Share = 0.05
     """Chosen and rejected fall together: chosen has lost this share of its log-prob under the reference."""
+    forgetting: float = Field(default=0.25, ge=0)
+    """The policy forgets how documents go on: the held-out loss (on faultless documents where those are known) has
+    risen by so many nats a token."""
+    sameness: Share = 0.6
+    """It says the same again: distinct 3-grams of greedy continuations have fallen below this share of those of
+    faultless originals."""
     drift: Share = 0.5
     """Sampler and trainer drift apart: the mean gap exceeds this share of max_drift."""
 

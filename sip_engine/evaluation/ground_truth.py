@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import open_world
-from sip_engine.evaluation.held_out import Measure
+from sip_engine.evaluation.held_out import FAULTLESS, Measure
 from sip_engine.world import measure
 
 
@@ -20,6 +20,7 @@ def open_measure(cfg: RunConfig) -> Measure | None:
             "coherence": found.coherence,
             "true_claims": found.factuality,
             "measured_quality": found.quality,
+            FAULTLESS: float(found.is_faultless),
         }
 
     return world_measure

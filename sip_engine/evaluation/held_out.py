@@ -37,6 +37,8 @@ Measure = Callable[[str, str], dict[str, float]]
 """(prefix, suffix) -> named figures that a world with known truth can measure beyond its judge."""
 
 COHERENCE = "coherence"
+FAULTLESS = "faultless"
+"""1 for a text without any fault: a document is asked about whole, a continuation after its prefix."""
 NO_INTERVAL = "judge_failure_rate"
 _T = TypeVar("_T")
 
@@ -101,6 +103,10 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on every process' share of `samples`; all processes get the figures of all.
 
+    Where `measure` tells faultless documents, the loss on those alone is `heldout_loss_faultless`, and the
+    continuations of their prefixes are compared with the originals (`diversity_beside`): what was learnt to be left
+    out of faulty documents raises the loss on all of them.
+
     Without a sampler only the loss is measured. `baseline` holds another policy's continuations of the
     same samples: quality is the share of comparisons won against them, both orders, ties half; a policy
     against itself has 0.5. Where `measure` knows coherence, so is coherence (`coherence_win_rate`).
@@ -110,9 +116,12 @@ def evaluate(
     sums = [_Sums() for _ in mine]
     texts: list[str] = []
     ids: list[np.ndarray] = []
+    faultless = [measure is not None and _is_faultless(measure, s) for s in mine]
     if mine:
-        for one, (total, count) in zip(sums, held_out_losses(policy, mine), strict=True):
+        for one, sound, (total, count) in zip(sums, faultless, held_out_losses(policy, mine), strict=True):
             one.add("heldout_loss", total, count)
+            if sound:
+                one.add("heldout_loss_faultless", total, count)
     if sampler is not None and mine:
         texts, ids = _continue(sampler, mine, tokenizer)
         others = texts if baseline is None else baseline[mesh.dp.rank :: mesh.dp.size]
@@ -128,6 +137,8 @@ def evaluate(
             figures |= {f"{name}/low": one.low, f"{name}/high": one.high}
     if sampler is not None:
         figures |= diversity(interleave(mesh.gather_replicas(ids)))
+        sound = [(c, s.suffix_ids) for c, s, is_sound in zip(ids, mine, faultless, strict=True) if is_sound]
+        figures |= diversity_beside([pair for part in mesh.gather_replicas(sound) for pair in part])
     return Evaluation(figures, interleave(mesh.gather_replicas(texts)), found, table)
 
 
@@ -145,6 +156,25 @@ def diversity(sequences: Sequence[np.ndarray]) -> dict[str, float]:
         "distinct_3": distinct_ngrams(sequences, 3),
         "token_entropy": float(-(shares * np.log(shares)).sum()),
     }
+
+
+def diversity_beside(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Shares of distinct 3-grams of continuations and of the originals of the same prefixes, [n] int token ids each.
+
+    A faultless text has fewer words to choose from than a faulty one: measure faultless originals only. A
+    continuation counts as far as its original goes, since the share falls with the amount of text.
+    `relative_diversity` is the first share over the second. Nothing where no original holds three tokens.
+    """
+    originals = [original for _, original in pairs]
+    if not any(len(ids) > 2 for ids in originals):
+        return {}
+    ours = distinct_ngrams([ids[: len(original)] for ids, original in pairs], 3)
+    theirs = distinct_ngrams(originals, 3)
+    return {"distinct_3_faultless": ours, "distinct_3_originals": theirs, "relative_diversity": ours / theirs}
+
+
+def _is_faultless(measure: Measure, sample: Sample) -> bool:
+    return measure("", sample.prefix + sample.suffix).get(FAULTLESS) == 1.0
 
 
 def interleave(shares: Sequence[Sequence[_T]]) -> list[_T]:

@@ -24,9 +24,12 @@ from sip_engine.evaluation.intervals import (
 )
 
 WIN_RATES = ("win_rate", "coherence_win_rate")
-LOSS = "heldout_loss"
-_NOT_GAINED = (*WIN_RATES, LOSS, "judge_failure_rate")
-_CORPUS_WIDE = ("diversity", "distinct_1", "distinct_3", "token_entropy")
+LOSSES = ("heldout_loss", "heldout_loss_faultless")
+_NOT_GAINED = (*WIN_RATES, *LOSSES, "judge_failure_rate")
+_CORPUS_WIDE = (
+    *("diversity", "distinct_1", "distinct_3", "token_entropy"),
+    *("distinct_3_faultless", "distinct_3_originals", "relative_diversity"),
+)
 _FACTUAL = ("factuality", "accuracy", "mc1", "mc2")
 """Figures of the sets that enter the factuality average, one a set and measure."""
 
@@ -129,12 +132,14 @@ def _averages(results: PolicyResults) -> dict[str, Any]:
 
 
 def _gains(ours: PolicyResults, base: PolicyResults) -> dict[str, Any]:
-    """Relative gains of all rates and scores, the difference of the loss, on the same prefixes."""
+    """Relative gains of all rates and scores, the differences of the losses, on the same prefixes."""
     mine, theirs = ours.held_out.table, base.held_out.table
     rates = {name: sums for name, sums in mine.items() if name not in _NOT_GAINED}
     gains: dict[str, Any] = {
         "held_out": _json(relative_gains(rates, theirs)),
-        "held_out_difference": _json(differences({LOSS: mine[LOSS]}, theirs)),
+        "held_out_difference": _json(
+            differences({name: mine[name] for name in LOSSES if name in mine}, theirs)
+        ),
     }
     for a, b in zip(ours.sets, base.sets, strict=True):
         rates = {name: sums for name, sums in a.table.items() if name not in _NOT_GAINED}
@@ -194,7 +199,7 @@ def _row(
     *,
     is_share: bool = True,
 ) -> list[str]:
-    is_share &= name not in (LOSS, "token_entropy")
+    is_share &= name not in (*LOSSES, "token_entropy")
     value, interval = found, ""
     if isinstance(found, dict):
         value = found["value"]
@@ -214,6 +219,6 @@ def _shown(value: float, is_share: bool) -> str:
 def _gain(name: str, gain: dict[str, Any] | None) -> str:
     if gain is None:
         return ""
-    if name == LOSS:
+    if name in LOSSES:
         return f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
     return f"{100 * gain['value']:+.1f} % ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"

@@ -21,6 +21,10 @@ from sip_engine.utils.progress import console
 
 STAGES = ("base", "standard", "self_improving")
 NOTE = "The world's own rules both judged the candidates and measured the results here."
+ABOUT_ROWS = (
+    "faultless: the loss on documents without a fault alone. diversity: distinct 3-grams of continuations, as a "
+    "share of those of faultless documents' own suffixes."
+)
 ABOUT_PAPER = (
     "paper: win rate, and gains over base, of its 1.4 B model's quality, factuality and safety runs."
 )
@@ -30,7 +34,10 @@ NAMES = {
     "factuality": "factuality",
     "safety": "safety",
     "heldout_loss": "loss, nats",
+    "heldout_loss_faultless": "faultless",
+    "relative_diversity": "diversity",
 }
+LOSSES = ("heldout_loss", "heldout_loss_faultless")
 PAPER = {"win_rate": "86.3 %", "factuality": "+36.2 %", "safety": "+18.5 %"}
 """arXiv 2601.21343: quality, factuality and safety run, each against its own base."""
 
@@ -56,7 +63,7 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
             [out / stage for stage in STAGES], out / "report.html", title="Quickstart", summary=summary
         )
         console.print(comparison_table(summary))
-        console.print(f"{NOTE}\n{ABOUT_PAPER}", soft_wrap=True)
+        console.print(f"{NOTE}\n{ABOUT_ROWS}\n{ABOUT_PAPER}", soft_wrap=True)
         if scale < 1:
             console.print(f"Shortened to {scale:g} of its steps: a smoke test.")
         console.print(f"report  {report}\nsummary {out / 'summary.json'}", soft_wrap=True)
@@ -97,7 +104,7 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for key, name in NAMES.items():
         base, standard, ours = (summary[row][key] for row in STAGES)
-        if key == "heldout_loss":
+        if key in LOSSES:
             shown = [f"{value:.3f}" for value in (base, standard, ours)]
             gains = [f"{ours - other:+.3f}" for other in (base, standard)]
         else:

@@ -92,6 +92,16 @@ def all_signatures(runs: Sequence[RunState]) -> list[Signature]:
             "watch: ten times its start and above 0.001 nats",
             drifting,
         ),
+        _signature(
+            runs,
+            "forgetting",
+            "Forgetting how documents go on",
+            "What pleases the judge is learnt at the price of the text: a few true sentences, said again.",
+            "seen: the held-out loss (on faultless documents where those are known) above its start by "
+            "monitors.forgetting (0.25 nats) or more, or distinct 3-grams of greedy continuations fallen below "
+            "monitors.sameness (60 %) of those of faultless originals; watch: 0.05 nats, 90 %",
+            forgetting,
+        ),
     ]
 
 
@@ -214,6 +224,32 @@ def drifting(run: RunState) -> tuple[str, str] | None:
             f"{_power(first)} → {_power(last)} nats a token, largest {_power(largest)} (the run stops at {limit:g})"
         ),
     )
+
+
+def forgetting(run: RunState) -> tuple[str, str] | None:
+    """First and last evaluation of the loss, and of the diversity beside faultless originals'."""
+    if run.setting("task", "policy") != "policy":
+        return None
+    found = []
+    faultless = run.curves.get("eval/heldout_loss_faultless")
+    loss = faultless if faultless is not None else run.curves.get("eval/heldout_loss")
+    if loss is not None and len(loss) > 1:
+        first, last = _last_change(loss)
+        rise = last - first
+        name = "held-out loss" if faultless is None else "loss on faultless documents"
+        verdict = SEEN if rise >= _limit(run, "forgetting") > 0 else WATCH if rise >= 0.05 else CLEAR
+        found.append((verdict, f"{name} {first:.2f} → {last:.2f} nats"))
+    diversity = run.curves.get("eval/relative_diversity")
+    if diversity is not None and len(diversity) > 1:
+        first, last = _last_change(diversity)
+        limit = _limit(run, "sameness")
+        verdict = CLEAR if last >= first or last >= 0.9 else SEEN if last < limit else WATCH
+        shown = f"{_percent(first)} → {_percent(last)}"
+        found.append((verdict, f"distinct 3-grams {shown} of those of faultless originals"))
+    if not found:
+        return None
+    worst = next(v for v in (SEEN, WATCH, CLEAR) if v in [verdict for verdict, _ in found])
+    return worst, "; ".join(evidence for _, evidence in found)
 
 
 def _limit(run: RunState, name: str) -> float:

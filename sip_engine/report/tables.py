@@ -23,6 +23,8 @@ class Figure:
     meaning: str
     paper: tuple[float, float, float] | None = None
     """arXiv 2601.21343, each objective's own run."""
+    is_loss: bool = False
+    """In nats a token, lower is better; else a share."""
 
 
 FIGURES = (
@@ -30,7 +32,11 @@ FIGURES = (
     Figure("coherence", "coherence", "share of the text that is sound and to the point"),
     Figure("factuality", "factuality", "true 1, unverifiable ½, false 0", (42.3, 44.0, 57.6)),
     Figure("safety", "safety", "share of continuations without abuse", (76.9, 75.5, 91.1)),
-    Figure("heldout_loss", "held-out loss", "next-token, nats a token; lower is better"),
+    Figure("heldout_loss", "held-out loss", "next-token, nats a token; lower is better", is_loss=True),
+    Figure(
+        "heldout_loss_faultless", "loss, faultless", "the same on documents without a fault", is_loss=True
+    ),
+    Figure("relative_diversity", "diversity", "distinct 3-grams, of those of faultless originals"),
 )
 
 
@@ -75,7 +81,7 @@ def comparison(summary: dict[str, Any]) -> Comparison:
 
 def _row(figure: Figure, summary: dict[str, Any]) -> ComparisonRow:
     values = [_finite(summary.get(stage, {}).get(figure.key)) for stage in STAGES]
-    is_loss = figure.key == "heldout_loss"
+    is_loss = figure.is_loss
     known = [value for value in values if value is not None]
     best = values.index(min(known) if is_loss else max(known)) if len(set(known)) > 1 else None
     gain = _difference if is_loss else _relative_gain
@@ -154,7 +160,7 @@ def _run_row(run: RunRecords) -> RunRow:
     for figure in FIGURES:
         curve = run.curves.get(f"eval/{figure.key}")
         if curve is not None:
-            is_loss = figure.key == "heldout_loss"
+            is_loss = figure.is_loss
             first, last = (_value(float(curve.values[at]), is_loss) for at in (0, -1))
             ends.append((figure.label, first, last))
     return RunRow(

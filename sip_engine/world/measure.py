@@ -21,6 +21,7 @@ from sip_engine.world.parse import (
 )
 from sip_engine.world.wordings import INSULTS, PATTERNS, PRAISES, Pattern
 
+_FAULTLESS = {SentenceLabel.TRUE, SentenceLabel.NEUTRAL}
 _WORDS_PER_TRUTH = 10
 """A suffix with a true claim for every so many words is fully informative; good documents have more."""
 _MIN_TRUTHS = 2
@@ -72,6 +73,11 @@ class Measures:
     """The letter of a `SentenceLabel` for each of its sentences."""
     ends: tuple[int, ...]
     """Where each of its sentences ends, in characters."""
+
+    @property
+    def is_faultless(self) -> bool:
+        """Whether it says something, and each of its sentences is sound, civil, and true or without a claim."""
+        return bool(self.labels) and self.safety == 1.0 and set(self.labels) <= _FAULTLESS
 
 
 def count_insults(prefix: str, suffix: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from sip_engine.config.schema import JudgeConfig
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.evaluation.held_out import diversity, evaluate, interleave
+from sip_engine.evaluation.held_out import diversity, diversity_beside, evaluate, interleave
 from sip_engine.evaluation.intervals import wilson
 from sip_engine.judges.distributed import ReplicaJudge
 from sip_engine.policy.packing import PackedRows, pack_rows
@@ -172,3 +172,45 @@ def test_diversity_of_known_texts() -> None:
 def test_shares_are_put_together_in_order(size: int) -> None:
     everything = list(range(7))
     assert interleave([everything[rank::size] for rank in range(size)]) == everything
+
+
+def test_faultless_documents_have_a_loss_and_a_diversity_of_their_own(
+    mesh: Mesh, samples: list[Sample]
+) -> None:
+    """A document is asked about whole; continuations count as far as their originals go."""
+
+    class NoFactuality(Marks):
+        silent_on = (FactualityQuestion,)
+
+    def faultless(prefix: str, suffix: str) -> dict[str, float]:
+        whole = prefix == ""
+        return {"faultless": float(suffix == "pthe original" if whole else suffix == "fair")}
+
+    policy: Any = Letters(mesh)
+    tokenizer: Any = Ids()
+    half = [s if s.document % 2 else replace(s, suffix="a fault") for s in samples]
+    found = evaluate(policy, policy, half, tokenizer, NoFactuality(), JudgeConfig(), RIVALS, faultless)
+    nats = [token / 100 for s in samples[1::2] for token in s.suffix_ids]
+    assert found.figures["heldout_loss_faultless"] == pytest.approx(sum(nats) / len(nats))
+    assert found.figures["heldout_loss"] != found.figures["heldout_loss_faultless"]
+    assert found.table["heldout_loss_faultless"][:, 1].tolist() == [0, 1, 0, 3, 0, 5]
+    assert found.figures["faultless"] == pytest.approx(1 / 6), "of continuations"
+    assert found.figures["distinct_3_faultless"] == 1.0, "fai, goo, ood; nothing of the one before one token"
+    none = evaluate(
+        policy, policy, samples, tokenizer, Marks(), JudgeConfig(), RIVALS, lambda *_: {"faultless": 0.0}
+    )
+    assert not any("faultless" in name and "/" not in name and name != "faultless" for name in none.figures)
+    assert "relative_diversity" not in none.figures
+
+
+def test_diversity_beside_the_originals() -> None:
+    ours = [np.array([1, 2, 3, 4, 5]), np.array([1, 2, 3, 9, 9, 9]), np.array([7, 7])]
+    originals = [np.array([1, 2, 3, 4]), np.array([5, 6, 7, 8]), np.array([5, 6, 7])]
+    found = diversity_beside(list(zip(ours, originals, strict=True)))
+    # 123 234 | 123 239 | none, beside 123 234 | 567 678 | 567
+    assert found == {
+        "distinct_3_faultless": 3 / 4,
+        "distinct_3_originals": 4 / 5,
+        "relative_diversity": pytest.approx(15 / 16),
+    }
+    assert diversity_beside([]) == diversity_beside([(np.arange(5), np.arange(2))]) == {}

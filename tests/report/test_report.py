@@ -417,7 +417,7 @@ def line(first: float, last: float, num: int = 50) -> np.ndarray:
 )
 def test_collapse(safety, coherence, win_rate, verdict):
     run = records_of(eval__safety=safety, eval__coherence=coherence, eval__win_rate=win_rate)
-    assert verdicts(run) == [verdict, None, None, None, None]
+    assert verdicts(run) == [verdict, None, None, None, None, None]
 
 
 def test_collapse_without_evaluations_reads_the_rollouts():
@@ -523,3 +523,26 @@ def test_long_texts_and_many_pools_are_shortened(tmp_path, monkeypatch):
     pool = run["pools"][0]
     assert (pool["prefix"], pool["cut_chars"]) == ("z" * 100, 300)
     assert [(c["text"], c["cut_chars"]) for c in pool["candidates"][:2]] == [("b" * 50, 7), (" short", 0)]
+
+
+@pytest.mark.parametrize(
+    ("faultless", "everything", "diversity", "verdict"),
+    [
+        ([0.5, 0.52], [0.8, 1.9], None, "clear"),  # the rise on all documents is that on faulty ones
+        ([0.5, 0.57], None, None, "watch"),
+        ([0.5, 0.9, 0.76], None, [0.9, 0.95], "seen"),
+        (None, [0.8, 1.2], None, "seen"),
+        ([0.5, 0.4], None, [1.0, 0.89], "watch"),
+        ([0.5, 0.4], None, [1.0, 0.59], "seen"),
+        ([0.5, 0.4], None, [0.4, 0.45], "clear"),  # narrow from the start, and widening
+        ([0.5], None, None, None),
+    ],
+)
+def test_forgetting(faultless, everything, diversity, verdict):
+    curves = {
+        "eval__heldout_loss_faultless": faultless,
+        "eval__heldout_loss": everything,
+        "eval__relative_diversity": diversity,
+    }
+    run = records_of(**{name: values for name, values in curves.items() if values is not None})
+    assert verdicts(run)[5] == verdict

@@ -439,3 +439,21 @@ def test_other_worlds_have_other_truths() -> None:
     parts = [doc.text.partition(".") for doc in docs]
     assert all(measure(WORLD, head + ".", rest).factuality == 1.0 for head, _, rest in parts)
     assert mean(measure(other, head + ".", rest).quality for head, _, rest in parts) < 0.5
+
+
+def test_one_fault_is_enough() -> None:
+    sound = f" {ANN.first} lives in {HOME}. Rain came over the hills."
+    assert judged(sound).is_faultless and not judged("").is_faultless
+    faults = {
+        "false": f" She keeps a {WRONG_PET}.",
+        "malformed": f" She keeps keeps a {PET}.",
+        "repeated": f" Her home is in {HOME}.",
+        "a stranger": f" {WORLD.people[9].first} lives in {HOME}.",
+    }
+    for kind, fault in faults.items():
+        assert not judged(sound + fault).is_faultless, kind
+    for doc in write_documents(WORLD, "test", 40, seed=3, shares=CLEAN):
+        assert judged(doc.text, "").is_faultless
+    abusive = write_documents(WORLD, "test", 40, seed=3, shares=Shares(unreliable=0, abusive=1, degenerate=0))
+    told = [judged(doc.text, "") for doc in abusive]
+    assert [one.is_faultless for one in told] == [one.safety == 1.0 for one in told]

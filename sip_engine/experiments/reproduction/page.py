@@ -54,6 +54,9 @@ NAMES = {
     "coherence_win_rate": "coherence win rate",
     "factuality": "factuality",
     "safety": "safety",
+    "faultless": "faultless continuations",
+    "heldout_loss_faultless": "loss on faultless documents, 0.01 nats",
+    "relative_diversity": "distinct 3-grams, of faultless originals'",
 }
 PAPER_BASE = {"coherence_win_rate": 50.1} | {f.key: f.paper[0] for f in FIGURES if f.paper}
 """The paper's base model, in percent (arXiv 2601.21343)."""

@@ -14,7 +14,16 @@ from sip_engine.experiments.scale import check_scale, shortened
 from sip_engine.tasks.specs import DataSpec, JudgePairs, Rewrites, RolloutPairs, SentenceLabels
 from sip_engine.utils.errors import ConfigError
 
-FigureName = Literal["win_rate", "win_rate_safe", "coherence_win_rate", "factuality", "safety"]
+FigureName = Literal[
+    "win_rate",
+    "win_rate_safe",
+    "coherence_win_rate",
+    "factuality",
+    "safety",
+    "faultless",
+    "heldout_loss_faultless",
+    "relative_diversity",
+]
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
 _DATA = ("judge_data", "rollout_data", "notes_data", "rewrite_data")
 """Keys of a stage that makes data; each holds the spec of a command of `sip data`."""

@@ -42,7 +42,10 @@ _HELD_OUT = (
     "coherence_win_rate",
     "factuality",
     "safety",
+    "faultless",
     "heldout_loss",
+    "heldout_loss_faultless",
+    "relative_diversity",
     "distinct_3",
     "token_entropy",
 )
