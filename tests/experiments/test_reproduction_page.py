@@ -579,7 +579,7 @@ def test_signatures_of_every_run_also_of_those_that_failed(tmp_path):
     a, b = page.cells("Failure signatures", "row a"), page.cells("Failure signatures", "row b")
     assert (a[fall], a[drift]) == ("seen 1 of 3 monitor: 2 runs, first at step 10", "clear 3 of 3")
     assert (b[fall], b[drift]) == ("clear", "clear")
-    assert a.count("–") == b.count("–") == 3
+    assert a.count("–") == b.count("–") == 4
     assert page.cells("Failure signatures", "stage judge")[drift] == "seen"
     evidence = [text.strip() for text in page.text.split("\n") if "(seen)" in text or "(watch)" in text]
     assert [text.split(" (")[0] for text in evidence] == [
