@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sip_engine.config.schema import ServerConfig
-from sip_engine.llm.completion import one_line
+from sip_engine.llm.completion import SAID, one_line
 from sip_engine.llm.endpoint import Endpoint, EndpointError, Transient
 from sip_engine.llm.reply_cache import ReplyCache, request_key
 from sip_engine.types import Cost, Failure
@@ -250,7 +250,7 @@ class ChatClient:
             return Failure(reply.reason, pending.cost)
         value = pending.read(reply)
         if isinstance(value, Failure):
-            said = self._endpoint.hide_key(f"{value.reason}; it said: {one_line(reply)}")
+            said = self._endpoint.hide_key(f"{value.reason}{SAID}{one_line(reply)}")
             return Failure(said, pending.cost)
         if cache is not None:
             cache.put(pending.key, reply)

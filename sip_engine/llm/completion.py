@@ -16,6 +16,8 @@ _CUT = ("length", "max_tokens", "max_output_tokens", "model_length", "max_length
 _WITHHELD = ("content_filter", "safety", "recitation", "blocklist", "refusal", "error", "abort")
 _CALLS = ("tool_calls", "function_call", "tool_use")
 _SHOWN = 200
+SAID = "; it said: "
+"""Stands in a failure's reason in front of the server's own words."""
 
 
 class _Part(BaseModel):
@@ -113,7 +115,7 @@ def _thoughts(choice: _Choice) -> str:
 
 def _lost(reason: str, said: bytes | str | Any) -> Failure:
     words = server_words(said) if isinstance(said, bytes) else one_line(str(said))
-    return Failure(f"{reason}; it said: {words}" if words else reason)
+    return Failure(f"{reason}{SAID}{words}" if words else reason)
 
 
 class _LogProbs(BaseModel):
@@ -143,7 +145,7 @@ def read_echo(data: bytes) -> tuple[str | Failure, int]:
     try:
         found = _EchoCompletion.model_validate_json(data)
     except ValidationError:
-        return Failure(f"the response is not a completion; it said: {server_words(data)}"), 0
+        return Failure(f"the response is not a completion{SAID}{server_words(data)}"), 0
     (choice,), spent = found.choices, _tokens(found.usage)
     if choice.prompt_logprobs:
         # The first of a position is the prompt's own token; others may follow it.

@@ -246,7 +246,7 @@ def test_answers_end_with_the_document(twin: Twin) -> None:
     """With another token as end-of-document, one that the policy writes."""
     ids = twin.greedy(twin.ids("The old"), 9)
     tokenizer = copy.copy(twin.policy.tokenizer)
-    tokenizer.eos_id = ids[4]
+    tokenizer.eos_ids = (ids[4],)
     policy = FrozenPolicy(twin.policy.model, tokenizer, twin.policy.mesh)
     sampler = policy.sampler(SamplerConfig(kv_memory_mb=8))
     want = tokenizer.decode(ids[: ids.index(ids[4]) + 1])

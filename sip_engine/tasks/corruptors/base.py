@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sip_engine.llm.completion import SAID
 from sip_engine.types import Failure, RewriteRequest
 
 
@@ -38,21 +39,27 @@ class CountingCorruptor:
         self.name = corruptor.name
         self.asked = 0
         self.failures: Counter[str] = Counter()
-        """Failures by their reason."""
+        """Failures by their reason, whatever the server said with them."""
+        self._said: dict[str, str] = {}
         self._corruptor = corruptor
 
     def corrupt(self, requests: Sequence[RewriteRequest], *, seed: int = 0) -> list[Corruption | Failure]:
         """What the other one gives."""
         copies = self._corruptor.corrupt(requests, seed=seed)
         self.asked += len(copies)
-        self.failures.update(copy.reason for copy in copies if isinstance(copy, Failure))
+        for copy in copies:
+            if isinstance(copy, Failure):
+                reason, mark, words = copy.reason.partition(SAID)
+                self.failures[reason] += 1
+                self._said.setdefault(reason, mark + words)
         return copies
 
     def summary(self) -> str:
         """The failures in one line, the commonest reasons first; empty if there are none."""
         if not self.failures:
             return ""
-        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in self.failures.most_common(3))
+        commonest = self.failures.most_common(3)
+        reasons = "; ".join(f"{reason} ({count:,}){self._said[reason]}" for reason, count in commonest)
         more = f"; {len(self.failures) - 3} other reasons" if len(self.failures) > 3 else ""
         return f"{self.name} corruptor: {self.failures.total():,} of {self.asked:,} copies failed: {reasons}{more}"
 
