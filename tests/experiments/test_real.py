@@ -125,11 +125,11 @@ def test_repeated_trigrams() -> None:
 
 def test_embeddings_are_the_mean_over_tokens_at_length_one(tmp_path: Path) -> None:
     import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "some", "words", "here"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     torch.manual_seed(1)
     sizes: dict[str, Any] = {
         "hidden_size": 16,

@@ -40,13 +40,13 @@ def licence(distribution: str) -> str:
         about = metadata.metadata(distribution)
     except metadata.PackageNotFoundError:
         return "not stated"
-    named = about.get("License-Expression") or ""
+    named = " ".join(about.get_all("License-Expression") or ())
     classified = [
         text.rpartition("::")[2].strip()
         for text in about.get_all("Classifier") or ()
         if text.startswith("License ::")
     ]
-    short = (about.get("License") or "").strip().split("\n")[0]
+    short = " ".join(about.get_all("License") or ()).strip().split("\n")[0]
     return named or ", ".join(dict.fromkeys(classified)) or short[:60] or "not stated"
 
 
