@@ -10,7 +10,15 @@ from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.judges.overlap import OverlappedJudge, split
 from sip_engine.monitoring.empty_steps import EmptySteps
-from sip_engine.monitoring.metrics import Clock, Means, flatten, group_means, pool_means, update_metrics
+from sip_engine.monitoring.metrics import (
+    Clock,
+    Means,
+    flatten,
+    group_means,
+    pool_means,
+    source_means,
+    update_metrics,
+)
 from sip_engine.objectives.base import rows_of_choices
 from sip_engine.objectives.update import update
 from sip_engine.policy.rows import Row
@@ -46,6 +54,7 @@ def train(cfg: RunConfig, mesh: Mesh | None = None) -> Path:
             clock, means = Clock(), Means()
             with clock("data"):
                 samples = run.next_samples()
+            source_means(means, samples, run.corpus.source_names)
             match run.objective.learns_from:
                 case LearnsFrom.SAMPLES:
                     rows = [run.objective.row_of_sample(sample) for sample in samples]

@@ -50,6 +50,8 @@ class Sample:
     """What else a prompt's record says of it, for the one who grades replies; empty for documents."""
     labels: Labels | None = None
     """What training asks about the suffix; None: to write it."""
+    source: str = ""
+    """Name of the part of a mixture that it is of."""
 
 
 @dataclass(frozen=True)

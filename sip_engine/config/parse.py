@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sip_engine.config.schema import CandidateStage, RunConfig, Section, WorldConfig
+from sip_engine.config.schema import CandidateStage, DataSource, RunConfig, Section, WorldConfig
 from sip_engine.utils.errors import ConfigError
 
 Merge = Callable[[dict[str, Any], dict[str, Any], Path, Path], dict[str, Any]]
@@ -20,7 +20,11 @@ _MOVED = {
     "world/large.toml": "reproduction/large.toml",
     "world/win_rate.toml": "reproduction/win_rate.toml",
 }
-_NESTED: dict[str, type[Section]] = {"candidates": CandidateStage, "world": WorldConfig}
+_NESTED: dict[str, type[Section]] = {
+    "candidates": CandidateStage,
+    "sources": DataSource,
+    "world": WorldConfig,
+}
 """Sections that their field's type does not name at once: one of several, or one that may be missing."""
 
 
@@ -157,7 +161,7 @@ def describe_settings() -> str:
             if isinstance(inner, type) and issubclass(inner, Section):
                 nested.append((inner, f"{prefix}{name}."))
             default = info.get_default(call_default_factory=True)
-            if not isinstance(default, BaseModel) and name != "candidates":
+            if not isinstance(default, BaseModel) and name not in ("candidates", "sources"):
                 lines.append(f"{prefix}{name} = {'unset' if default is None else default}")
                 lines.append(f"    {' '.join((info.description or '').split())}")
         for inner, inner_prefix in nested:

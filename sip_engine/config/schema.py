@@ -115,12 +115,29 @@ class ModelConfig(Section):
         return self
 
 
+class DataSource(Section):
+    """One part of a mixture of corpora, `[[data.sources]]`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """What records call it: `sources/NAME` is its share of a step's samples."""
+    path: Path
+    """As data.path."""
+    weight: float | None = Field(default=None, ge=0)
+    """Its share of the samples, against the other sources'; unset in all: each in proportion to its samples."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Most passes over it, from when on it is left out; unset: as many as its weight asks for."""
+    text_column: str | None = None
+    """As data.text_column, which it is if unset."""
+
+
 class DataConfig(Section):
     """Where documents come from and how they are cut into prefix and suffix."""
 
     path: Path | None = None
     """File or directory of text (.txt, .md, .rst), JSON (.jsonl, .ndjson, .json), .csv, .tsv, each also .gz, .zst,
     .bz2, .xz, .parquet, .arrow or .feather. Required unless [world] is set."""
+    sources: tuple[DataSource, ...] = ()
+    """Several corpora in place of `path`, mixed by weight."""
     eval_path: Path | None = None
     """Held-out documents; unset holds back a share of `path`."""
     text_column: str = "text"
@@ -667,6 +684,7 @@ def _check_task(cfg: RunConfig) -> None:
 def _check_sources(cfg: RunConfig) -> None:
     if cfg.task == "policy" and cfg.world is not None and cfg.data.path is not None:
         raise ValueError("both data.path and [world] are set: remove one")
+    _check_mixture(cfg)
     for name, section in (("judge", cfg.judge), ("rewriter", cfg.rewriter), ("corruptor", cfg.corruptor)):
         if section.backend == "world" and cfg.world is None:
             raise ValueError(
@@ -684,6 +702,25 @@ def _check_sources(cfg: RunConfig) -> None:
             raise ValueError(f'{name}.backend = "local" needs {name}.local.checkpoint: set it')
         if section.backend != "local" and section.local != LocalModelConfig():
             raise ValueError(f'{name}.local is set, but {name}.backend is "{section.backend}": remove one')
+
+
+def _check_mixture(cfg: RunConfig) -> None:
+    sources = cfg.data.sources
+    if not sources:
+        return
+    other = "data.path" if cfg.data.path is not None else "[world]" if cfg.world is not None else ""
+    if other:
+        raise ValueError(f"both data.sources and {other} are set: remove one")
+    if cfg.task != "policy":
+        raise ValueError(f'task="{cfg.task}" reads prompts: data.sources is for documents, remove it')
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.sources: two are called {max(names, key=names.count)!r}: rename one")
+    weights = [source.weight for source in sources if source.weight is not None]
+    if 0 < len(weights) < len(sources):
+        raise ValueError("data.sources: give all a weight, or none")
+    if weights and not sum(weights):
+        raise ValueError("data.sources: all weights are 0: give one a weight")
 
 
 def _check_safety(cfg: RunConfig) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import numpy as np
 from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.documents import read_documents
-from sip_engine.data.inventory import take_inventory
+from sip_engine.data.indexed import find_token_files
+from sip_engine.data.inventory import Inventory, take_inventory
+from sip_engine.data.mixture import MixtureStream, Source, shares
 from sip_engine.data.permutation import hash_key, mix64
 from sip_engine.data.prompts import PromptStream, read_prompts
 from sip_engine.data.samples import SampleIndex, first_chunk
@@ -27,33 +29,73 @@ from sip_engine.world import World, write_documents
 
 
 @dataclass(frozen=True)
+class Part:
+    """One source of documents: all of a corpus, or a part of a mixture."""
+
+    name: str
+    """Empty where it is all."""
+    path: Path
+    text_column: str
+    files: TokenFiles
+    inventory: Inventory | None
+    """None of token files made elsewhere."""
+    num_samples: int
+    """Samples of one epoch."""
+    notes: Sequence[str] = ()
+
+    @property
+    def description(self) -> str:
+        """Counts, and what a user must know of what is read and what is not."""
+        files = self.files
+        counts = (
+            f"{files.num_documents:,} documents, {files.num_tokens:,} tokens, {self.num_samples:,} samples"
+        )
+        skipped = [f"skipped {files.skips}"] if files.skips else []
+        return "; ".join([f"{self.name}: {counts}" if self.name else counts, *skipped, *self.notes])
+
+    def texts(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Its documents as text."""
+        if self.inventory is not None:
+            return read_documents(self.path, self.text_column)
+        return (tokenizer.decode(self.files.tokens(number)) for number in range(self.files.num_documents))
+
+
+@dataclass(frozen=True)
 class Corpus:
     """What training and evaluation read."""
 
     tokenizer: Tokenizer
-    stream: SampleStream | PromptStream
+    stream: SampleStream | PromptStream | MixtureStream
     held_out: list[Sample]
-    train_path: Path
-    files: TokenFiles | None
-    """None for a task's prompts."""
     num_samples: int
     """Samples of one training epoch."""
-    notes: Sequence[str] = ()
-    """What a user must know of what is read and what is not."""
+    parts: Sequence[Part] = ()
+    """Nothing for a task's prompts."""
 
     @property
     def description(self) -> str:
         """Counts of the training data, in words."""
-        if self.files is None:
-            return f"{self.num_samples:,} prompts"
-        documents, tokens = self.files.num_documents, self.files.num_tokens
-        counts = f"{documents:,} documents, {tokens:,} tokens, {self.num_samples:,} samples"
-        skipped = [f"skipped {self.files.skips}"] if self.files.skips else []
-        return "; ".join([counts, *skipped, *self.notes])
+        return "; ".join(part.description for part in self.parts) or f"{self.num_samples:,} prompts"
 
-    def texts(self, limit: int, text_column: str) -> list[str]:
+    @property
+    def source_names(self) -> list[str]:
+        """Of a mixture."""
+        return [part.name for part in self.parts if part.name]
+
+    def texts(self, limit: int) -> list[str]:
         """The first documents of the training data, as text."""
-        return list(islice(read_documents(self.train_path, text_column), limit))
+        return list(islice(_in_turn([part.texts(self.tokenizer) for part in self.parts]), limit))
+
+
+def _in_turn(readers: list[Iterator[str]]) -> Iterator[str]:
+    """One of each in turn, so that the beginning has some of all."""
+    while readers:
+        for reader in list(readers):
+            text = next(reader, None)
+            if text is None:
+                readers.remove(reader)
+            else:
+                yield text
 
 
 def open_world(cfg: RunConfig) -> World | None:
@@ -74,25 +116,73 @@ def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) 
     """
     if cfg.task != "policy":
         return _open_prompts(cfg, mesh, tokenizer)
-    train_path, eval_path = _document_paths(cfg, mesh)
-    built: tuple[list[Path], bytes] | None = None
+    sources, eval_path = _sources(cfg, mesh)
+    built: tuple[list[_Built], _Built | None, bytes] | None = None
     if mesh.is_main:
-        tokenizer = tokenizer or _tokenizer(cfg, train_path)
-        files = [_token_files(cfg, path, tokenizer) for path in (train_path, eval_path) if path is not None]
-        built = [f.prefix_path for f in files], tokenizer.model
-    prefixes, tokenizer_model = mesh.broadcast(built)
+        tokenizer = _tokenizer(cfg, sources, tokenizer)
+        parts = [_build(cfg, source.path, source.text_column, tokenizer) for source in sources]
+        held = _build(cfg, eval_path, cfg.data.text_column, tokenizer) if eval_path else None
+        built = parts, held, tokenizer.model
+    parts, held, tokenizer_model = mesh.broadcast(built)
     tokenizer = Tokenizer(tokenizer_model)
-    opened = [TokenFiles.open(prefix) for prefix in prefixes]
-    train, held = opened[0], opened[-1]
-    split = _split(cfg, train) if eval_path is None else _Split(train.lengths, held.lengths)
-    index = _index(cfg, split.train, cfg.data.cut, cfg.seed, "training")
-    stream = SampleStream(train, tokenizer, index)
+    held_files = held.open(tokenizer) if held is not None else None
+    opened = [
+        _open_part(cfg, source, part, tokenizer, held_files)
+        for source, part in zip(sources, parts, strict=True)
+    ]
+    if not cfg.data.sources:
+        part, stream, held_stream = opened[0]
+        held_out = held_stream.samples_at(0, min(cfg.eval.num_prefixes, held_stream.num_samples))
+        return Corpus(tokenizer, stream, held_out, part.num_samples, [part])
+    return _mix(cfg, tokenizer, opened, held_files is not None)
+
+
+_Opened = tuple[Part, SampleStream, SampleStream]
+"""A source, its training stream and its held-out stream."""
+
+
+def _open_part(
+    cfg: RunConfig, source: _Wanted, built: _Built, tokenizer: Tokenizer, held_files: TokenFiles | None
+) -> _Opened:
+    files = built.open(tokenizer)
+    split = _split(cfg, files) if held_files is None else _Split(files.lengths, held_files.lengths)
+    what = f"{source.name}: " if source.name else ""
+    index = _index(cfg, split.train, cfg.data.cut, cfg.seed, f"{what}training")
     # The same held-out samples for every seed, so that runs can be compared.
-    held_index = _index(cfg, split.held, "every_chunk", 0, "held-out", split.held_starts)
-    count = min(cfg.eval.num_prefixes, held_index.num_samples)
-    held_out = SampleStream(held, tokenizer, held_index).samples_at(0, count)
-    notes = [*_passed_over(train_path), *split.notes]
-    return Corpus(tokenizer, stream, held_out, train_path, train, index.num_samples, notes)
+    held_index = _index(cfg, split.held, "every_chunk", 0, f"{what}held-out", split.held_starts)
+    passed_over = built.inventory.passed_over if built.inventory else {}
+    notes = [*([f"passed over in {source.path}: {passed_over}"] if passed_over else []), *split.notes]
+    part = Part(
+        source.name, source.path, source.text_column, files, built.inventory, index.num_samples, notes
+    )
+    held_stream = SampleStream(held_files or files, tokenizer, held_index)
+    return part, SampleStream(files, tokenizer, index), held_stream
+
+
+def _mix(cfg: RunConfig, tokenizer: Tokenizer, opened: Sequence[_Opened], has_eval_path: bool) -> Corpus:
+    """Training by weight; held-out samples too, but where they have a path of their own."""
+    parts = [part for part, _, _ in opened]
+    weights = [
+        float(part.num_samples) if given.weight is None else given.weight
+        for given, part in zip(cfg.data.sources, parts, strict=True)
+    ]
+    sources = [
+        Source(given.name, stream, weight, given.epochs)
+        for given, (_, stream, _), weight in zip(cfg.data.sources, opened, weights, strict=True)
+    ]
+    mixture = MixtureStream(sources, cfg.seed)
+    wanted, end = cfg.steps * cfg.batch_size, mixture.num_positions
+    if end is not None and end < wanted:
+        raise DataError(
+            f"data.sources are used up after {end:,} samples, and {cfg.steps} steps of {cfg.batch_size} need "
+            f"{wanted:,}: raise an epochs, or lower steps"
+        )
+    held_out: list[Sample] = []
+    counts = [cfg.eval.num_prefixes] if has_eval_path else shares(weights, cfg.eval.num_prefixes)
+    for count, source, (_, _, stream) in zip(counts, sources, opened, strict=False):
+        found = stream.samples_at(0, min(int(count), stream.num_samples))
+        held_out += found if has_eval_path else [replace(sample, source=source.name) for sample in found]
+    return Corpus(tokenizer, mixture, held_out, sum(part.num_samples for part in parts), parts)
 
 
 def _open_prompts(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Corpus:
@@ -125,7 +215,7 @@ def _open_prompts(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Co
         )
     stream = PromptStream(samples, data.path, cfg.seed)
     held = PromptStream(held_out, data.eval_path, 0).samples_at(0, min(cfg.eval.num_prefixes, len(held_out)))
-    return Corpus(tokenizer, stream, held, data.path, None, len(samples))
+    return Corpus(tokenizer, stream, held, len(samples))
 
 
 def _check_rewrites(samples: Sequence[Sample], path: Path) -> None:
@@ -138,11 +228,31 @@ def _check_rewrites(samples: Sequence[Sample], path: Path) -> None:
             )
 
 
-def _document_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path | None]:
-    if cfg.world is None:
-        if cfg.data.path is None:
-            raise ConfigError("no documents: set data.path (--data.path PATH), or add a [world] section")
-        return cfg.data.path, cfg.data.eval_path
+@dataclass(frozen=True)
+class _Wanted:
+    """A source of training documents, as the settings have it."""
+
+    name: str
+    path: Path
+    text_column: str
+
+
+def _sources(cfg: RunConfig, mesh: Mesh) -> tuple[list[_Wanted], Path | None]:
+    """Where training documents come from, and the path of held-out ones where they have their own."""
+    data = cfg.data
+    if cfg.world is not None:
+        train, test = _world_paths(cfg, mesh)
+        return [_Wanted("", train, data.text_column)], test
+    if data.sources:
+        sources = [_Wanted(s.name, s.path, s.text_column or data.text_column) for s in data.sources]
+        return sources, data.eval_path
+    if data.path is None:
+        raise ConfigError("no documents: set data.path (--data.path PATH), or add a [world] section")
+    return [_Wanted("", data.path, data.text_column)], data.eval_path
+
+
+def _world_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path]:
+    """The synthetic world's documents, written where they are not yet."""
     world, spec = open_world(cfg), cfg.world
     assert world is not None
     numbers = (
@@ -169,22 +279,51 @@ def _document_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path | None]:
     return train, test
 
 
-def _tokenizer(cfg: RunConfig, train_path: Path) -> Tokenizer:
-    if cfg.data.tokenizer is not None:
-        return Tokenizer.load(cfg.data.tokenizer)
+def _tokenizer(cfg: RunConfig, sources: Sequence[_Wanted], carried: Tokenizer | None) -> Tokenizer:
+    given = Tokenizer.load(cfg.data.tokenizer) if cfg.data.tokenizer is not None else None
+    if carried is not None:
+        if given is not None and given.fingerprint != carried.fingerprint:
+            raise DataError(
+                f"{cfg.data.tokenizer}: not the tokenizer of the checkpoint that this run starts from; leave "
+                "data.tokenizer out, or start from another checkpoint"
+            )
+        return carried
+    if given is not None:
+        return given
     saved = cfg.out / "tokenizer.model"
     if saved.is_file():
         return Tokenizer.load(saved)
-    texts = read_documents(train_path, cfg.data.text_column)
+    where = ", ".join(str(source.path) for source in sources)
+    if any(find_token_files(source.path) for source in sources):
+        raise ConfigError(
+            f"{where}: token files need the tokenizer that they were made with: set data.tokenizer, or init"
+        )
     try:
+        texts = _in_turn([read_documents(source.path, source.text_column) for source in sources])
         return Tokenizer.train(texts, cfg.data.vocab_size, saved)
     except (ConfigError, DataError) as error:
-        where = str(train_path)
         raise error if where in str(error) else type(error)(f"{where}: {error}") from None
 
 
-def _token_files(cfg: RunConfig, path: Path, tokenizer: Tokenizer) -> TokenFiles:
-    return build_token_files(path, tokenizer, cfg.data.cache, cfg.data.text_column)
+@dataclass(frozen=True)
+class _Built:
+    """Token files on disk, to be opened by every process."""
+
+    prefixes: list[Path]
+    inventory: Inventory | None
+    """None of files made elsewhere."""
+
+    def open(self, tokenizer: Tokenizer) -> TokenFiles:
+        if self.inventory is None:
+            return TokenFiles.open_foreign(self.prefixes, tokenizer)
+        return TokenFiles.open(self.prefixes[0])
+
+
+def _build(cfg: RunConfig, path: Path, text_column: str, tokenizer: Tokenizer) -> _Built:
+    if prefixes := find_token_files(path):
+        return _Built(prefixes, None)
+    files = build_token_files(path, tokenizer, cfg.data.cache, text_column)
+    return _Built([files.prefix_path], take_inventory(path))
 
 
 @dataclass(frozen=True)
@@ -232,11 +371,6 @@ def _split(cfg: RunConfig, files: TokenFiles) -> _Split:
     held[longest], starts[longest] = lengths[longest], train[longest]
     note = f"held back: the last {num_held} suffixes of document {longest + 1}, for want of whole documents"
     return _Split(train, held, starts, [note])
-
-
-def _passed_over(path: Path) -> list[str]:
-    passed_over = take_inventory(path).passed_over
-    return [f"passed over in {path}: {passed_over}"] if passed_over else []
 
 
 def _index(

@@ -6,7 +6,6 @@ from rich.table import Table
 
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import open_corpus
-from sip_engine.data.inventory import take_inventory
 from sip_engine.distributed.mesh import start_alone
 from sip_engine.utils.progress import console
 
@@ -14,23 +13,24 @@ from sip_engine.utils.progress import console
 def describe_data(cfg: RunConfig) -> None:
     """Build the token files and print counts and one sample."""
     corpus = open_corpus(cfg, start_alone())
-    files = corpus.files
     table = Table(show_header=False)
     rows = {
         "vocabulary": f"{corpus.tokenizer.vocab_size:,}",
         "samples an epoch": f"{corpus.num_samples:,}",
         "held-out samples": f"{len(corpus.held_out):,} used",
     }
-    if files is not None:
-        rows = {
-            "files": str(take_inventory(corpus.train_path).read),
-            "documents": f"{files.num_documents:,}",
-            "skipped": str(files.skips) or "none",
-            "tokens": f"{files.num_tokens:,}",
-            **rows,
-            "token files": str(files.prefix_path),
-            **{f"note {number}": note for number, note in enumerate(corpus.notes, start=1)},
+    for part in corpus.parts:
+        of = f" of {part.name}" if part.name else ""
+        inventory = part.inventory
+        rows |= {
+            f"files{of}": str(inventory.read) if inventory else f"{part.files.num_parts} .bin/.idx",
+            **({f"passed over{of}": str(inventory.passed_over)} if inventory else {}),
+            f"documents{of}": f"{part.files.num_documents:,}",
+            f"skipped{of}": str(part.files.skips) or "none",
+            f"tokens{of}": f"{part.files.num_tokens:,}",
+            f"token files{of}": str(part.files.prefix_path),
         }
+    rows |= {"note": "; ".join(note for part in corpus.parts for note in part.notes)}
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

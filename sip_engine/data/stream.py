@@ -23,9 +23,9 @@ class SampleStream:
 
     def __init__(self, token_files: TokenFiles, tokenizer: Tokenizer, index: SampleIndex) -> None:
         """index: made from `token_files.lengths`. Raises DataError if the parts do not belong together."""
-        if token_files.tokenizer_fingerprint != tokenizer.fingerprint:
+        if token_files.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
             raise DataError(
-                f"{token_files.prefix_path}: written by tokenizer {token_files.tokenizer_fingerprint[:12]}, "
+                f"{token_files.prefix_path}: written by tokenizer {str(token_files.tokenizer_fingerprint)[:12]}, "
                 f"not by {tokenizer.fingerprint[:12]}; build the token files with the tokenizer of the run"
             )
         if token_files.num_documents != index.num_documents:
@@ -51,6 +51,15 @@ class SampleStream:
     def samples_at(self, position: int, count: int) -> list[Sample]:
         """Samples `position` to `position + count` of the sequence; changes nothing."""
         return self._samples(np.arange(position, position + count, dtype=np.int64))
+
+    def samples_of(self, positions: np.ndarray) -> list[Sample]:
+        """Samples at ascending positions [n] int64 of the sequence; changes nothing."""
+        return self._samples(positions)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return self._index.num_samples
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on here; plain JSON values."""

@@ -5,26 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sip_engine.data.documents import MAX_DOCUMENT_BYTES, SkipCounts, list_input_files, read_documents
+from sip_engine.data.indexed import IndexedTokens, IndexedWriter, sampled_hash
 from sip_engine.data.inventory import take_inventory
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import atomic_folder
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it when the same input would give other files."""
@@ -43,7 +41,8 @@ class TokenFiles:
     """The files are this path with .bin, .idx and .json (the manifest) appended."""
     key: str
     """Hash of the input's content, the tokenizer and the reading rules."""
-    tokenizer_fingerprint: str
+    tokenizer_fingerprint: str | None
+    """None of files made elsewhere, which do not say."""
     num_documents: int
     num_tokens: int
     """With bos and eos."""
@@ -51,20 +50,20 @@ class TokenFiles:
     """Documents of the input that are not in the files, by reason."""
     lengths: np.ndarray = field(repr=False, compare=False)
     """Number of tokens of each document, with bos and eos: [num_documents] int32."""
-    _dataset: IndexedDataset = field(repr=False, compare=False)
+    _parts: Sequence[IndexedTokens] = field(repr=False, compare=False)
+    _ends: Sequence[int] = field(repr=False, compare=False)
+    """Documents up to the end of each part."""
 
     @classmethod
     def open(cls, prefix_path: str | Path) -> TokenFiles:
         """Opens files that `build_token_files` wrote. Raises DataError if they are missing or damaged."""
-        from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds
-
         prefix_path = Path(prefix_path)
         manifest = _read_manifest(prefix_path)
         if manifest is None:
             raise DataError(
                 f"{prefix_path}: token files are missing or damaged; build them again from the text"
             )
-        dataset = IndexedDataset(str(prefix_path), mmap=True)
+        tokens = IndexedTokens(prefix_path)
         return cls(
             prefix_path=prefix_path,
             key=manifest["key"],
@@ -72,9 +71,44 @@ class TokenFiles:
             num_documents=manifest["num_documents"],
             num_tokens=manifest["num_tokens"],
             skips=SkipCounts(manifest["skips"]),
-            lengths=dataset.sequence_lengths.copy(),  # the dataset unmaps its own when it goes
-            _dataset=dataset,
+            lengths=tokens.lengths,
+            _parts=[tokens],
+            _ends=[len(tokens.lengths)],
         )
+
+    @classmethod
+    def open_foreign(cls, prefixes: Sequence[Path], tokenizer: Tokenizer) -> TokenFiles:
+        """Opens .bin/.idx files made elsewhere, of ids of `tokenizer`, as they are: with or without bos and eos.
+
+        Raises DataError: missing, damaged, or of ids that the tokenizer does not have.
+        """
+        parts = [IndexedTokens(prefix) for prefix in prefixes]
+        key = hashlib.sha256()
+        for part in parts:
+            if (largest := part.largest_sampled_id()) >= tokenizer.vocab_size:
+                raise DataError(
+                    f"{part.prefix}: holds token {largest}, but the tokenizer has {tokenizer.vocab_size}; set "
+                    "data.tokenizer to the one that the files were made with"
+                )
+            for suffix in (".idx", ".bin"):
+                key.update(sampled_hash(Path(f"{part.prefix}{suffix}")).encode())
+        lengths = [part.lengths for part in parts]
+        return cls(
+            prefix_path=parts[0].prefix,
+            key=key.hexdigest(),
+            tokenizer_fingerprint=None,
+            num_documents=sum(map(len, lengths)),
+            num_tokens=sum(part.count_tokens() for part in parts),
+            skips=SkipCounts(),
+            lengths=lengths[0] if len(parts) == 1 else np.concatenate(lengths),
+            _parts=parts,
+            _ends=np.cumsum([len(part) for part in lengths]).tolist(),
+        )
+
+    @property
+    def num_parts(self) -> int:
+        """Pairs of .bin and .idx files."""
+        return len(self._parts)
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy of the ids [stop - start] int32 of a document, from offset `start` up to `stop`.
@@ -89,7 +123,8 @@ class TokenFiles:
             raise IndexError(f"tokens {start}:{stop} are not within the {length} of document {document}")
         if start == stop:
             return np.empty(0, dtype=np.int32)
-        return np.asarray(self._dataset.get(document, start, stop - start)).astype(np.int32)
+        part = bisect_right(self._ends, document)
+        return self._parts[part].tokens(document - (self._ends[part - 1] if part else 0), start, stop)
 
 
 def build_token_files(
@@ -163,19 +198,12 @@ def _new_entry(entry: Path) -> Iterator[Path]:
 
 
 def _write_tokens(prefix_path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> dict[str, int]:
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # takes seconds
-
     bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], dtype=np.int32)
-    builder = IndexedDatasetBuilder(f"{prefix_path}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
-    num_documents = num_tokens = 0
-    with closing(builder.data_file):
+    writer = IndexedWriter(prefix_path, tokenizer.vocab_size)
+    with closing(writer):
         for ids in chain.from_iterable(map(tokenizer.encode_batch, _batches(documents))):
-            document = np.concatenate((bos, ids, eos))
-            builder.add_document(document, [len(document)])  # pyright: ignore[reportArgumentType]
-            num_documents += 1
-            num_tokens += len(document)
-    builder.finalize(f"{prefix_path}.idx")
-    return {"num_documents": num_documents, "num_tokens": num_tokens}
+            writer.add(np.concatenate((bos, ids, eos)))
+    return {"num_documents": writer.num_documents, "num_tokens": writer.num_tokens}
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

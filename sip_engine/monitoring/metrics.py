@@ -12,7 +12,7 @@ import numpy as np
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.policy import UpdateStats
 from sip_engine.sampler.requests import Completion
-from sip_engine.types import Candidate, Choice, Kind, Verdict
+from sip_engine.types import Candidate, Choice, Kind, Sample, Verdict
 
 
 class Means:
@@ -108,6 +108,12 @@ def group_means(
         for completion in group:
             means.add("generation/tokens", len(completion.ids))
             means.add("diversity/entropy", -float(completion.logprobs.sum()), len(completion.logprobs))
+
+
+def source_means(means: Means, samples: Sequence[Sample], names: Sequence[str]) -> None:
+    """`sources/NAME`: the share of a step's samples that are of each part of a mixture."""
+    for name in names:
+        means.add(f"sources/{name}", sum(sample.source == name for sample in samples), len(samples))
 
 
 def update_metrics(stats: UpdateStats) -> dict[str, float]:

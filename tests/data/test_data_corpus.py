@@ -30,7 +30,7 @@ def book(seed: int, num_words: int) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS, num_words))
 
 
-def run_config(folder: Path, tokenizer: Path, **data: object) -> RunConfig:
+def run_config(folder: Path, tokenizer: Path | None, **data: object) -> RunConfig:
     given = {"path": folder / "corpus", "cache": folder / "cache", "tokenizer": tokenizer, "vocab_size": 300}
     cut = {"suffix_tokens": 8, "max_prefix_tokens": 24, "min_prefix_tokens": 4}
     return RunConfig.model_validate({"out": folder / "run", "data": {**given, **cut, **data}})
@@ -66,11 +66,11 @@ def test_a_few_documents_are_enough(
     longest = int(np.argmax(lengths))
     number = corpus.held_out[0].document
     assert {sample.document for sample in corpus.held_out} == {number}
-    assert corpus.files is not None and corpus.files.lengths[number] == corpus.files.lengths.max()
+    assert corpus.parts[0].files.lengths[number] == corpus.parts[0].files.lengths.max()
     trained = [sample for epoch in range(8) for sample in every_sample_of(corpus, epoch)]
     assert not suffixes_of(trained) & suffixes_of(corpus.held_out)
     assert max(s.cut for s in trained if s.document == number) < min(s.cut for s in corpus.held_out)
-    num_chunks = int(corpus.files.lengths[number]) // 8 - 1
+    num_chunks = int(corpus.parts[0].files.lengths[number]) // 8 - 1
     assert len(corpus.held_out) == max(1, round(0.05 * num_chunks))
     assert "held back: the last" in corpus.description
     assert lengths[longest] > 20
@@ -88,7 +88,7 @@ def test_whole_documents_are_held_back_where_there_are_enough(
     held = {sample.document for sample in corpus.held_out}
     assert 5 < len(held) < 20
     assert held.isdisjoint(sample.document for sample in every_sample(corpus))
-    assert corpus.notes == []
+    assert corpus.parts[0].notes == []
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def _compare(first: float, second: float) -> float:
 def open_judge(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> HeuristicJudge:
     """`judge.backend = "heuristic"`."""
     del mesh
-    return HeuristicJudge.from_texts(corpus.texts(_DOCUMENTS, cfg.data.text_column))
+    return HeuristicJudge.from_texts(corpus.texts(_DOCUMENTS))
 
 
 def _take(texts: Iterable[str], max_chars: int) -> list[str]:
