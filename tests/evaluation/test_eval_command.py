@@ -93,7 +93,7 @@ def test_figures_are_those_of_evaluation_inside_training(runs: Path, results: Pa
 def test_figures_follow_from_the_continuations(runs: Path, results: Path, mesh: Mesh) -> None:
     """Asked again one by one, of a judge of one's own."""
     cfg = parse_config(recorded_settings(runs / "better" / "run")[0], "test")
-    judge = HeuristicJudge.from_texts(open_corpus(cfg, mesh).texts(2000, "text"))
+    judge = HeuristicJudge.from_texts(open_corpus(cfg, mesh).texts(2000))
     world, rows = World(seed=0, num_people=48), read_jsonl(results / "continuations.jsonl")
     assert len(rows) == 12
     means: dict[str, list[float]] = {}

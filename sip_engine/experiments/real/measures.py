@@ -65,7 +65,7 @@ class Examiner:
         self._cfg, self._mesh, self._embed = cfg.model_copy(update={"eval": evaluated}), mesh, embed
         self.corpus: Corpus = open_corpus(self._cfg, mesh, checkpoint_tokenizer(resolve_checkpoint(base)))
         self._judge = open_judge(self._cfg, self.corpus, mesh)
-        self._rules = HeuristicJudge.from_texts(self.corpus.texts(_PACKAGE_TEXTS, cfg.data.text_column))
+        self._rules = HeuristicJudge.from_texts(self.corpus.texts(_PACKAGE_TEXTS))
         self._originals = embed([one.suffix for one in self.samples])
 
     @property
