@@ -15,6 +15,7 @@ BENCHMARKS = {
     "heuristic_judge": "how often the heuristic judge prefers real text",
     "judge_accuracy": "how often a trained judge is right about prompts with known answers",
     "mutual_information": "what mutual information prefers: repetition, copying, nonsense, wrong facts",
+    "real": "the figures of a `sip real` as CSV",
     "plan_table": "the table of predictions in configs/README.md",
     "injections": "how often an injected text moves a judge's verdict",
 }
