@@ -1,4 +1,4 @@
-# make quickstart | real | test | check | format | clean. Everything runs from .venv, which is made on first use.
+# make quickstart | real | test | test-faults | check | format | clean. Everything runs from .venv, which is made on first use.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TESTS ?= tests
 WORKERS ?= 2
 MINUTES ?= 10
 
-.PHONY: quickstart real test check lint format install clean
+.PHONY: quickstart real test test-faults check lint format install clean
 
 quickstart: install
 	$(BIN)/sip quickstart
@@ -19,7 +19,10 @@ real: install
 	$(BIN)/sip real --minutes $(MINUTES)
 
 test: install
-	$(BIN)/pytest -n $(WORKERS) $(TESTS)
+	$(BIN)/pytest -n $(WORKERS) -m "not faults" $(TESTS)
+
+test-faults: install
+	$(BIN)/pytest -n $(WORKERS) tests/faults
 
 check: lint
 	$(BIN)/pytest -n $(WORKERS) -m "not slow" $(TESTS)

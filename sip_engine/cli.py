@@ -11,7 +11,7 @@ import typer
 
 from sip_engine.planning.commands import add_planning_commands
 from sip_engine.tasks.commands import add_spec_commands
-from sip_engine.utils.errors import ConfigError, SipError
+from sip_engine.utils.errors import EXIT_CODES, ConfigError, PeerError, SipError, Stopped
 from sip_engine.utils.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_INTERRUPTED = 130
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -31,16 +32,23 @@ def main(argv: list[str] | None = None) -> None:
     from sip_engine.utils.progress import console
 
     try:
-        app(argv, standalone_mode=False, prog_name="sip")
+        code = app(argv, standalone_mode=False, prog_name="sip")
+        if code == _INTERRUPTED:  # typer turns KeyboardInterrupt into this
+            raise KeyboardInterrupt
     except SipError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node have the same to say
-            console.print(f"[red]error:[/] {_one_line(error)}", markup=True, soft_wrap=True)
+        # All processes of a node have the same to say, but for what one says of another.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, PeerError):
+            head = "" if isinstance(error, Stopped) else "[red]error:[/] "
+            console.print(f"{head}{_one_line(error)}", markup=True, soft_wrap=True)
+        if isinstance(error, PeerError):  # the group cannot be left together
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     except typer.Abort:
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command resumes from the newest checkpoint")
-        sys.exit(130)
+        console.print("interrupted (Ctrl-C); what was finished stays")
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             console.print(f"[red]error:[/] {_one_line(error.format_message())}", markup=True, soft_wrap=True)  # type: ignore[attr-defined]
@@ -58,7 +66,9 @@ def _print_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
+)
 def _sip(
     version: Annotated[
         bool,
@@ -160,19 +170,21 @@ def train(
         typer.echo(cfg.model_dump_json(indent=2))
         return
     from sip_engine.distributed.mesh import start_mesh
+    from sip_engine.monitoring.supervision import supervised
     from sip_engine.policy.precision import check_precision
     from sip_engine.report.html import write_report
     from sip_engine.train import train as run_training
     from sip_engine.utils.progress import console
 
     check_precision(cfg.model, cfg.parallel)
-    mesh = start_mesh(
-        cfg.parallel.tensor,
-        cfg.parallel.pipeline,
-        seed=cfg.seed,
-        timeout_minutes=cfg.parallel.timeout_minutes,
-    )
-    checkpoint = run_training(cfg, mesh)
+    with supervised(cfg):
+        mesh = start_mesh(
+            cfg.parallel.tensor,
+            cfg.parallel.pipeline,
+            seed=cfg.seed,
+            timeout_minutes=cfg.parallel.timeout_minutes,
+        )
+        checkpoint = run_training(cfg, mesh)
     if mesh.is_main:
         report = write_report([cfg.out], cfg.out / "report.html", title=cfg.out.name)
         console.print(f"checkpoint {checkpoint}\nreport     {report}")

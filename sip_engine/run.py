@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from sip_engine.candidates import reply
 from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus, open_corpus
+from sip_engine.distributed.agreement import raise_agreed_stop, stop_flag
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.ground_truth import open_measure
 from sip_engine.evaluation.held_out import Evaluation, Measure, evaluate
@@ -24,6 +25,7 @@ from sip_engine.judges.open import open_judge
 from sip_engine.monitoring.metrics import flatten
 from sip_engine.monitoring.monitors import Monitors
 from sip_engine.monitoring.records import Records
+from sip_engine.monitoring.slow import PHASES, SlowRanks
 from sip_engine.monitoring.thresholds import Thresholds
 from sip_engine.objectives.base import Objective, open_objective
 from sip_engine.policy.checkpoint import (
@@ -44,10 +46,19 @@ from sip_engine.sampler.sampler import Sampler
 from sip_engine.tasks.evaluate import evaluate_task
 from sip_engine.tasks.graders import Grader, RewriteGrader, VerdictGrader
 from sip_engine.types import Judge, Rewriter, Sample
-from sip_engine.utils.errors import CheckpointError, ConfigError, NonFiniteError, ThresholdError
+from sip_engine.utils import heartbeat
+from sip_engine.utils.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    SipError,
+    Stopped,
+    ThresholdError,
+)
 from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json, write_jsonl
 from sip_engine.utils.jsonl import read_jsonl
 from sip_engine.utils.progress import console
+from sip_engine.utils.stopping import deferred
 
 BASELINE = "baseline.jsonl"
 
@@ -75,7 +86,12 @@ class Run:
     step: int = 0
     baseline: list[str] | None = None
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    owes_evaluation: bool = False
+    """An evaluation of this step was begun, or is to be, and a checkpoint taken before its end."""
+    slow: SlowRanks = field(default_factory=lambda: SlowRanks(0.0))
     _spent: float = 0.0
+    _mark: dict[str, Any] = field(default_factory=dict)
+    _saved_step: int = -1
     _opened: float = field(default_factory=time.monotonic)
 
     @property
@@ -91,6 +107,58 @@ class Run:
         """This process' share of the next global batch."""
         return self.corpus.stream.next_batch(self.cfg.batch_size, self.mesh.dp.rank, self.mesh.dp.size)
 
+    def mark(self) -> None:
+        """This moment, between two steps, is one that a checkpoint may be taken of until the next update is made."""
+        heartbeat.enter("between steps", self.step + 1)
+        self._mark = self.corpus.stream.state_dict()
+
+    def meet(self, seconds: Mapping[str, float]) -> None:
+        """Between two steps: say who was slow in the last one, and end together if a signal came to any process.
+
+        seconds: this process' own, by phase, of the last step.
+
+        Raises:
+            Stopped: on every process.
+        """
+        rows = self.mesh.table([stop_flag(), *(seconds.get(phase, 0.0) for phase in PHASES)])
+        lines = self.slow.see(self.step, [row[1:] for row in rows])
+        for line in lines if self.mesh.is_main else ():
+            console.print(f"watch out: {line}", soft_wrap=True)
+        raise_agreed_stop(rows)
+
+    @contextmanager
+    def leaving_well(self) -> Iterator[None]:
+        """Within it signals wait for `meet` and the like; what is raised on all processes alike saves the run first.
+
+        The checkpoint is of the last mark: of a step that was not finished, nothing is left.
+        """
+        try:
+            with deferred():
+                yield
+        except SipError as error:
+            if not error.resumable:
+                raise
+            with deferred():
+                saved = self._save_mark()
+            if isinstance(error, Stopped):
+                raise Stopped(error.signum, f"{error}: {saved}") from None
+            if self.mesh.is_main:
+                console.print(saved, soft_wrap=True, markup=False)
+            raise
+
+    def _save_mark(self) -> str:
+        """Save the last mark where that is not done; says what is saved."""
+        if self.step == 0:
+            return "no step was finished, so there is nothing to save"
+        try:
+            if self._saved_step != self.step:
+                self.corpus.stream.load_state_dict(self._mark)
+                self.save()
+            self.writer.finish()
+        except SipError as error:
+            return f"step {self.step} could not be saved ({error})"
+        return f"step {self.step} of {self.cfg.steps} is saved; the same command goes on from there"
+
     def save(self) -> Path:
         """Write a checkpoint of this moment, or begin to (`checkpoint.asynchronous`).
 
@@ -98,6 +166,12 @@ class Run:
             NonFiniteError: on every process; the parameters are ruined, and the checkpoints before stay as they are.
             CheckpointError: on every process; it cannot be written.
         """
+        with heartbeat.phase("save"):
+            path = self._save()
+        self._saved_step = self.step
+        return path
+
+    def _save(self) -> Path:
         if not self.policy.stands([row_of(self.corpus.held_out[0])]):
             raise NonFiniteError(
                 f"step {self.step}: the parameters, or a loss or gradient under them, are not finite: they are not "
@@ -111,12 +185,20 @@ class Run:
                 "stream": self.corpus.stream.state_dict(),
                 "config": self.cfg.model_dump(mode="json"),
                 "elapsed": self.elapsed,
+                "evaluated": not self.owes_evaluation,
             },
         )
         return self.writer.save(self.policy, self.reference, state, self.corpus.tokenizer)
 
     def evaluate(self) -> Evaluation:
         """Evaluate now; the first evaluation's continuations become the baseline of the later ones."""
+        self.owes_evaluation = True
+        with heartbeat.phase("evaluation"):
+            result = self._evaluate()
+        self.owes_evaluation = False
+        return result
+
+    def _evaluate(self) -> Evaluation:
         if self.sampler is not None:
             assert_shared(self.sampler.weights, self.policy.model)
         sampler = self.sampler if self.cfg.eval.generate else None
@@ -186,7 +268,8 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         remove_stale(cfg.out / "checkpoints")
     resume, faults = newest_intact(cfg.out / "checkpoints", mesh)
     carried = resume or init
-    corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(carried) if carried else None)
+    with heartbeat.waiting():  # one process may read and tokenize for hours
+        corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(carried) if carried else None)
     vocab_size = corpus.tokenizer.vocab_size
     policy = Policy(cfg, vocab_size, mesh)
     reference = Reference(cfg, vocab_size, mesh) if cfg.needs_reference else None
@@ -195,9 +278,10 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         going_on = _run_state(resume, state)
         corpus.stream.load_state_dict(going_on.stream)
         step, spent, before = state.step, going_on.elapsed, going_on.config
+        owes = not going_on.evaluated
         baseline = _read_baseline(cfg.out, corpus.held_out, mesh)
     else:
-        step, before, baseline = 0, None, None
+        step, before, baseline, owes = 0, None, None, False
         if init:
             load_weights(init, policy.model, cfg.model, vocab_size)
             policy.optimizer.reload_model_params()
@@ -209,7 +293,11 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
     if cfg.needs_sampler:
         sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh, cfg.sampler)
     records = Records(
-        cfg.out, from_step=step + (step > 0), pools_every=cfg.log_rollouts_every, enabled=mesh.is_main
+        cfg.out,
+        from_step=step + (step > 0),
+        pools_every=cfg.log_rollouts_every,
+        enabled=mesh.is_main,
+        mesh=mesh,
     )
     run = Run(
         cfg,
@@ -236,6 +324,9 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         step,
     )
     run._opened, run._spent = opened, spent
+    run.slow = SlowRanks(cfg.faults.slow_factor)
+    run.owes_evaluation = owes
+    run._saved_step = step if resume else -1
     run.baseline = baseline
     if mesh.is_main:
         for fault in faults:
@@ -279,6 +370,8 @@ class _RunState(BaseModel, strict=True):
     stream: dict[str, Any]
     config: dict[str, Any]
     elapsed: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    evaluated: bool = True
+    """False where an evaluation of its step is still to be made."""
 
 
 def _run_state(checkpoint: Path, state: CheckpointState) -> _RunState:

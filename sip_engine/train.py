@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from pathlib import Path
 
 from sip_engine.candidates import propose, reply
 from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
+from sip_engine.distributed.agreement import raised_together
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.judges.overlap import OverlappedJudge, split
 from sip_engine.monitoring.empty_steps import EmptySteps
@@ -35,7 +38,8 @@ def train(cfg: RunConfig, mesh: Mesh | None = None) -> Path:
 
     Raises:
         SipError: bad settings or data before anything is written; NonFiniteError and ThresholdError on every
-            process at the same step, with the parameters as they were before it.
+            process at the same step, with the parameters as they were before it. What leaves the run in a state to
+            go on from (a limit of judge or drift, a server that is lost, a signal) saves a checkpoint first.
     """
     mesh = mesh or start_mesh(
         cfg.parallel.tensor,
@@ -46,39 +50,20 @@ def train(cfg: RunConfig, mesh: Mesh | None = None) -> Path:
     with (
         open_run(cfg, mesh) as run,
         steps(str(cfg.out), cfg.steps, done=run.step, quiet=not mesh.is_main) as bar,
+        run.leaving_well(),
     ):
         empty_steps = EmptySteps(run.records, mesh)
-        if run.step == 0:
+        run.mark()
+        if run.step == 0 or run.owes_evaluation:
             run.evaluate()
+            if run.step == cfg.steps:
+                run.save()
+        alone: dict[str, float] = {}
         while run.step < cfg.steps:
-            clock, means = Clock(), Means()
-            with clock("data"):
-                samples = run.next_samples()
-            source_means(means, samples, run.corpus.source_names)
-            match run.objective.learns_from:
-                case LearnsFrom.SAMPLES:
-                    rows = [run.objective.row_of_sample(sample) for sample in samples]
-                case LearnsFrom.POOLS:
-                    rows = self_improve(run, samples, clock, means)
-                case LearnsFrom.GENERATIONS:
-                    rows = learn_task(run, samples, clock, means)
-            with clock("update"):
-                if run.sampler is not None:
-                    run.sampler.give_back()
-                stats = update(run.policy, run.reference, rows, run.objective)
-                if run.reference is not None:
-                    run.reference.follow(run.policy, run.step + 1)
-
-            learnt = run.objective.metrics({**stats.sums, **stats.maxima})
-            metrics = {
-                **update_metrics(stats),
-                **learnt,
-                **means.over(mesh),
-                **flatten("seconds", clock.seconds),
-                **empty_steps.metrics(run.step + 1, stats.units),
-            }
-            run.thresholds.check(run.step, metrics)
+            run.meet(alone)
+            metrics, alone = one_step(run, empty_steps)
             run.step += 1
+            run.mark()
             run.records.metrics(run.step, {**metrics, "elapsed": run.elapsed})
             if found := run.monitors.check(run.step):
                 run.records.metrics(run.step, {**found, "elapsed": run.elapsed})
@@ -94,6 +79,52 @@ def train(cfg: RunConfig, mesh: Mesh | None = None) -> Path:
         run.writer.finish()
         empty_steps.conclude(cfg.steps)
         return run.checkpoints / f"step_{run.step:08d}"
+
+
+def one_step(run: Run, empty_steps: EmptySteps) -> tuple[dict[str, float], dict[str, float]]:
+    """Make one update. Returns its metrics, and the seconds that this process worked by itself, by phase.
+
+    Raises:
+        SipError: on every process; those that are resumable before anything was updated.
+    """
+    clock, means = Clock(), Means()
+    with raised_together(run.mesh):
+        rows = next_rows(run, clock, means)
+    run.records.share()
+    meant = means.over(run.mesh)
+    run.thresholds.check_judge(run.step, meant)
+    with clock("update"):
+        begun = time.perf_counter()
+        if run.sampler is not None:
+            run.sampler.give_back()
+        check = partial(run.thresholds.check_drift, run.step)
+        stats = update(run.policy, run.reference, rows, run.objective, check)
+        alone = {**clock.seconds, "update": run.policy.alone_until - begun}
+        if run.reference is not None:
+            run.reference.follow(run.policy, run.step + 1)
+    learnt = run.objective.metrics({**stats.sums, **stats.maxima})
+    metrics = {
+        **update_metrics(stats),
+        **learnt,
+        **meant,
+        **flatten("seconds", clock.seconds),
+        **empty_steps.metrics(run.step + 1, stats.units),
+    }
+    return metrics, alone
+
+
+def next_rows(run: Run, clock: Clock, means: Means) -> list[Row]:
+    """What the objective makes of this process' share of the next batch, ready to be trained on."""
+    with clock("data"):
+        samples = run.next_samples()
+    source_means(means, samples, run.corpus.source_names)
+    match run.objective.learns_from:
+        case LearnsFrom.SAMPLES:
+            return [run.objective.row_of_sample(sample) for sample in samples]
+        case LearnsFrom.POOLS:
+            return self_improve(run, samples, clock, means)
+        case LearnsFrom.GENERATIONS:
+            return learn_task(run, samples, clock, means)
 
 
 def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) -> list[Row]:

@@ -574,6 +574,17 @@ class MonitorConfig(Section):
     """Sampler and trainer drift apart: the mean gap exceeds this share of max_drift."""
 
 
+class FaultsConfig(Section):
+    """What a run does about signals, and about processes that are gone, hang or are slow."""
+
+    timeout_s: float = Field(default=1800.0, ge=0)
+    """Seconds within which every process ends when one is gone or stopped, or none gets on; 0 waits for ever."""
+    grace_s: float = Field(default=120.0, gt=0)
+    """Seconds from a signal to the end of the process, saved or not: a little less than the scheduler gives."""
+    slow_factor: float = Field(default=3.0, ge=0)
+    """A process that takes this many times as long as the others, in two steps running, is named; 0 names none."""
+
+
 def drift_limit(max_drift: float | str, precision: str, kv_dtype: str) -> float:
     """`max_drift` in nats. What auto stands for lies well above what each number format drifts by itself: about 0.006
     (bf16), 0.024 (FP8 pages) and 0.04 (FP8 trainer, fake-quantised) at 24 layers, scaled from 4 layers on a CPU.
@@ -616,6 +627,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     monitors: MonitorConfig = MonitorConfig()
+    faults: FaultsConfig = FaultsConfig()
     max_drift: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """The run stops when sampler and trainer log-probs of rollouts differ by more than this on average, in nats; auto
     is 0.05, 0.1 with FP8 KV pages, and 0.15 where the trainer computes in FP8."""
@@ -650,6 +662,12 @@ class RunConfig(Section):
         """Whether suffixes are rewritten in this run."""
         pools = self.objective.facts.learns_from is LearnsFrom.POOLS
         return pools and any(s.rewrite for s in self.candidates)
+
+    @property
+    def key_names(self) -> list[str]:
+        """Environment variables that hold keys of servers."""
+        servers = (self.judge.server, self.rewriter.server, self.corruptor.server)
+        return [server.key_env for server in servers if server.key_env]
 
     @property
     def needs_reference(self) -> bool:

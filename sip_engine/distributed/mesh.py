@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.utils.errors import ConfigError
@@ -89,6 +91,23 @@ class Mesh:
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.replica.group)
         return int(least.item())
 
+    def table(self, values: Sequence[float]) -> list[list[float]]:
+        """Every process' row of numbers (float64; as many on each), in rank order, on every process of the world."""
+        if self.size == 1:
+            return [list(values)]
+        mine = torch.tensor(list(values), dtype=torch.float64, device="cpu")  # over gloo, as in `any`
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).tolist()
+
+    def any_in_replica(self, flag: bool) -> bool:
+        """True on every process of a replica if it is on one."""
+        if self.replica.size == 1:
+            return flag
+        seen = torch.tensor([flag], dtype=torch.int32, device="cpu")
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.replica.group)
+        return bool(seen.item())
+
     def broadcast(self, value: T | None) -> T:
         """Give every process of the world the first one's object."""
         if self.size == 1:
@@ -125,6 +144,16 @@ class Mesh:
         """Every data-parallel rank's object, in rank order, on every process."""
         boxes: list[Any] = [None] * self.dp.size
         dist.all_gather_object(boxes, value, group=self.dp.group)
+        return boxes
+
+    def replicas_to_main(self, value: T) -> list[T] | None:
+        """Every data-parallel rank's object, in rank order, on the first process of the world; None on the others."""
+        if not self.replica.is_first:
+            return None
+        if self.dp.size == 1:
+            return [value]
+        boxes: list[Any] | None = [None] * self.dp.size if self.is_main else None
+        dist.gather_object(value, boxes, dst=self.dp.global_rank(0), group=self.dp.group)
         return boxes
 
     def gather_stages(self, value: T) -> list[T]:
@@ -175,6 +204,44 @@ class Mesh:
         self.any(False)
 
 
+def join_processes(timeout_minutes: int = DEFAULT_TIMEOUT_MINUTES, *, start_s: float = 0.0) -> None:
+    """Join the process group: `torchrun`'s, or a world of one. A second call does nothing.
+
+    Args:
+        timeout_minutes: How long a collective may wait for the other processes.
+        start_s: Seconds to wait for all processes to come; 0 is `timeout_minutes`.
+
+    Raises:
+        ConfigError: the processes did not find each other.
+    """
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" not in os.environ:
+        _join_alone(timeout)
+        return
+    backend, device = _backend()
+    patience = timedelta(seconds=start_s) if start_s else timeout
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=patience))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device
+        )
+    except (ValueError, RuntimeError) as error:  # torch has many types for one cause
+        raise ConfigError(
+            f"the processes did not find each other ({str(error).splitlines()[0][:200]}): start them with torchrun, "
+            "or set MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK for all; without any of these one runs alone"
+        ) from None
+
+
+def control_store() -> Any:
+    """A connection of its own to the store that the processes met in, for a thread; None before they have met."""
+    if not dist.is_initialized():
+        return None
+    store = dist.distributed_c10d._get_default_store()  # torch has no public name for it
+    return PrefixStore("sip", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def start_mesh(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -182,7 +249,7 @@ def start_mesh(
     seed: int = 0,
     timeout_minutes: int = DEFAULT_TIMEOUT_MINUTES,
 ) -> Mesh:
-    """Join the process group (`torchrun`'s, or a world of one) and lay the axes over it.
+    """Join the process group, where `join_processes` has not yet, and lay the axes over it.
 
     Device tensors travel by nccl where there is CUDA; host tensors and Python objects by gloo everywhere, so that
     waiting for a process with long work on its host is no matter of the devices. A process that is not heard of for
@@ -194,8 +261,7 @@ def start_mesh(
     from megatron.core import parallel_state
     from megatron.core import tensor_parallel as megatron_tp
 
-    timeout = timedelta(minutes=timeout_minutes)
-    _init_process_group(timeout)
+    join_processes(timeout_minutes)
     size = dist.get_world_size()
     if size % (tensor_parallel * pipeline_parallel):
         raise ConfigError(
@@ -245,16 +311,6 @@ def stop_mesh() -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-
-
-def _init_process_group(timeout: timedelta) -> None:
-    if dist.is_initialized():
-        return
-    if "RANK" not in os.environ:
-        _join_alone(timeout)
-        return
-    backend, device = _backend()
-    dist.init_process_group(backend, timeout=timeout, device_id=device)
 
 
 def _join_alone(timeout: timedelta) -> None:

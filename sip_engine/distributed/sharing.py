@@ -25,6 +25,12 @@ def share_out(groups: Sequence[Sequence[int]], sizes: Sequence[float], num_share
     return [sorted(share) for share in shares]
 
 
+def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Undo the split of a batch over the data axis, where place i was rank (i % ranks)'s."""
+    total = sum(len(share) for share in shares)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+
+
 def on_stages(mesh: Mesh, shares: Sequence[list[int]], ask: Callable[[list[int]], list[T]]) -> list[T]:
     """What `ask` returns for each stage's share of the numbers 0, 1, ..., in order of the numbers, on all stages.
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from sip_engine.config.schema import JudgeConfig
 from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.distributed.agreement import raised_together
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.distributed.sharing import interleave
 from sip_engine.evaluation.intervals import Estimate, estimates
 from sip_engine.monitoring.metrics import distinct_ngrams
 from sip_engine.policy.packing import PackedRows
@@ -40,7 +42,6 @@ COHERENCE = "coherence"
 FAULTLESS = "faultless"
 """1 for a text without any fault: a document is asked about whole, a continuation after its prefix."""
 NO_INTERVAL = "judge_failure_rate"
-_T = TypeVar("_T")
 
 
 class Scorer(Protocol):
@@ -117,18 +118,21 @@ def evaluate(
     texts: list[str] = []
     ids: list[np.ndarray] = []
     faultless = [measure is not None and _is_faultless(measure, s) for s in mine]
-    if mine:
-        for one, sound, (total, count) in zip(sums, faultless, held_out_losses(policy, mine), strict=True):
-            one.add("heldout_loss", total, count)
-            if sound:
-                one.add("heldout_loss_faultless", total, count)
-    if sampler is not None and mine:
-        texts, ids = _continue(sampler, mine, tokenizer)
-        others = texts if baseline is None else baseline[mesh.dp.rank :: mesh.dp.size]
-        assert judge is not None, "continuations are judged"
-        _judge(mesh, judge, mine, texts, others, sums)
-        if measure is not None:
-            _measure(measure, mine, texts, others, sums)
+    with raised_together(mesh):
+        if mine:
+            for one, sound, (total, count) in zip(
+                sums, faultless, held_out_losses(policy, mine), strict=True
+            ):
+                one.add("heldout_loss", total, count)
+                if sound:
+                    one.add("heldout_loss_faultless", total, count)
+        if sampler is not None and mine:
+            texts, ids = _continue(sampler, mine, tokenizer)
+            others = texts if baseline is None else baseline[mesh.dp.rank :: mesh.dp.size]
+            assert judge is not None, "continuations are judged"
+            _judge(mesh, judge, mine, texts, others, sums)
+            if measure is not None:
+                _measure(measure, mine, texts, others, sums)
     table = _table(interleave(mesh.gather_replicas([one.values for one in sums])))
     found = estimates(table)
     figures = {name: one.value for name, one in found.items()}
@@ -175,12 +179,6 @@ def diversity_beside(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str
 
 def _is_faultless(measure: Measure, sample: Sample) -> bool:
     return measure("", sample.prefix + sample.suffix).get(FAULTLESS) == 1.0
-
-
-def interleave(shares: Sequence[Sequence[_T]]) -> list[_T]:
-    """Undo the split of samples over the data axis."""
-    total = sum(len(share) for share in shares)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
 
 
 def _table(rows: Sequence[dict[str, tuple[float, float]]]) -> dict[str, np.ndarray]:

@@ -17,8 +17,10 @@ from sip_engine.llm.completion import SAID, one_line
 from sip_engine.llm.endpoint import Endpoint, EndpointError, Transient
 from sip_engine.llm.reply_cache import ReplyCache, request_key
 from sip_engine.types import Cost, Failure
-from sip_engine.utils.errors import DataError
+from sip_engine.utils import heartbeat
+from sip_engine.utils.errors import DataError, Stopped
 from sip_engine.utils.progress import console
+from sip_engine.utils.stopping import Stoppable, stop_requested, stops
 
 if TYPE_CHECKING:
     import openai
@@ -67,13 +69,14 @@ class _Pending(Generic[T]):
     cost: Cost = field(default_factory=Cost)
 
 
-class ChatClient:
+class ChatClient(Stoppable):
     """Asks one server, synchronously, in batches; holds no connection, thread or file between two batches.
 
     - At most `concurrency` requests at once; a request that waits to be retried keeps its place, so that an
       overloaded server gets less to do.
     - Retried, with exponential backoff and jitter or after the server's Retry-After: failed connections, no reply
       within `request_s`, and status 408, 409, 429 and 5xx.
+    - A server that has answered before and cannot be reached now is waited for until `batch_s` is over, with a line.
     - Until a server has answered once, a batch's first request goes alone, and 401, 403, 404, 405, a redirection
       or an unreachable server raise EndpointError. All other failures are those of one request.
     """
@@ -96,13 +99,17 @@ class ChatClient:
             ReplyCache(self._cache).close()
         self._lock = threading.Lock()
         self._stopped = False
+        self._gone = False
+        """A server that had answered cannot be reached now, and that was said."""
         self._batch: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        stops(self)
 
     def ask(self, chats: Sequence[Chat[T] | Echo[T]]) -> list[Reply[T] | Failure]:
         """One answer or failure a request, in order; equal requests are sent once.
 
         Raises:
             EndpointError: the server cannot be used; see the class.
+            Stopped: a signal asked the run to end.
             asyncio.CancelledError: `stop` was called.
         """
         queue: dict[str, _Pending[T]] = {}
@@ -117,7 +124,7 @@ class ChatClient:
             asked = [one for key, one in queue.items() if key not in known]
             results: dict[str, Reply[T] | Failure] = {**known}
             if asked:
-                _run(self._stoppable(self._ask_all(asked, cache, results)))
+                self._run(self._ask_all(asked, cache, results))
         if cache is not None and cache.failed:
             self._cache = None
         answers, seen = [], set()
@@ -136,6 +143,16 @@ class ChatClient:
             if self._batch is not None:
                 loop, task = self._batch
                 loop.call_soon_threadsafe(task.cancel)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            with heartbeat.waiting():  # no longer than batch_s
+                _run(self._stoppable(work))
+        except asyncio.CancelledError:
+            signum = stop_requested()
+            if signum is None:
+                raise
+            raise Stopped(signum) from None
 
     async def _stoppable(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.current_task()
@@ -228,6 +245,10 @@ class ChatClient:
         def enough(state: tenacity.RetryCallState) -> bool:
             pause = state.upcoming_sleep
             late = loop.time() + pause >= end or pause > max(_LONGEST_PAUSE_S, self._cfg.max_backoff_s)
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, Transient) and error.unreachable and self._endpoint.answered:
+                self._say_gone(error, end - loop.time())
+                return late
             return late or state.attempt_number > self._cfg.max_retries
 
         retrying = tenacity.AsyncRetrying(
@@ -260,9 +281,24 @@ class ChatClient:
         started, tokens = time.monotonic(), 0
         try:
             reply, tokens = await self._endpoint.send(session, pending.body)
+            if self._gone:
+                self._gone = False
+                console.print(
+                    f"{self._section}: {self._endpoint.url} answers again", soft_wrap=True, markup=False
+                )
             return reply
         finally:  # an attempt that fails, or is cut short, has cost a call and its time too
             pending.cost += Cost(1, tokens, time.monotonic() - started)
+
+    def _say_gone(self, error: Transient, left: float) -> None:
+        if not self._gone:
+            self._gone = True
+            console.print(
+                f"{self._section}: {self._endpoint.url} has answered before, now there is {error}; waiting for it, "
+                f"up to {max(left, 0):.0f} s (batch_s)",
+                soft_wrap=True,
+                markup=False,
+            )
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next attempt: what the server asked for, else exponential; jitter on both."""

@@ -13,6 +13,7 @@ from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.policy import UpdateStats
 from sip_engine.sampler.requests import Completion
 from sip_engine.types import Candidate, Choice, Kind, Sample, Verdict
+from sip_engine.utils import heartbeat
 
 
 class Means:
@@ -46,7 +47,8 @@ class Clock:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with heartbeat.phase(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 

@@ -6,14 +6,18 @@ import json
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from sip_engine.distributed.mesh import Mesh
+from sip_engine.distributed.sharing import interleave
 from sip_engine.monitoring.curves import LATEST_POOLS, Curves, short_floats
 from sip_engine.types import Candidate, Choice, Sample, Verdict
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import write_jsonl
 from sip_engine.utils.jsonl import read_jsonl
+from sip_engine.utils.progress import console
 
 METRICS = "metrics.jsonl"
 POOLS = "pools.jsonl"
@@ -27,7 +31,12 @@ class Records:
     number of steps between records of whole pools and of generations.
     """
 
-    def __init__(self, folder: Path, *, from_step: int, enabled: bool, pools_every: int = 1) -> None:
+    def __init__(
+        self, folder: Path, *, from_step: int, enabled: bool, pools_every: int = 1, mesh: Mesh | None = None
+    ) -> None:
+        """mesh: the processes whose shares the first one writes; None where there is one only."""
+        self._mesh = mesh
+        self._held: list[tuple[str, list[dict[str, Any]]]] = []
         self.curves = Curves()
         """Of every metric so far."""
         self.latest_pools: deque[dict[str, Any]] = deque(maxlen=LATEST_POOLS)
@@ -49,9 +58,7 @@ class Records:
         """One line a step; nested names use `/`. Values must be finite numbers."""
         self.curves.add(step, values)
         self._append(METRICS, {"step": step, **values})
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._draw(step, values)
 
     def pools(
         self,
@@ -61,17 +68,19 @@ class Records:
         verdicts: Sequence[Verdict],
         choices: Sequence[Choice | None],
     ) -> None:
-        """A step's pools (of this process' share): prefix, candidates with scores and reward, comparisons, choice.
+        """A step's pools, those of this process' share: prefix, candidates with scores and reward, pairs, choice.
 
-        `verdicts` is empty where nothing was judged. `step` counts the updates made before it.
+        `verdicts` is empty where nothing was judged. `step` counts the updates made before it. They are written by
+        `share`, in the order of the batch; where one process holds all of them, at once.
         """
-        if step % self._pools_every or not self._files:
+        if step % self._pools_every:
             return
         judged = verdicts or [None] * len(samples)
-        for sample, pool, verdict, choice in zip(samples, pools, judged, choices, strict=True):
-            entry = {"step": step + 1, **_pool_entry(sample, pool, verdict, choice)}
-            self.latest_pools.append(short_floats(entry))
-            self._append(POOLS, entry)
+        entries = [
+            {"step": step + 1, **_pool_entry(sample, pool, verdict, choice)}
+            for sample, pool, verdict, choice in zip(samples, pools, judged, choices, strict=True)
+        ]
+        self._hold(POOLS, entries)
 
     def generations(
         self,
@@ -80,23 +89,63 @@ class Records:
         replies: Sequence[Sequence[str | None]],
         rewards: Sequence[Sequence[float | None]],
     ) -> None:
-        """A step's prompts (of this process' share), their generations and the rewards of these."""
-        if step % self._pools_every or not self._files:
+        """A step's prompts, those of this process' share, their generations and rewards; called as `pools`."""
+        if step % self._pools_every:
             return
+        entries = []
         for sample, texts, values in zip(samples, replies, rewards, strict=True):
             graded = [{"text": t, "reward": v} for t, v in zip(texts, values, strict=True)]
             entry = {"document": sample.document, "prompt": sample.prefix, "answer": sample.suffix}
-            self._append(GENERATIONS, {"step": step + 1, **entry, "generations": graded})
+            entries.append({"step": step + 1, **entry, "generations": graded})
+        self._hold(GENERATIONS, entries)
+
+    def share(self) -> None:
+        """Have the first process write what all hold of pools and generations. A collective of the world."""
+        held, self._held = self._held, []
+        for name, entries in held:
+            shares = [entries] if self._mesh is None else self._mesh.replicas_to_main(entries)
+            for entry in interleave(shares) if shares and self._files else ():
+                if name == POOLS:
+                    self.latest_pools.append(short_floats(entry))
+                self._append(name, entry)
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # a line that could not be written has been said to be so
+                file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
+
+    def _hold(self, name: str, entries: list[dict[str, Any]]) -> None:
+        self._held.append((name, entries))
+        if self._mesh is None or self._mesh.dp.size == 1:
+            self.share()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        if name in self._files:
+        """Raises DataError: it cannot be written; what was written before stays, cut at the last whole line."""
+        if name not in self._files:
+            return
+        try:
             self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise DataError(
+                f"{self._files[name].name}: cannot be written ({error.strerror}); free space there, then run the "
+                "same command again: it goes on from the newest checkpoint"
+            ) from None
+
+    def _draw(self, step: int, values: Mapping[str, float]) -> None:
+        """TensorBoard shows what metrics.jsonl holds: a run goes on without it."""
+        if self._board is None:
+            return
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._board = None
+            console.print(
+                f"tensorboard: cannot be written ({error.strerror}); going on without it", soft_wrap=True
+            )
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -20,20 +20,31 @@ class Thresholds:
         """Take note of a step's verdicts on this process."""
         self._failure = next((reason for verdict in verdicts for reason in verdict.failures), "")
 
-    def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Stop a run whose figures, equal on all processes, are beyond a limit.
+    def check_judge(self, step: int, means: Mapping[str, float]) -> None:
+        """Stop a run whose judge fails too often; `means` are equal on all processes.
 
         Raises:
-            ThresholdError: on every process alike, naming the figure, its limit and the setting.
+            ThresholdError: on every process alike, before the update, so that the run can be saved as it is.
         """
-        limits = (
-            ("judge/failure_rate", self._judge, "judge.max_failure_rate", self._failure),
-            ("drift/mean", self._drift, "max_drift", ""),
-        )
-        for name, limit, setting, cause in limits:
-            if metrics.get(name, 0.0) > limit:
-                reason = f" ({cause})" if cause else ""
-                raise ThresholdError(
-                    f"step {step}: {name} is {metrics[name]:.4g}, above {setting}={limit}{reason}; "
-                    "the newest checkpoint, if there is one, is from before; find the cause or raise the limit"
-                )
+        self._check(step, "judge/failure_rate", means, self._judge, "judge.max_failure_rate")
+
+    def check_drift(self, step: int, sums: Mapping[str, float]) -> None:
+        """Stop a run whose sampler and trainer disagree by the sums of an update that is not yet made.
+
+        Raises:
+            ThresholdError: as `check_judge`.
+        """
+        if sums.get("drift_tokens"):
+            means = {"drift/mean": sums["drift_sum"] / sums["drift_tokens"]}
+            self._check(step, "drift/mean", means, self._drift, "max_drift")
+
+    def _check(self, step: int, name: str, means: Mapping[str, float], limit: float, setting: str) -> None:
+        value = means.get(name, 0.0)
+        if value > limit:
+            cause = f" ({self._failure})" if self._failure and setting.startswith("judge") else ""
+            error = ThresholdError(
+                f"step {step}: {name} is {value:.4g}, above {setting}={limit}{cause}; the step was not made; find "
+                "the cause or raise the limit"
+            )
+            error.resumable = True
+            raise error

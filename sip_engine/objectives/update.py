@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -19,13 +19,18 @@ _STAND_IN = Row(np.zeros(1, np.int32), (np.zeros(1, np.int32),))
 
 
 def update(
-    policy: Policy, reference: Reference | None, rows: Sequence[Row], objective: Objective
+    policy: Policy,
+    reference: Reference | None,
+    rows: Sequence[Row],
+    objective: Objective,
+    check: Callable[[Mapping[str, float]], None] = lambda sums: None,
 ) -> UpdateStats:
     """Make one optimizer step on this process' rows; without any on all processes, nothing is updated.
 
     `sums` and `maxima` of the result hold what the objective logs and, of sampled tokens, `drift_sum`,
     `drift_tokens` and `drift_max`: |trainer - sampler| log-prob, nats. Documents' own suffixes in the rows add their
-    term to the objective's loss (`objectives.document_term`).
+    term to the objective's loss (`objectives.document_term`). `check` sees the sums
+    before the step is made.
 
     Raises:
         NonFiniteError: before anything is updated, on every process.
@@ -47,7 +52,7 @@ def update(
             found = _with_drift(found, own.detach(), seen.sampled)
         return found if kept is None else add_document_term(found, log_probs, packed)
 
-    return policy.update(batches, loss, documents_of(rows))
+    return policy.update(batches, loss, documents_of(rows), check)
 
 
 def _with_drift(found: LossSums, log_probs: Tensor, sampled: Tensor) -> LossSums:

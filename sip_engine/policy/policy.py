@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.packing import PackedRows, pack_rows, split_by_tokens
 from sip_engine.policy.precision import FP8_MULTIPLE, parameter_dtype
 from sip_engine.policy.rows import LossSums, Row
+from sip_engine.utils import heartbeat
 from sip_engine.utils.errors import NonFiniteError
 
 MicroBatchLoss = Callable[[Tensor, PackedRows, int], LossSums]
@@ -76,7 +78,9 @@ class Policy:
             self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), [self.ddp])
             fill_adam_state(self.optimizer)
             self.scheduler = _scheduler(self.optimizer, cfg.optimizer, cfg.steps)
-        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.alone_until = 0.0
+        """When (`time.perf_counter`) the part of the last update ended that this process makes by itself."""
+        self.model.config.finalize_model_grads_func = self._finalize
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         if cfg.parallel.overlap:
             self.model.config.no_sync_func = self.ddp.no_sync
@@ -90,8 +94,18 @@ class Policy:
         groups = split_by_tokens([row.num_tokens for row in rows], self.micro_batch_tokens)
         return [pack_rows([rows[i] for i in group], self.mesh.device, multiple=multiple) for group in groups]
 
-    def update(self, batches: Sequence[PackedRows], loss: MicroBatchLoss, documents: str) -> UpdateStats:
+    def update(
+        self,
+        batches: Sequence[PackedRows],
+        loss: MicroBatchLoss,
+        documents: str,
+        check: Callable[[Mapping[str, float]], None] = lambda sums: None,
+    ) -> UpdateStats:
         """One optimizer step on this process' micro-batches (at least one on every process).
+
+        Args:
+            check: Called on every process with the sums over all, before anything is updated; what it raises is
+                raised.
 
         Raises:
             NonFiniteError: loss or gradient is not finite on some process; raised on every process before
@@ -105,6 +119,7 @@ class Policy:
                 f"loss {totals.loss} or a gradient is not finite on documents {documents}: the update was not made; "
                 "lower optimizer.lr or inspect these documents"
             )
+        check(totals.sums)
         grad_norm = 0.0
         with megatron_device():
             self.scheduler.step(1)
@@ -147,6 +162,7 @@ class Policy:
 
         def forward_step(data: Iterator[tuple[int, PackedRows]], model: Any) -> tuple[Tensor, Any]:
             number, rows = next(data)
+            heartbeat.tick()
 
             def loss_func(log_probs: Tensor) -> tuple[Tensor, Tensor, LossSums]:
                 found = loss(log_probs, rows, number)
@@ -163,6 +179,10 @@ class Policy:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._over_replicas(self.forward_backward(batches, loss))
+
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        self.alone_until = time.perf_counter()
+        finalize_model_grads(*args, **kwargs)
 
     def _over_replicas(self, found: Sequence[LossSums]) -> _Totals:
         """Totals over micro-batches and the data axis; the other pipeline stages learn them from the last one."""

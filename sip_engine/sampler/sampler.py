@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sip_engine.config.schema import SamplerConfig
+from sip_engine.distributed.agreement import stop_between
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.kernels._impl import uses_triton
 from sip_engine.policy.weights import PolicyWeights
@@ -29,6 +30,7 @@ from sip_engine.sampler.requests import (
 )
 from sip_engine.sampler.step import DecodeSteps
 from sip_engine.sampler.wave import Wave
+from sip_engine.utils import heartbeat
 from sip_engine.utils.errors import NonFiniteError
 
 AUTO_SHARE, AUTO_MB_ON_CPU = 0.8, 1024
@@ -92,6 +94,7 @@ class Sampler:
         Raises:
             RequestError: a request or a parameter breaks a rule; nothing has been allocated then.
             NonFiniteError: the policy gave logits that are not finite.
+            Stopped: a signal asked the run to end; on every process of the replica, between two bundles.
         """
         self.check(requests, params)
         if (
@@ -118,6 +121,8 @@ class Sampler:
             done = self._complete([requests[i] for i in chosen], params)
             for index, completions in zip(chosen, done, strict=True):
                 results[index] = completions
+            heartbeat.tick()
+            stop_between(self.mesh)
         return results
 
     def check(self, requests: Sequence[Request], params: SamplingParams) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sip_engine.evaluation.held_out import Evaluation, held_out_losses, interleave
+from sip_engine.distributed.agreement import raised_together
+from sip_engine.distributed.sharing import interleave
+from sip_engine.evaluation.held_out import Evaluation, held_out_losses
 from sip_engine.monitoring.metrics import Means
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.rows import Row
@@ -30,30 +32,31 @@ def evaluate_task(
     mine = samples[mesh.dp.rank :: mesh.dp.size]
     replied = reply is not None and any(sample.labels is None for sample in samples)
     texts = [""] * len(mine) if replied else []
-    if mine:
-        for total, count in held_out_losses(policy, mine):
-            means.add("heldout_loss", total, count)
-    labelled = [sample for sample in mine if sample.labels is not None]
-    if labelled:
-        options = np.unique(np.concatenate([s.labels.ids for s in samples if s.labels is not None]))
-        for label, right in _labels_hit(policy, labelled, options):
-            means.add("label_accuracy", right)
-            means.add(f"label_accuracy/{label}", right)
-    places = [place for place, sample in enumerate(mine) if sample.labels is None]
-    prompts = [mine[place] for place in places]
-    if prompts and reply is not None:
-        _, replies = reply(prompts)
-        graded = grader.grade(prompts, replies, seed=seed)
-        written = [text for (text,) in replies]
-        figures = grader.figures(prompts, written, seed=seed)
-        for place, text, (reward,), found in zip(places, written, graded, figures, strict=True):
-            texts[place] = text or ""
-            means.add("finished", float(text is not None))
-            means.add("judge_failure_rate", float(reward is None))
-            if reward is not None:
-                means.add("reward", reward)
-            for name, value in found.items():
-                means.add(name, value)
+    with raised_together(mesh):
+        if mine:
+            for total, count in held_out_losses(policy, mine):
+                means.add("heldout_loss", total, count)
+        labelled = [sample for sample in mine if sample.labels is not None]
+        if labelled:
+            options = np.unique(np.concatenate([s.labels.ids for s in samples if s.labels is not None]))
+            for label, right in _labels_hit(policy, labelled, options):
+                means.add("label_accuracy", right)
+                means.add(f"label_accuracy/{label}", right)
+        places = [place for place, sample in enumerate(mine) if sample.labels is None]
+        prompts = [mine[place] for place in places]
+        if prompts and reply is not None:
+            _, replies = reply(prompts)
+            graded = grader.grade(prompts, replies, seed=seed)
+            written = [text for (text,) in replies]
+            figures = grader.figures(prompts, written, seed=seed)
+            for place, text, (reward,), found in zip(places, written, graded, figures, strict=True):
+                texts[place] = text or ""
+                means.add("finished", float(text is not None))
+                means.add("judge_failure_rate", float(reward is None))
+                if reward is not None:
+                    means.add("reward", reward)
+                for name, value in found.items():
+                    means.add(name, value)
     return Evaluation(means.over(mesh), interleave(mesh.gather_replicas(texts)))
 
 

@@ -1,0 +1,96 @@
+"""The one place that injects faults into a run: by the environment, into a `sip` command of its own process.
+
+    SIP_FAULT="at=update step=2 rank=1 do=SIGSTOP"        several, with semicolons
+    at     phase whose beginning it is: start, data, generate, judge, update, save, evaluation, between (two steps)
+    step   the step being made, from 1; any without it
+    rank   any without it
+    do     a signal's name; "hang" (the main thread never comes back); "slow=S" (S seconds, every time); "raise"
+
+`python inject.py COMMAND ...` is `sip COMMAND ...` with the faults. Where SIP_STORE is set, the processes meet in
+that file rather than at a port.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Fault:
+    at: str
+    do: str
+    step: int | None = None
+    rank: int | None = None
+    done: bool = field(default=False)
+
+    def fits(self, phase: str, step: int, rank: int) -> bool:
+        return (
+            not self.done
+            and self.at == phase.split()[0]
+            and self.step in (None, step)
+            and self.rank in (None, rank)
+        )
+
+    def strike(self) -> None:
+        if self.do.startswith("slow="):
+            time.sleep(float(self.do.removeprefix("slow=")))
+            return
+        self.done = True
+        if self.do == "hang":
+            while True:
+                threading.Event().wait(3600)
+        elif self.do == "raise":
+            raise ValueError("injected")
+        else:
+            os.kill(os.getpid(), signal.Signals[self.do])
+
+
+def parse(text: str) -> list[Fault]:
+    """The faults that an environment variable asks for."""
+    faults = []
+    for part in filter(None, (one.strip() for one in text.split(";"))):
+        values = dict(word.split("=", 1) for word in part.split())
+        numbers = {name: int(values.pop(name)) for name in ("step", "rank") if name in values}
+        faults.append(Fault(**values, **numbers))
+    return faults
+
+
+def install(faults: list[Fault], rank: int) -> None:
+    """Have them strike where the run says that it enters a phase."""
+    from sip_engine.utils import heartbeat
+
+    enter = heartbeat.enter
+
+    def entering(phase: str, step: int | None = None) -> None:
+        enter(phase, step)
+        for fault in faults:
+            if threading.current_thread() is threading.main_thread() and fault.fits(
+                phase, heartbeat.position().step, rank
+            ):
+                fault.strike()
+
+    heartbeat.enter = entering
+
+
+def main() -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    install(parse(os.environ.get("SIP_FAULT", "")), rank)
+    store = os.environ.get("SIP_STORE")
+    if store:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        size = int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    from sip_engine.cli import main as sip
+
+    sip()
+
+
+if __name__ == "__main__":
+    main()
