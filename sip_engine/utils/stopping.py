@@ -76,7 +76,8 @@ def catch_signals(grace_s: float) -> Iterator[None]:
     """Within it, SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C raise `Stopped`, at once or, inside `deferred`, where it says.
 
     Args:
-        grace_s: Seconds from the first signal to the end of the process, whatever it is doing then.
+        grace_s: Seconds from the first signal to the end of the process, whatever it is doing then. After a signal,
+            further ones end the process with the first one's code, also outside of the context.
     """
     global _grace_s, _requested, _listening, _acknowledged
     if threading.current_thread() is not threading.main_thread():
@@ -97,7 +98,8 @@ def catch_signals(grace_s: float) -> Iterator[None]:
         _listening = False
         signal.set_wakeup_fd(fd_before)
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            # A launcher passes signals on, late too: they must not change the code that this process leaves with.
+            signal.signal(signum, handler if _requested is None else _leave_silently)
         teller.close()
         thread.join(1.0)
         listener.close()
@@ -127,6 +129,11 @@ def _raise_unless_deferred(signum: int, frame: FrameType | None) -> None:
     if not _deferred and not _acknowledged:
         _acknowledged = True
         raise Stopped(signum)
+
+
+def _leave_silently(signum: int, frame: FrameType | None) -> None:
+    del frame
+    os._exit(exit_code_of(_requested or signum))
 
 
 def _listen(listener: socket.socket) -> None:

@@ -41,6 +41,7 @@ class Fault:
             return
         self.done = True
         if self.do == "hang":
+            print("hanging", file=sys.stderr, flush=True)
             while True:
                 threading.Event().wait(3600)
         elif self.do == "raise":

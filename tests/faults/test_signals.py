@@ -133,8 +133,8 @@ def test_a_second_signal_ends_at_once_and_a_deadline_holds(tmp_path: Path) -> No
     assert ended.code == 75 and "step 2, update did not end within faults.grace_s=2" in ended.said
     (process,) = start(tmp_path, fault="at=data step=1 do=hang")
     assert process.stdout is not None
-    line = process.stdout.readline()
-    assert "starting" in line
+    while "hanging" not in process.stdout.readline():
+        pass
     for _ in range(600):  # a signal within two seconds of the first is the same one, passed on
         if process.poll() is not None:
             break
@@ -178,8 +178,13 @@ def test_signals_raise_outside_a_run_and_wait_inside(monkeypatch: pytest.MonkeyP
     with pytest.raises(Stopped) as stopped, stopping.catch_signals(60.0):
         signal.raise_signal(signal.SIGHUP)
     assert not stopping._deferred
-    assert stopped.value.exit_code == 75 and signal.getsignal(signal.SIGTERM) is before
+    assert stopped.value.exit_code == 75 and signal.getsignal(signal.SIGTERM) is stopping._leave_silently
     monkeypatch.setattr(stopping, "_requested", None)
+    for signum in stopping.SIGNALS:
+        signal.signal(signum, before if signum != signal.SIGINT else signal.default_int_handler)
+    with stopping.catch_signals(60.0):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_every_exit_code_of_an_error_is_in_the_table(capfd: pytest.CaptureFixture[str]) -> None:
