@@ -98,6 +98,7 @@ def test_the_term_equals_plain_torch(kind: str, shapes: list, max_tokens: int, s
     values, frozen = -torch.rand(2, base, dtype=torch.float64, generator=torch.manual_seed(seed)) * 4
     values.requires_grad_()
     got = update(Given(values, max_tokens), Given(frozen), rows_of_choices(objective, batch), objective)  # type: ignore[arg-type]
+    assert isinstance(got, torch.Tensor)
     (got_grad,) = torch.autograd.grad(got, values)
 
     total, units = torch.zeros((), dtype=torch.float64), 0
