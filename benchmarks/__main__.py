@@ -10,6 +10,7 @@ BENCHMARKS = {
     "loop": "one whole step, rollouts and DPO, against generate and plain torch",
     "update": "each prefix computed once against once a suffix; a DPO step against transformers'",
     "logprob": "the log-prob head against torch and other libraries",
+    "checkpoint": "how long the training stands still for a checkpoint, written at once or beside it",
     "host_step": "host time of one decode step, of the compiled planner",
     "judge_schedules": "calls against choices: all pairs, pivot, tournament, with simulated judges",
     "heuristic_judge": "how often the heuristic judge prefers real text",
