@@ -143,7 +143,8 @@ class Policy:
             return LossSums(-log_probs.sum(), len(log_probs))
 
         totals = self._passes(self.micro_batches(rows), loss)
-        finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        largest = [torch.linalg.vector_norm(p.detach(), math.inf) for p in self.model.parameters()]
+        finite = math.isfinite(torch.stack(largest).sum(dtype=torch.float64).item())
         return self._is_finite(totals.loss) and not self.mesh.any(not finite)
 
     def score(self, batches: Sequence[PackedRows]) -> list[Tensor]:

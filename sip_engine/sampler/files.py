@@ -50,6 +50,8 @@ def generate_file(
         raise RequestError(f"n={n}: must be 1 or more")
     if kv_memory_mb < 1:
         raise RequestError(f"--kv-memory-mb {kv_memory_mb}: must be 1 or more")
+    if kv_memory_mb >= 2**31:
+        raise RequestError(f"--kv-memory-mb {kv_memory_mb}: no machine has so much; lower kv_memory_mb")
     check_writable(out)
     rows = _read_rows(prompts)
     policy = load_policy(checkpoint)

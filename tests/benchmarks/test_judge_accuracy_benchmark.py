@@ -80,7 +80,7 @@ def test_right_is_what_is_nearest_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("changes", "message", "code"),
     [
-        ({"--prompts": "none.jsonl"}, "none.jsonl: no such file", 3),
+        ({"--prompts": "none.jsonl"}, "none.jsonl: cannot be read", 3),
         ({"--out": "file/a.csv"}, "file is not a writable folder", 3),
         ({"--max-prefix-chars": "-5"}, "must be 1 or more", 2),
     ],

@@ -27,6 +27,8 @@ def test_every_example_parses_and_survives_a_round_trip(path: Path) -> None:
     values = read_toml(path)
     if "world" not in values:
         values.setdefault("data", {})["path"] = "somewhere"
+    if path.parent.name == "real":  # `sip real` fills in the judge that it has made
+        values.setdefault("judge", {}).setdefault("local", {})["checkpoint"] = "somewhere"
     cfg = parse_config(values, str(path))
     assert RunConfig.model_validate_json(cfg.model_dump_json()) == cfg
 

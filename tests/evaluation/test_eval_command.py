@@ -399,7 +399,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         (["imported", "--out", "out"], 2, "carries no settings"),
         ([run, "--out", "out", "--set", "xstest"], 2, "must be NAME=PATH"),
         ([run, "--out", "out", "--set", "xtest=x.csv"], 2, "--set xtest: no such set"),
-        ([run, "--out", "out", "--set", "xstest=x.csv"], 3, "x.csv:2: 3 columns"),
+        ([run, "--out", "out", "--set", "xstest=x.csv"], 3, "x.csv:2: not as many columns as the header"),
         ([run, "--out", "out", "--limit", "0"], 2, "--limit 0"),
         ([run, "--out", "out", "--max-new-tokens", "0"], 5, "max_new_tokens=0"),
         ([run, "--out", "out", "--tensor-parallel", "2"], 2, "1 processes cannot hold tensor_parallel=2"),

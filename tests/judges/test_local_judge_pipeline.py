@@ -110,7 +110,6 @@ def answer_on_ranks(folder: Path, checkpoint: str, layout: str) -> None:
     found = answers(mesh, checkpoint, parallel)
     view = mesh.without_pipeline()
     assert (view.pp.size, view.replica.size, view.tp) == (1, mesh.tp.size, mesh.tp)
-    assert view.sum([1.0]) == [mesh.size / mesh.tp.size]
     out = {"found": found, "reached": reached, "stage": mesh.pp.rank}
     (folder / f"answers-{mesh.rank}.json").write_text(json.dumps(out))
 

@@ -146,7 +146,9 @@ def _settings(plan: Plan, rows: Sequence[ArmRuns]) -> dict[str, Any]:
         "by_truth": [one for one in judged if one.cfg.judge.backend == "world"],
         "by_others": [(one, _who(one.cfg.judge)) for one in judged if one.cfg.judge.backend != "world"],
         "losses": losses if len({*losses.values()}) > 1 else {},
-        "reserved": sorted({one.cfg.sampler.kv_memory_mb for one in rows}, key=str),
+        "reserved": sorted(
+            {one.cfg.sampler.kv_memory_mb for one in rows}, key=lambda size: (isinstance(size, str), size)
+        ),
         "lengths": _counted(f"{one.cfg.steps:,} steps of {one.cfg.batch_size} prefixes" for one in rows),
         "worlds": _counted(
             f"{world.num_people} people, {world.train_documents:,} documents"
