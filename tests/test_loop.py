@@ -193,9 +193,13 @@ def test_two_processes_train_the_same_policy(single: Path, tmp_path: Path, paral
         for name, value in theirs.items():
             if not name.startswith("drift"):  # rounding only, so it is another one here
                 assert ours[name] == pytest.approx(value, abs=2e-4), f"{name} at step {theirs['step']}"
-    wanted = {(p["step"], p["document"], p["cut"]): p for p in pools(single)}
-    for pool in pools(tmp_path):  # with two data-parallel processes the first one's half
-        other = wanted[pool["step"], pool["document"], pool["cut"]]
+    recorded, wanted = pools(tmp_path), pools(single)  # of both processes, in the order of the batch
+    for pool, other in zip(recorded, wanted, strict=True):
+        assert (pool["step"], pool["document"], pool["cut"]) == (
+            other["step"],
+            other["document"],
+            other["cut"],
+        )
         assert (pool["chosen"], pool["rejected"]) == (other["chosen"], other["rejected"])
         assert [c["text"] for c in pool["candidates"]] == [c["text"] for c in other["candidates"]]
 

@@ -4,7 +4,8 @@
     at     phase whose beginning it is: start, data, generate, judge, update, save, evaluation, between (two steps)
     step   the step being made, from 1; any without it
     rank   any without it
-    do     a signal's name; "hang" (the main thread never comes back); "slow=S" (S seconds, every time); "raise"
+    do     a signal's name; "hang" (the main thread never comes back); "full" (no file can grow any more); "raise";
+           "slow=S" (S seconds, every time)
 
 `python inject.py COMMAND ...` is `sip COMMAND ...` with the faults. Where SIP_STORE is set, the processes meet in
 that file rather than at a port.
@@ -13,6 +14,7 @@ that file rather than at a port.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -45,6 +47,8 @@ class Fault:
             print("hanging", file=sys.stderr, flush=True)
             while True:
                 threading.Event().wait(3600)
+        elif self.do == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         elif self.do == "raise":
             raise ValueError("injected")
         else:

@@ -61,9 +61,17 @@ class Ended:
 
 
 def start(
-    folder: Path, *options: object, ranks: int = 1, fault: str = "", each: Sequence[Sequence[object]] = ()
+    folder: Path,
+    *options: object,
+    ranks: int = 1,
+    fault: str = "",
+    each: Sequence[Sequence[object]] = (),
+    port: int = 0,
 ) -> list[subprocess.Popen[str]]:
-    """`sip train` of CONFIG with options, on `ranks` gloo processes that meet in a file; `each` adds a rank's own."""
+    """`sip train` of CONFIG with options, on `ranks` gloo processes that meet in a file, or at a port if one is given.
+
+    each: further options of each rank.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "run.toml"
     config.write_text(CONFIG)
@@ -75,7 +83,10 @@ def start(
         environment = os.environ | {"SIP_FAULT": fault, "OMP_NUM_THREADS": "1"}
         if ranks > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            environment["SIP_STORE"] = str(store)
+            meeting = (
+                {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if port else {"SIP_STORE": str(store)}
+            )
+            environment |= meeting
         command = [sys.executable, "-P", str(INJECT), "train", str(config), "--out", str(folder / "run")]
         command += ["--data.cache", str(folder / "cache"), *map(str, options), *map(str, own)]
         processes.append(
