@@ -169,6 +169,13 @@ def train(
     if dry_run:
         typer.echo(cfg.model_dump_json(indent=2))
         return
+    from sip_engine.utils.stopping import catch_signals
+
+    with catch_signals(cfg.faults.grace_s):
+        _train(cfg)
+
+
+def _train(cfg: RunConfig) -> None:
     from sip_engine.distributed.mesh import start_mesh
     from sip_engine.monitoring.supervision import supervised
     from sip_engine.policy.precision import check_precision

@@ -157,10 +157,9 @@ class Watchdog:
             code = error.exit_code if isinstance(error, SipError) else getattr(error, "code", 1) or 1
         with suppress(Exception):
             self._beat(left=int(code), why=" ".join(str(error).split())[:300] if error else "")
-        if (
-            code and self._rank == 0 and self._size > 1
-        ):  # the store ends with this process: let the others read
-            time.sleep(3 * self._interval)
+        known = code == 0 or getattr(error, "resumable", False)  # all leave, and each knows why
+        if self._rank == 0 and self._size > 1 and not known:
+            time.sleep(3 * self._interval)  # the store may end with this process: let the others read
 
     def explain(self, error: BaseException) -> SipError | None:
         """Why a collective failed here: what became of another process; None where all of them are well.

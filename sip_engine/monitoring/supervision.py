@@ -1,4 +1,4 @@
-"""What stands around a training run on each process: signals, the watchdog, equal settings, and the crash bundle."""
+"""What stands around a training run on each process: the watchdog, equal settings, and the crash bundle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from sip_engine.utils import heartbeat
 from sip_engine.utils.crash import remove_crash, write_crash
 from sip_engine.utils.errors import SipError
 from sip_engine.utils.progress import console
-from sip_engine.utils.stopping import catch_signals
 
 
 @contextmanager
@@ -26,35 +25,33 @@ def supervised(cfg: RunConfig) -> Iterator[None]:
 
     Raises:
         ConfigError: the processes do not find each other, or were started with different settings.
-        Stopped: a signal asked the run to end.
         PeerError: another process is gone; where that is not noticed by a collective, the process is ended.
     """
     timeout_s = cfg.faults.timeout_s
     heartbeat.enter("start", 0)
-    with catch_signals(cfg.faults.grace_s):
-        join_processes(cfg.parallel.timeout_minutes, start_s=timeout_s)
-        check_same_settings(
-            {
-                **cfg.model_dump(mode="json"),
-                "out": str(cfg.out.absolute()),
-                "version of sip-engine": metadata.version("sip-engine"),
-                "version of torch": metadata.version("torch"),
-            }
-        )
-        rank = dist.get_rank()
-        if rank == 0:
-            remove_crash(cfg.out)
-        bundle = partial(write_crash, cfg.out, rank, key_names=cfg.key_names)
-        with Watchdog(timeout_s, on_end=bundle) as watchdog:
-            try:
-                yield
-            except SipError:
-                raise
-            except Exception as error:  # of a collective, where another process is gone; or our own mistake
-                found = watchdog.explain(error)
-                folder = bundle(str(found or error), error=error)
-                if found is not None:
-                    raise found from error
-                if folder is not None:
-                    console.print(f"rank {rank}: what is known of this crash is in {folder}", markup=False)
-                raise
+    join_processes(cfg.parallel.timeout_minutes, start_s=timeout_s)
+    check_same_settings(
+        {
+            **cfg.model_dump(mode="json"),
+            "out": str(cfg.out.absolute()),
+            "version of sip-engine": metadata.version("sip-engine"),
+            "version of torch": metadata.version("torch"),
+        }
+    )
+    rank = dist.get_rank()
+    if rank == 0:
+        remove_crash(cfg.out)
+    bundle = partial(write_crash, cfg.out, rank, key_names=cfg.key_names)
+    with Watchdog(timeout_s, on_end=bundle) as watchdog:
+        try:
+            yield
+        except SipError:
+            raise
+        except Exception as error:  # of a collective, where another process is gone; or our own mistake
+            found = watchdog.explain(error)
+            folder = bundle(str(found or error), error=error)
+            if found is not None:
+                raise found from error
+            if folder is not None:
+                console.print(f"rank {rank}: what is known of this crash is in {folder}", markup=False)
+            raise

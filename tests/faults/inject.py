@@ -60,8 +60,8 @@ def parse(text: str) -> list[Fault]:
     faults = []
     for part in filter(None, (one.strip() for one in text.split(";"))):
         values = dict(word.split("=", 1) for word in part.split())
-        numbers = {name: int(values.pop(name)) for name in ("step", "rank") if name in values}
-        faults.append(Fault(**values, **numbers))
+        step, rank = (int(values[name]) if name in values else None for name in ("step", "rank"))
+        faults.append(Fault(values["at"], values["do"], step, rank))
     return faults
 
 

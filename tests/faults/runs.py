@@ -68,7 +68,7 @@ def start(
     each: Sequence[Sequence[object]] = (),
     port: int = 0,
 ) -> list[subprocess.Popen[str]]:
-    """`sip train` of CONFIG with options, on `ranks` gloo processes that meet in a file, or at a port if one is given.
+    """`sip train` of CONFIG with options, on `ranks` gloo processes that meet in a file, or at `port`.
 
     each: further options of each rank.
     """

@@ -117,7 +117,7 @@ def test_a_crash_bundle_says_what_there_was_and_no_secret(
         raise ValueError("refused hf_another_one and sk-4711-secret")
     except ValueError as error:
         folder = write_crash(tmp_path, 0, str(error), error=error, key_names=["JUDGE_ACCESS"])
-    assert folder == tmp_path / "crash"
+    assert folder is not None and folder == tmp_path / "crash"
     names = {path.name: path.read_text() for path in folder.iterdir()}
     assert names.keys() == {"rank_0.txt", "versions.json", "config.json", "metrics.jsonl"}
     assert not any("sk-4711-secret" in text or "hf_another_one" in text for text in names.values())
