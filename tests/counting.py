@@ -136,7 +136,7 @@ def count(cfg: RunConfig, mesh: Mesh) -> Counted:
     sampled, kv_token, kv_read = _count_sampler(cfg, policy, mesh, vocab, rows)
     return Counted(
         weights=sum(p.nbytes for p in policy.model.parameters()),
-        gradients=sum(buffer.grad_data.nbytes for buffer in policy.ddp.buffers),
+        gradients=sum(buffer.grad_data.nbytes for buffer in policy.ddp.buffers),  # type: ignore[union-attr]
         optimizer=_optimizer_bytes(policy),
         reference=sum(p.nbytes for p in reference.model.parameters()),
         activations=max(live),
@@ -179,7 +179,7 @@ def _optimizer_bytes(policy: Policy) -> int:
     """Moments and master weights of the process; a parameter that is its own master is not counted again."""
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     total = 0
-    for part in policy.optimizer.chained_optimizers:
+    for part in policy.optimizer.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue]
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]

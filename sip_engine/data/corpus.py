@@ -254,7 +254,7 @@ def _sources(cfg: RunConfig, mesh: Mesh) -> tuple[list[_Wanted], Path | None]:
 def _world_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path]:
     """The synthetic world's documents, written where they are not yet."""
     world, spec = open_world(cfg), cfg.world
-    assert world is not None
+    assert world is not None and spec is not None
     numbers = (
         spec.seed,
         spec.num_people,

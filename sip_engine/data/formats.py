@@ -340,7 +340,8 @@ def _check_column(source: Source, columns: list[str]) -> None:
 
 def _unzstd(raw: IO[bytes]) -> IO[bytes]:
     # Windows up to the format's largest, which `zstd --long=31` makes; a file says how much it needs.
-    return zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: 31})
+    file: Any = zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: 31})
+    return file
 
 
 _DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {

@@ -121,7 +121,7 @@ class MixtureStream:
         return [samples[i] for i in range(len(positions))]
 
 
-def shares(weights: Sequence[float], total: int) -> np.ndarray:
+def shares(weights: Sequence[float] | np.ndarray, total: int) -> np.ndarray:
     """`total` shared out by weight, by largest remainders; one at least to each that has a weight."""
     exact = np.asarray(weights, dtype=np.float64)
     if not exact.sum() > 0:

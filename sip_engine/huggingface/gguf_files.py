@@ -59,7 +59,7 @@ def _convert(file: Path, folder: Path) -> None:
         )
     config = model.config
     if hasattr(config, "quantization_config"):  # the weights are no longer quantized
-        del config.quantization_config
+        delattr(config, "quantization_config")
     # Stored as float32: 9.999999747378752e-06 is 1e-05.
     config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
     plain = type(model)(config)

@@ -123,7 +123,7 @@ def load_hardware(name: str, *, gpus_per_node: int | None = None, measured: Path
         raise ConfigError(f"--gpus-per-node {gpus_per_node}: must be 1 or more")
     gpu = dict(gpus[name]) | ({} if gpus_per_node is None else {"gpus_per_node": gpus_per_node})
     sections = {"gpu": gpu, "shares": dict(table["shares"]), "overheads": dict(table["overheads"])}
-    found = _measurements(measured, gpu["machine"])
+    found = _measurements(measured, str(gpu["machine"]))
     for rate, value in found.items():
         home = next((section for section in sections.values() if rate in section and rate != "machine"), None)
         if home is None:

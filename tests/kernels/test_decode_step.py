@@ -28,9 +28,8 @@ def test_slots_are_those_of_the_last_tokens(impl: str, page_size: int) -> None:
         page = table[block] if 0 <= block < 3 else -1
         want.append(page * page_size + offset if page >= 0 else -1)
     assert -1 in want and max(want) > page_size
-    got = next_slots(
-        torch.from_numpy(tables).to(DEVICE), torch.from_numpy(lens).to(DEVICE), page_size, impl=impl
-    )  # type: ignore[arg-type]
+    rows, lengths = torch.from_numpy(tables).to(DEVICE), torch.from_numpy(lens).to(DEVICE)
+    got = next_slots(rows, lengths, page_size, impl=impl)  # type: ignore[arg-type]
     assert got.tolist() == want
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -25,12 +27,13 @@ def case(tokens: int, groups: int, share: int, dim: int, dtype: torch.dtype) -> 
     return tuple(x.to(DEVICE) for x in (mixed, angles.cos(), angles.sin(), positions, slots))
 
 
-def pages_like(groups: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def pages_like(groups: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (10, 4, groups, dim)
     if dtype == FP8:
-        return [
-            torch.full((10, 4, groups, dim), 0x11, dtype=torch.uint8, device=DEVICE).view(FP8) for _ in "kv"
-        ]
-    return [torch.full((10, 4, groups, dim), 7.0, dtype=dtype, device=DEVICE) for _ in "kv"]
+        one = torch.full(shape, 0x11, dtype=torch.uint8, device=DEVICE)
+        return one.view(FP8), one.clone().view(FP8)
+    one = torch.full(shape, 7.0, dtype=dtype, device=DEVICE)
+    return one, one.clone()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -68,7 +71,7 @@ def test_bits_are_those_of_the_separate_kernels(pages: torch.dtype) -> None:
     """Split, rotary and write_kv one after the other, in bfloat16."""
     mixed, cos, sin, positions, slots = case(9, 2, 2, 16, torch.bfloat16)
     scale = torch.tensor([0.01, 0.02], device=DEVICE) if pages == FP8 else None
-    scales = {"k_scale": scale, "v_scale": scale}
+    scales: dict[str, Any] = {"k_scale": scale, "v_scale": scale}
     fused, apart = pages_like(2, 16, pages), pages_like(2, 16, pages)
     q = store_qkv(mixed, cos, sin, positions, *fused, slots, impl="triton", **scales)
     want, k, v = split_qkv(mixed, 2, 16)

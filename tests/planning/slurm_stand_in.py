@@ -113,7 +113,11 @@ def _nvidia_smi(arguments: list[str], home: Path) -> int:
 
 
 def _srun(arguments: list[str], home: Path) -> int:
-    options = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
+    options: dict[str, str] = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, value = argument[2:].partition("=")
+            options[name] = value
     first = next(i for i, a in enumerate(arguments) if not a.startswith("--"))
     names = {"%x": os.environ["SLURM_JOB_NAME"], "%j": os.environ["SLURM_JOB_ID"]}
     (home / "tasks").mkdir(exist_ok=True)

@@ -95,7 +95,7 @@ def test_updates_equal_the_cpus(mesh: Mesh, kind: str) -> None:
 def test_adamw_is_fused_on_cuda(mesh: Mesh, cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its step counts are on the device, too; after loading a state as well."""
     called = []
-    fused = torch._fused_adamw_
+    fused = torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage]
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: called.append(1) or fused(*a, **k))
     monkeypatch.setenv("SIP_KERNELS", "reference")
     policy = Policy(settings(), VOCAB, start_mesh())
@@ -137,7 +137,7 @@ def test_the_process_group_has_a_timeout_a_device_and_gloo_for_objects(
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **rest: asked.update(rest, backend=backend)
     )
-    mesh_module._init_process_group(timedelta(minutes=7))
+    mesh_module._join_alone(timedelta(minutes=7))
     assert asked["backend"] == "cpu:gloo,cuda:nccl"
     assert asked["timeout"] == timedelta(minutes=7)
     assert asked["device_id"] == torch.device("cuda", 0)
