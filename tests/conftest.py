@@ -21,7 +21,11 @@ from command_line import sip  # noqa: F401  # a fixture of every test
 from hypothesis import settings
 
 from sip_engine.config.schema import ModelConfig, RunConfig
+from sip_engine.distributed import mesh as mesh_module
 from sip_engine.distributed.mesh import Mesh, start_mesh
+
+# Commands that run inside a test process leave the other tests' process group alone.
+mesh_module.stop_mesh = lambda: None
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("no-deadline", deadline=None)

@@ -85,7 +85,7 @@ EXIT_CODES: dict[int, str] = {
     5: "a generation or scoring request breaks a rule",
     6: "a loss, gradient or parameter is not finite",
     7: "a watched quantity crossed its limit; where the state before was good it is saved",
-    8: "another process of the run is gone, stopped or hangs",
+    8: "another process of the run is gone, stopped or hangs; or some runs of a reproduction failed",
     9: "a planned run does not fit its hardware",
     75: "preempted (SIGTERM, SIGHUP, SIGUSR1): saved; run the same command again",
     130: "interrupted (Ctrl-C): saved; the same command goes on",
