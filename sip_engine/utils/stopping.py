@@ -97,12 +97,12 @@ def catch_signals(grace_s: float) -> Iterator[None]:
     finally:
         _listening = False
         signal.set_wakeup_fd(fd_before)
+        teller.close()
+        thread.join(1.0)  # only then is it known whether a signal came
+        listener.close()
         for signum, handler in before.items():
             # A launcher passes signals on, late too: they must not change the code that this process leaves with.
             signal.signal(signum, handler if _requested is None else _leave_silently)
-        teller.close()
-        thread.join(1.0)
-        listener.close()
 
 
 @contextmanager

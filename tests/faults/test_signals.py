@@ -175,7 +175,7 @@ def test_signals_raise_outside_a_run_and_wait_inside(monkeypatch: pytest.MonkeyP
         signal.raise_signal(signal.SIGHUP)
     assert not stopping._deferred
     assert stopped.value.exit_code == 75 and signal.getsignal(signal.SIGTERM) is stopping._leave_silently
-    monkeypatch.setattr(stopping, "_requested", None)
+    stopping._requested = None  # for the tests after this one
     for signum in stopping.SIGNALS:
         signal.signal(signum, before if signum != signal.SIGINT else signal.default_int_handler)
     with stopping.catch_signals(60.0):

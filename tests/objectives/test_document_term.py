@@ -54,7 +54,7 @@ class Given:
     def score(self, batches: Sequence[PackedRows]) -> list[torch.Tensor]:
         return [self.values[batch.targets] for batch in batches]
 
-    def update(self, batches: Sequence[PackedRows], loss: Any, documents: str) -> torch.Tensor:
+    def update(self, batches: Sequence[PackedRows], loss: Any, documents: str, check: Any) -> torch.Tensor:
         found = [loss(self.values[b.targets], b, number) for number, b in enumerate(batches)]
         self.sums = {k: sum(part.sums.get(k, 0.0) for part in found) for part in found for k in part.sums}
         return torch.stack([part.loss for part in found]).sum() / sum(part.units for part in found)
