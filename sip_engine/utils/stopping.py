@@ -98,11 +98,12 @@ def catch_signals(grace_s: float) -> Iterator[None]:
         _listening = False
         signal.set_wakeup_fd(fd_before)
         teller.close()
-        thread.join(1.0)  # only then is it known whether a signal came
+        thread.join(1.0)
         listener.close()
+        ending = _acknowledged or _requested is not None  # the handler may know before the thread does
         for signum, handler in before.items():
             # A launcher passes signals on, late too: they must not change the code that this process leaves with.
-            signal.signal(signum, handler if _requested is None else _leave_silently)
+            signal.signal(signum, _leave_silently if ending else handler)
 
 
 @contextmanager
