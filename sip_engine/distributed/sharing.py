@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from sip_engine.distributed.mesh import Mesh
 from sip_engine.utils.errors import SipError
+
+if TYPE_CHECKING:
+    from sip_engine.distributed.mesh import Mesh
 
 T = TypeVar("T")
 

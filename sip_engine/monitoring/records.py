@@ -8,9 +8,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from sip_engine.distributed.mesh import Mesh
 from sip_engine.distributed.sharing import interleave
 from sip_engine.monitoring.curves import LATEST_POOLS, Curves, short_floats
 from sip_engine.types import Candidate, Choice, Sample, Verdict
@@ -18,6 +17,9 @@ from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import write_jsonl
 from sip_engine.utils.jsonl import read_jsonl
 from sip_engine.utils.progress import console
+
+if TYPE_CHECKING:
+    from sip_engine.distributed.mesh import Mesh
 
 METRICS = "metrics.jsonl"
 POOLS = "pools.jsonl"
