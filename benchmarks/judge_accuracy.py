@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.record import RESULTS, at_least, header, write_csv
-from sip_engine.config.schema import LocalModelConfig
+from sip_engine.config.judge import LocalModelConfig
 from sip_engine.data.prompts import prompt_records
 from sip_engine.distributed.mesh import start_mesh
 from sip_engine.evaluation.intervals import wilson

@@ -26,7 +26,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from benchmarks.record import RESULTS, at_least, header, write_csv
-from sip_engine.config.schema import LocalModelConfig
+from sip_engine.config.judge import LocalModelConfig
 from sip_engine.distributed.mesh import start_mesh
 from sip_engine.evaluation.intervals import wilson
 from sip_engine.judges.local import LocalJudge

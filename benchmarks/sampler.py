@@ -29,7 +29,8 @@ from benchmarks.record import (
     timed,
     write_csv,
 )
-from sip_engine.config.schema import ModelConfig, ParallelConfig, SamplerConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import ParallelConfig, SamplerConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.weights import num_parameters, weight_views

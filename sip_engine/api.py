@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sip_engine.config.model import ModelConfig
 from sip_engine.config.parse import parse_config
-from sip_engine.config.schema import ModelConfig, RunConfig, SamplerConfig
+from sip_engine.config.schema import RunConfig, SamplerConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.objectives.base import open_objective

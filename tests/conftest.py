@@ -20,7 +20,8 @@ import pytest
 from command_line import sip  # noqa: F401  # a fixture of every test
 from hypothesis import settings
 
-from sip_engine.config.schema import ModelConfig, RunConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import RunConfig
 from sip_engine.distributed import mesh as mesh_module
 from sip_engine.distributed.mesh import Mesh, start_mesh
 

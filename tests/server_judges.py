@@ -7,7 +7,7 @@ from typing import Any
 
 from fault_server import BAD, GOOD, FaultServer
 
-from sip_engine.config.schema import JudgeServerConfig
+from sip_engine.config.judge import JudgeServerConfig
 from sip_engine.judges.server import ServerJudge
 from sip_engine.types import (
     Failure,

@@ -131,7 +131,7 @@ def test_a_folder_with_brackets_in_its_name(mesh: Mesh, tmp_path: Path, capfd: p
 @pytest.mark.parametrize("part", ["stream", "config", "elapsed"])
 @pytest.mark.parametrize("value", [None, [], "x", {"position": "3"}, -1])
 def test_odd_types_in_the_runs_state_are_one_line(part: str, value: Any) -> None:
-    from sip_engine.config.schema import ModelConfig
+    from sip_engine.config.model import ModelConfig
     from sip_engine.policy.checkpoint import CheckpointState
     from sip_engine.run import _run_state
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sip_engine.config.schema import CandidateStage, DataSource, RunConfig, Section, WorldConfig
+from sip_engine.config.data import DataSource, WorldConfig
+from sip_engine.config.schema import CandidateStage, RunConfig, Section
 from sip_engine.utils.errors import ConfigError
 
 Merge = Callable[[dict[str, Any], dict[str, Any], Path, Path], dict[str, Any]]

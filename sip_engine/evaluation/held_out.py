@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from sip_engine.config.schema import JudgeConfig
+from sip_engine.config.judge import JudgeConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.agreement import raised_together
 from sip_engine.distributed.mesh import Mesh

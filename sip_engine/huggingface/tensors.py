@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from sip_engine.config.schema import ModelConfig
+from sip_engine.config.model import ModelConfig
 from sip_engine.policy.weights import LayerWeights, PolicyWeights
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Protocol, TypeVar, runtime_checkable
 
-from sip_engine.config.schema import JudgeConfig
+from sip_engine.config.judge import JudgeConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.distributed.sharing import on_leader
 from sip_engine.judges.distributed import ReplicaJudge

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sip_engine.config.schema import JudgeConfig
+from sip_engine.config.judge import JudgeConfig
 from sip_engine.judges.schedules.base import Schedule
 from sip_engine.judges.schedules.open import make_schedule
 from sip_engine.types import (

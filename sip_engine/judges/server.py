@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from sip_engine.config.schema import JudgeServerConfig, RunConfig
+from sip_engine.config.judge import JudgeServerConfig
+from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.mutual_information import (

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from sip_engine.config.schema import ServerConfig
+from sip_engine.config.judge import ServerConfig
 from sip_engine.llm.completion import SAID, one_line
 from sip_engine.llm.endpoint import Endpoint, EndpointError, Transient
 from sip_engine.llm.reply_cache import ReplyCache, request_key

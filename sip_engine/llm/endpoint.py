@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from sip_engine.config.schema import ServerConfig
+from sip_engine.config.judge import ServerConfig
 from sip_engine.llm.completion import one_line, read_completion, read_echo, server_words
 from sip_engine.types import Failure
 from sip_engine.utils.errors import ConfigError

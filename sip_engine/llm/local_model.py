@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sip_engine.config.schema import LocalModelConfig, SamplerConfig
+from sip_engine.config.judge import LocalModelConfig
+from sip_engine.config.schema import SamplerConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.checkpoint import resolve_checkpoint
 from sip_engine.sampler.frozen import FrozenPolicy, encode_prompt

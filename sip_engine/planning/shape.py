@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sip_engine.config.schema import ModelConfig, ParallelConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sip_engine.config.judge import JudgeConfig
 from sip_engine.config.objective import LearnsFrom
-from sip_engine.config.schema import JudgeConfig, RunConfig
+from sip_engine.config.schema import RunConfig
 from sip_engine.utils.errors import ConfigError
 
 REPLY_TOKENS = {"reasoned": 200, "direct": 8, "compact": 1}

@@ -22,7 +22,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sip_engine.config.schema import ModelConfig
+from sip_engine.config.model import ModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import Mesh

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from sip_engine.config.schema import ModelConfig
+from sip_engine.config.model import ModelConfig
 from sip_engine.policy.checkpoint_files import verify
 from sip_engine.utils.errors import CheckpointError
 from sip_engine.utils.files import write_json

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sip_engine.config.schema import ModelConfig
+from sip_engine.config.model import ModelConfig
 from sip_engine.utils.errors import CheckpointError, ConfigError
 
 OWN = ("precision", "fp8", "init_std")

@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from sip_engine.config.schema import ModelConfig, ParallelConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import ParallelConfig
 from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import Axis, Mesh
 from sip_engine.kernels.logprob_head import logprob_head

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from sip_engine.config.schema import ModelConfig, ParallelConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import ParallelConfig
 from sip_engine.kernels._impl import SETTINGS, SWITCH
 from sip_engine.kernels.shared_prefix_attention import MAX_HEAD_DIM
 from sip_engine.utils.errors import ConfigError

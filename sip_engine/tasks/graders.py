@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-from sip_engine.config.schema import JudgeVotes
+from sip_engine.config.judge import JudgeVotes
 from sip_engine.judges.rewards import ask_votes, combine_votes
 from sip_engine.types import Failure, Judge, PairQuestion, Question, SafetyQuestion, Sample
 

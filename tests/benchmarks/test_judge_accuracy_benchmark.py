@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import judge_accuracy
 from benchmarks.judge_accuracy import known_answers, measure, question_of
-from sip_engine.config.schema import LocalModelConfig
+from sip_engine.config.judge import LocalModelConfig
 from sip_engine.llm.compact_prompts import compact_prompt, reading_prompt
 from sip_engine.types import Cost, FactualityQuestion, Failure, PairQuestion, Question, SafetyQuestion, Score
 from sip_engine.utils.errors import DataError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sip_engine.config.schema import JudgeConfig
+from sip_engine.config.judge import JudgeConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.held_out import diversity, diversity_beside, evaluate, interleave
 from sip_engine.evaluation.intervals import wilson

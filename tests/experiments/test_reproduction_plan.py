@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sip_engine.config.model import ModelConfig
 from sip_engine.config.parse import changed_settings
-from sip_engine.config.schema import ModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.experiments.reproduction.plan import (
     arm_config,

@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world_runs import run_config
 
-from sip_engine.config.schema import ModelConfig, ParallelConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import Mesh

@@ -13,7 +13,7 @@ import torch
 from huggingface_models import PIECES, TEXTS, write_byte_level, write_model
 from safetensors.torch import load_file, save_file
 
-from sip_engine.config.schema import ModelConfig
+from sip_engine.config.model import ModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.huggingface.exporting import export_model

@@ -10,7 +10,7 @@ import pytest
 from huggingface_models import write_byte_level, write_model
 from transformers import AutoTokenizer
 
-from sip_engine.config.schema import LocalModelConfig
+from sip_engine.config.judge import LocalModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.huggingface.importing import import_model

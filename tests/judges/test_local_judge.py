@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from llama import llama_of
 
 from benchmarks.injection_texts import INJECTIONS
-from sip_engine.config.schema import LocalModelConfig, ParallelConfig
+from sip_engine.config.judge import LocalModelConfig
+from sip_engine.config.schema import ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.local import LocalJudge

@@ -14,8 +14,9 @@ from conftest import SMALL_MODEL, small_run
 from fault_server import FaultServer
 from llama import llama_of
 
+from sip_engine.config.judge import JudgeServerConfig, LocalModelConfig
 from sip_engine.config.parse import parse_config
-from sip_engine.config.schema import JudgeServerConfig, LocalModelConfig, ParallelConfig
+from sip_engine.config.schema import ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.local import LocalJudge

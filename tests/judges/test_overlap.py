@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from world_runs import metrics, pools, run_config
 
-from sip_engine.config.schema import JudgeConfig, JudgeServerConfig, ObjectiveConfig, RunConfig
+from sip_engine.config.judge import JudgeConfig, JudgeServerConfig
+from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.judges.distributed import ReplicaJudge
 from sip_engine.judges.overlap import OverlappedJudge, split

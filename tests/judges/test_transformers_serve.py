@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import SMALL_MODEL
 
+from sip_engine.config.judge import JudgeServerConfig, LocalModelConfig
 from sip_engine.config.parse import parse_config
-from sip_engine.config.schema import JudgeServerConfig, LocalModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.huggingface.exporting import export_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sip_engine.config.schema import JudgeConfig, RewardWeights
+from sip_engine.config.judge import JudgeConfig, RewardWeights
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.rewards import judge_pools
 from sip_engine.monitoring.metrics import Means, pool_means

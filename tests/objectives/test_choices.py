@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sip_engine.config.schema import JudgeConfig, JudgeVotes, ObjectiveConfig, RewardWeights
+from sip_engine.config.judge import JudgeConfig, JudgeVotes, RewardWeights
+from sip_engine.config.schema import ObjectiveConfig
 from sip_engine.judges.rewards import ask_votes, combine_votes, judge_pools
 from sip_engine.objectives.base import open_objective
 from sip_engine.types import (

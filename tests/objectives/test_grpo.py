@@ -16,8 +16,9 @@ from llama import llama_logprobs, llama_of
 from ranks import run_ranks
 from world_runs import metrics
 
+from sip_engine.config.judge import JudgeVotes
 from sip_engine.config.parse import parse_config
-from sip_engine.config.schema import JudgeVotes, ObjectiveConfig, RunConfig
+from sip_engine.config.schema import ObjectiveConfig, RunConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.evaluation.command import evaluate_checkpoint, recorded_settings

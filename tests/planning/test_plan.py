@@ -12,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sip_engine.cli import app, main
-from sip_engine.config.schema import JudgeConfig, ModelConfig, ParallelConfig, RunConfig
+from sip_engine.config.judge import JudgeConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import ParallelConfig, RunConfig
 from sip_engine.judges.schedules.open import make_schedule
 from sip_engine.judges.schedules.tournament import tournament_budget
 from sip_engine.planning import work

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from llama import llama_logprobs, llama_of
 from made_choices import VOCAB, choices, random_ids
 
-from sip_engine.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import ObjectiveConfig, ParallelConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.objectives.base import open_objective
 from sip_engine.objectives.update import update

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import SMALL_MODEL
 
-from sip_engine.config.schema import ModelConfig, ParallelConfig
+from sip_engine.config.model import ModelConfig
+from sip_engine.config.schema import ParallelConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy import precision
 from sip_engine.policy.checkpoint import sharded_model

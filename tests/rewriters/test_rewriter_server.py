@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from world_runs import run_config
 
 from benchmarks.injection_texts import INJECTIONS
-from sip_engine.config.schema import ServerConfig
+from sip_engine.config.judge import ServerConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.llm.endpoint import EndpointError
 from sip_engine.llm.untrusted import has_hidden, neutral

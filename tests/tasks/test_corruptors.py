@@ -13,7 +13,8 @@ from label_settings import config
 
 from benchmarks.injection_texts import INJECTIONS
 from sip_engine import cli
-from sip_engine.config.schema import RunConfig, ServerConfig
+from sip_engine.config.judge import ServerConfig
+from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.llm.endpoint import EndpointError

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sip_engine.config.schema import JudgeConfig
+from sip_engine.config.judge import JudgeConfig
 from sip_engine.judges.rewards import judge_pools
 from sip_engine.types import (
     Candidate,

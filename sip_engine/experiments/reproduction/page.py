@@ -23,8 +23,8 @@ from markupsafe import Markup
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from pydantic import ValidationError
 
+from sip_engine.config.judge import JudgeConfig, RewriterConfig
 from sip_engine.config.parse import changed_settings
-from sip_engine.config.schema import JudgeConfig, RewriterConfig
 from sip_engine.experiments.reproduction.plan import Arm, Plan, arm_config, arm_recipe, run_folder
 from sip_engine.experiments.reproduction.provenance import RESULT, STAGE_RESULT
 from sip_engine.experiments.reproduction.statistics import (

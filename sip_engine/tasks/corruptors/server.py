@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
-from sip_engine.config.schema import RunConfig, ServerConfig
+from sip_engine.config.judge import ServerConfig
+from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.llm.client import Chat, ChatClient, Reply, json_schema, request_seed
