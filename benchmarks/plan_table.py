@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 from benchmarks.record import ROOT
+from sip_engine.accounting.hardware import load_hardware, load_judge
 from sip_engine.config.overrides import read_run_config
-from sip_engine.planning.hardware import load_hardware, load_judge
 from sip_engine.planning.plan import Plan, Request, make_plan
 from sip_engine.utils.files import write_atomic
 

@@ -63,7 +63,7 @@ def plan(
 
     Every setting can be overridden: `--parallel.tensor 2`. `sip settings` lists them.
     """
-    from sip_engine.planning.hardware import MEASURED, load_hardware, load_judge
+    from sip_engine.accounting.hardware import MEASURED, load_hardware, load_judge
     from sip_engine.planning.plan import Request, make_plan, refuse
     from sip_engine.planning.screen import plan_screen, sweep_screen
     from sip_engine.planning.sweep import sweep as find_layouts
@@ -187,7 +187,7 @@ def launch_skypilot(
 
 def _check_fit(cfg: RunConfig, config: Path, gpu: str, nodes: int, gpus_per_node: int) -> None:
     """Raise DoesNotFitError unless the run fits GPUs of that kind."""
-    from sip_engine.planning.hardware import load_hardware
+    from sip_engine.accounting.hardware import load_hardware
     from sip_engine.planning.plan import Request, make_plan, refuse
 
     found = make_plan(cfg, Request(load_hardware(gpu, gpus_per_node=gpus_per_node), nodes))
@@ -220,7 +220,7 @@ def simulate(
 
     Steps are those that `sip plan` predicts; the batch and the judge's GPUs grow with the policy's.
     """
-    from sip_engine.planning.hardware import load_hardware, load_judge
+    from sip_engine.accounting.hardware import load_hardware, load_judge
     from sip_engine.planning.plan import Request
     from sip_engine.planning.simulate.command import study
     from sip_engine.planning.simulate.scenario import FAILURES_PER_GPU_HOUR

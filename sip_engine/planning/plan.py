@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
+from sip_engine.accounting import memory as memories
+from sip_engine.accounting import work
+from sip_engine.accounting.hardware import Hardware, JudgeModel
+from sip_engine.accounting.memory import Memory, Wave
+from sip_engine.accounting.shape import Shape
+from sip_engine.accounting.workload import Judging, Workload, judging_of, workload_of
 from sip_engine.config.schema import ObjectiveConfig, RunConfig
-from sip_engine.planning import memory as memories
-from sip_engine.planning import timing, work
-from sip_engine.planning.hardware import Hardware, JudgeModel
-from sip_engine.planning.memory import Memory, Wave
-from sip_engine.planning.shape import Shape
+from sip_engine.planning import timing
 from sip_engine.planning.timing import Phase
-from sip_engine.planning.workload import Judging, Workload, judging_of, workload_of
 from sip_engine.utils.errors import ConfigError, SipError
 
 

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sip_engine.planning.hardware import Hardware
+from sip_engine.accounting.hardware import Hardware
 from sip_engine.planning.plan import Plan
 from sip_engine.planning.sweep import Proposal
 

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sip_engine.accounting import memory as memories
+from sip_engine.accounting.shape import Shape
+from sip_engine.accounting.workload import workload_of
 from sip_engine.config.schema import RunConfig
-from sip_engine.planning import memory as memories
 from sip_engine.planning.plan import DoesNotFitError, Plan, Request, check_request, make_plan
-from sip_engine.planning.shape import Shape
-from sip_engine.planning.workload import workload_of
 
 SIZES = (1, 2, 4, 8, 16)
 MICRO_BATCHES = (4096, 8192, 16384, 32768)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sip_engine.accounting import work as works
+from sip_engine.accounting.hardware import Hardware, JudgeModel
+from sip_engine.accounting.memory import Wave, num_micro_batches
+from sip_engine.accounting.shape import Shape
+from sip_engine.accounting.work import Collective, Work
+from sip_engine.accounting.workload import Judging, Workload
 from sip_engine.config.schema import RunConfig
-from sip_engine.planning import work as works
-from sip_engine.planning.hardware import Hardware, JudgeModel
-from sip_engine.planning.memory import Wave, num_micro_batches
-from sip_engine.planning.shape import Shape
-from sip_engine.planning.work import Collective, Work
-from sip_engine.planning.workload import Judging, Workload
 
 
 @dataclass(frozen=True)

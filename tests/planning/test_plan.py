@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from sip_engine.accounting import work
+from sip_engine.accounting.hardware import Hardware, Overheads, Shares, load_hardware, load_judge
+from sip_engine.accounting.shape import Shape
+from sip_engine.accounting.workload import Judging, num_comparisons, workload_of
 from sip_engine.cli import app, main
 from sip_engine.config.judge import JudgeConfig
 from sip_engine.config.model import ModelConfig
 from sip_engine.config.schema import ParallelConfig, RunConfig
 from sip_engine.judges.schedules.open import make_schedule
 from sip_engine.judges.schedules.tournament import tournament_budget
-from sip_engine.planning import work
-from sip_engine.planning.hardware import Hardware, Overheads, Shares, load_hardware, load_judge
 from sip_engine.planning.plan import DoesNotFitError, Request, make_plan
-from sip_engine.planning.shape import Shape
 from sip_engine.planning.sweep import sweep
 from sip_engine.planning.timing import collective_seconds, phase_of, server_judge
-from sip_engine.planning.workload import Judging, num_comparisons, workload_of
 from sip_engine.utils.errors import ConfigError, DataError
 
 MODEL = ModelConfig(

@@ -9,11 +9,11 @@ import pytest
 from counting import Counted, count, setting
 from ranks import run_ranks
 
+from sip_engine.accounting import memory, work
+from sip_engine.accounting.shape import Shape
+from sip_engine.accounting.workload import workload_of
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.planning import memory, work
-from sip_engine.planning.shape import Shape
-from sip_engine.planning.workload import workload_of
 from sip_engine.policy.model import padded_vocab_size
 
 BASE = {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 192}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sip_engine.planning.hardware import JudgeModel
+from sip_engine.accounting.hardware import JudgeModel
 from sip_engine.planning.plan import Request, make_plan
 from sip_engine.planning.simulate.closed_forms import daly_interval, expected_goodput
 from sip_engine.planning.simulate.model import Outcome, simulate

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sip_engine.accounting.hardware import Hardware
+from sip_engine.accounting.shape import Shape
+from sip_engine.accounting.workload import Workload
 from sip_engine.config.schema import RunConfig
-from sip_engine.planning.hardware import Hardware
-from sip_engine.planning.shape import Shape
-from sip_engine.planning.workload import Workload
 
 Device = Literal["cuda", "cpu"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from sip_engine.accounting.memory import num_micro_batches
+from sip_engine.accounting.shape import Shape, causal_pairs, row_pairs
+from sip_engine.accounting.workload import Workload
 from sip_engine.config.schema import RunConfig
-from sip_engine.planning.memory import num_micro_batches
-from sip_engine.planning.shape import Shape, causal_pairs, row_pairs
-from sip_engine.planning.workload import Workload
 
 
 @dataclass(frozen=True)

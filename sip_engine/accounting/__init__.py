@@ -1,0 +1,1 @@
+"""Counts of what a step asks for (parameters, tokens, operations, bytes) and what GPUs can give."""
