@@ -44,17 +44,18 @@ install: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard requirements/*.lock) $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python $(LOCKED) requirements/dev.lock
-	! $(BIN)/python -m pip show torch | grep -q '^Requires:.*nvidia' || $(BIN)/python $(LOCKED) requirements/cuda.lock
+	! command -v nvidia-smi && $(BIN)/python $(LOCKED) requirements/torch-cpu.lock \
+		|| { echo "taking PyPI's build of torch, which is for CUDA" && $(BIN)/python $(LOCKED) requirements/torch-cuda.lock; }
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip check
 	touch $(STAMP)
 
 # Asks PyPI for known vulnerabilities of every locked version; needs the network.
 audit: $(VENV)/tools
-	$(VENV)/tools/bin/pip-audit --disable-pip --require-hashes --requirement requirements/dev.lock --requirement requirements/cuda.lock
+	$(VENV)/tools/bin/pip-audit --disable-pip --require-hashes --requirement requirements/dev.lock --requirement requirements/torch-cuda.lock
 
 lock: $(VENV)/tools
-	$(BIN)/python requirements/lock.py --uv $(VENV)/tools/bin/uv
+	$(VENV)/tools/bin/python requirements/lock.py --uv $(VENV)/tools/bin/uv
 
 $(VENV)/tools: requirements/tools.lock
 	$(PYTHON) -m venv $(VENV)/tools || python3 -m venv $(VENV)/tools

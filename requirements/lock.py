@@ -1,9 +1,10 @@
 """Makes the lock files beside it from pyproject.toml and constraints.txt: every version and every file's SHA-256.
 
-    dev.lock     all that the tests need, with torch as it is without CUDA
-    cuda.lock    what torch's build for CUDA needs besides
-    real.lock    the two packages whose models `sip real` reads
-    tools.lock   what makes and audits these files
+    dev.lock         all that the tests need, but for torch
+    torch-cuda.lock  torch as PyPI has it, and what that needs besides
+    torch-cpu.lock   its build without CUDA, which PyTorch's own index and some mirrors have
+    real.lock        the two packages whose models `sip real` reads
+    tools.lock       what makes and audits these files
 
 `make lock` runs it. The files name no index: whichever pip is set up with must serve these very files.
 """
@@ -17,9 +18,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 CONSTRAINTS = FOLDER.parent / "constraints.txt"
-CUDA = re.compile(r"(nvidia|cuda)-")
-CPU_BUILDS = ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",)
-"""Files of the same torch without CUDA, which lie on PyTorch's own index: 2.13.0+cpu, CPython 3.11, Linux x86_64."""
+CUDA = re.compile(r"(nvidia|cuda)-|torch==")
+CPU_BUILDS = {"2.13.0+cpu": ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",)}
+"""By version, SHA-256 of the wheels without CUDA (CPython 3.11, Linux x86_64): uv resolves from PyPI, which has none."""
 _ENTRY = re.compile(r"^(?=[a-z0-9])", re.MULTILINE)
 
 
@@ -38,13 +39,6 @@ def write(name: str, entries: list[str]) -> None:
     print(f"{FOLDER.name}/{name}: {len(entries)} entries")
 
 
-def with_cpu_builds(entry: str) -> str:
-    """torch's entry with the hashes of its builds without CUDA."""
-    if not entry.startswith("torch=="):
-        return entry
-    return entry.rstrip("\n") + "".join(f" \\\n    --hash=sha256:{one}" for one in CPU_BUILDS) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the lock files anew.")
     parser.add_argument("--uv", default="uv", help="the uv to resolve with")
@@ -52,8 +46,12 @@ def main() -> None:
     everything = resolve(
         uv, str(FOLDER.parent / "pyproject.toml"), "--extra", "dev", "--constraint", str(CONSTRAINTS)
     )
-    write("dev.lock", [with_cpu_builds(entry) for entry in everything if not CUDA.match(entry)])
-    write("cuda.lock", [entry for entry in everything if CUDA.match(entry)])
+    write("dev.lock", [entry for entry in everything if not CUDA.match(entry)])
+    write("torch-cuda.lock", [entry for entry in everything if CUDA.match(entry)])
+    hashes = {
+        version: "".join(f" --hash=sha256:{one}" for one in files) for version, files in CPU_BUILDS.items()
+    }
+    write("torch-cpu.lock", [f"torch=={version}{of_files}\n" for version, of_files in hashes.items()])
     pins = [line for line in CONSTRAINTS.read_text().splitlines() if line.startswith(("llm-", "gt-"))]
     write("real.lock", resolve(uv, "-", "--no-deps", given="\n".join(pins)))
     write("tools.lock", resolve(uv, "-", given="uv\npip-audit\n"))

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sip_engine.utils.errors import ConfigError, DataError
+from sip_engine.utils.regular import open_regular
 
 TABLE = Path(__file__).with_name("rates.toml")
 MEASURED = Path("benchmarks/results/gpu_rates.csv")
@@ -159,7 +160,7 @@ def _measurements(path: Path, machine: str) -> dict[str, float]:
     if not path.is_file():
         return {}
     newest: dict[str, tuple[str, float]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_regular(path, "r", encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             try:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from sip_engine.config.data import DataSource, WorldConfig
 from sip_engine.config.schema import CandidateStage, RunConfig, Section
 from sip_engine.utils.errors import ConfigError
+from sip_engine.utils.regular import read_text
 
 Merge = Callable[[dict[str, Any], dict[str, Any], Path, Path], dict[str, Any]]
 """The table of a file over that of the one it extends: the latter's table, its own, the latter's path, its own."""
@@ -75,7 +76,7 @@ def find_config(path: Path) -> Path:
 
 def _read_extended(path: Path, merge: Merge, extending: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_text(path))
     except FileNotFoundError:
         by = f" ({extending[-1]} extends it)" if extending else ""
         raise ConfigError(f"{path}: no such config file{by}; configs/ holds examples") from None

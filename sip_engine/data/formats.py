@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from backports import zstd
 
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.regular import open_regular
 
 EMPTY = "empty"
 NOT_UTF8 = "not UTF-8"
@@ -89,7 +90,7 @@ def read_texts(
     """
     kind = kind_of(file.name)
     assert kind is not None
-    with _damage_is_data_error(file), file.open("rb", buffering=0) as raw:
+    with _damage_is_data_error(file), open_regular(file, buffering=0) as raw:
         opened = _DECOMPRESSORS[kind.compression](raw)
         stream = io.BufferedReader(opened, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
         yield from kind.reader(Source(file, stream, raw.tell, text_column, max_record_bytes, max_bytes))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.regular import open_regular
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -41,7 +42,7 @@ class IndexedTokens:
         index, ids = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         try:
             size, size_ids = index.stat().st_size, ids.stat().st_size
-            with index.open("rb") as file:
+            with open_regular(index) as file:
                 magic, version, code, num_sequences, num_bounds = _HEADER.unpack(file.read(_HEADER.size))
             known = magic == _MAGIC and version == 1 and code in _DTYPES and num_bounds > 0
             end = (
@@ -94,7 +95,7 @@ class IndexedWriter:
         """Ids are two bytes where the vocabulary allows, else four, as Megatron chooses."""
         self._prefix = prefix
         self._dtype = _dtype_for(vocab_size)
-        self._file = open(f"{prefix}.bin", "wb")  # noqa: SIM115  # closed by close()
+        self._file = open_regular(f"{prefix}.bin", "wb")  # closed by close()
         self._lengths = array.array("i")
         self.num_tokens = 0
 
@@ -121,7 +122,7 @@ def _dtype_for(vocab_size: int) -> type[np.integer]:
 def write_index(prefix: Path, dtype: type[np.integer], parts: Sequence[np.ndarray]) -> None:
     """The .idx of a .bin file whose documents have these lengths, in parts of [num_documents] int32."""
     num, size = sum(map(len, parts)), np.dtype(dtype).itemsize
-    with open(f"{prefix}.idx", "wb") as file:
+    with open_regular(f"{prefix}.idx", "wb") as file:
         file.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], num, num + 1))
         for part in parts:
             for lengths in chunks_of(part):
@@ -138,9 +139,9 @@ def write_index(prefix: Path, dtype: type[np.integer], parts: Sequence[np.ndarra
 
 def join(prefix: Path, parts: Sequence[Path], vocab_size: int) -> None:
     """One pair of files of several, in their order."""
-    with open(f"{prefix}.bin", "wb") as out:
+    with open_regular(f"{prefix}.bin", "wb") as out:
         for part in parts:
-            with open(f"{part}.bin", "rb") as file:
+            with open_regular(f"{part}.bin") as file:
                 shutil.copyfileobj(file, out, 2**24)
     write_index(prefix, _dtype_for(vocab_size), [IndexedTokens(part).lengths for part in parts])
 
@@ -153,7 +154,7 @@ def chunks_of(values: np.ndarray) -> Iterator[np.ndarray]:
 def sampled_hash(path: Path) -> str:
     """Hex digest of a file's size and of samples all over it; of all its content where that is little."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(struct.pack("<Q", size))
         if size <= SAMPLES * SAMPLE_BYTES:

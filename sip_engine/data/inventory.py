@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sip_engine.data.formats import KNOWN, PLAIN_TEXT, kind_of
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.regular import read_text
 
 CARD = "card or licence"
 METADATA = "data set's metadata"
@@ -117,7 +118,7 @@ def _folder_of_text_link(path: Path) -> Path | None:
     try:
         if "." in path.name or not path.is_file() or path.stat().st_size > _LONGEST_LINK:
             return None
-        target = path.read_text()
+        target = read_text(path)
         folder = path.parent / target
         return folder if target and "\n" not in target and folder.is_dir() else None
     except (OSError, ValueError):

@@ -23,6 +23,7 @@ from sip_engine.data.inventory import take_inventory
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import atomic_folder
+from sip_engine.utils.regular import open_regular, read_text
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it when the same input would give other files."""
@@ -174,7 +175,7 @@ def _cache_key(path: Path, tokenizer: Tokenizer, text_column: str, max_bytes: in
 def _sha256(file: Path, on_bytes: _OnBytes) -> str:
     digest = hashlib.sha256()
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             while block := stream.read(_HASH_BYTES):
                 digest.update(block)
                 on_bytes(len(block))
@@ -228,7 +229,7 @@ def _write_manifest(prefix_path: Path, manifest: dict[str, object]) -> None:
 def _read_manifest(prefix_path: Path) -> dict | None:
     """The manifest, or None if it or a file it names is missing or not of its size."""
     try:
-        manifest = json.loads(Path(f"{prefix_path}.json").read_text())
+        manifest = json.loads(read_text(f"{prefix_path}.json"))
         sizes = {suffix: os.path.getsize(f"{prefix_path}{suffix}") for suffix in (".bin", ".idx")}
     except (OSError, ValueError):
         return None

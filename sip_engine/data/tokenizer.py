@@ -14,6 +14,7 @@ from sip_engine.data.bundled_tokenizer import BundledTokenizer
 from sip_engine.data.sentencepiece import SentencePieceBackend, train_sentencepiece
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import write_atomic
+from sip_engine.utils.regular import read_bytes
 
 MAX_TRAINING_BYTES = 256 * 2**20
 
@@ -52,7 +53,7 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads a model file. Raises DataError if it is missing, damaged or cannot be lossless."""
         try:
-            model = Path(path).read_bytes()
+            model = read_bytes(path)
         except OSError as error:
             raise DataError(
                 f"{path}: cannot read the tokenizer ({error.strerror}); check the path"

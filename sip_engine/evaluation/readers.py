@@ -12,6 +12,7 @@ from typing import Any
 
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.jsonl import json_fault, read_jsonl
+from sip_engine.utils.regular import read_text
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def read_lines(path: Path) -> list[FileRow]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
         raise DataError(f"{path}: cannot be read ({reason}); give the path of the set's own file") from None

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from sip_engine.config.model import ModelConfig
 from sip_engine.utils.errors import CheckpointError
+from sip_engine.utils.regular import read_text
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class SourceConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; CheckpointError when it is missing or something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; give a folder written by save_pretrained") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ import numpy as np
 from sip_engine.huggingface.families import FAMILIES
 from sip_engine.huggingface.staging import check_free, new_folder
 from sip_engine.utils.errors import CheckpointError, ConfigError
+from sip_engine.utils.regular import open_regular
 
 _MAGIC = b"GGUF"
 
@@ -25,7 +26,7 @@ def unpack_gguf(file: Path, out: Path) -> Path:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"a GGUF file needs {package}: pip install 'sip-engine[gguf]'")
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             magic = opened.read(len(_MAGIC))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check the path") from None

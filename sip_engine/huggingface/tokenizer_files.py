@@ -23,6 +23,7 @@ from sip_engine.data.bundled_tokenizer import (
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.huggingface.families import SourceConfig, read_json
 from sip_engine.utils.errors import CheckpointError, DataError
+from sip_engine.utils.regular import read_bytes
 
 _CONFIG_FILE = "tokenizer_config.json"
 _GENERATION_FILE = "generation_config.json"
@@ -47,7 +48,7 @@ def read_tokenizer(folder: Path, source: SourceConfig) -> Tokenizer:
         CheckpointError: there is none of a kind we read, or it is not this model's.
     """
     try:
-        files = {name: (folder / name).read_bytes() for name in _CARRIED if (folder / name).is_file()}
+        files = {name: read_bytes(folder / name) for name in _CARRIED if (folder / name).is_file()}
         if SENTENCEPIECE_FILE in files:
             plain = Tokenizer(files[SENTENCEPIECE_FILE], str(folder / SENTENCEPIECE_FILE))
             ours = _files_if_bpe(plain)

@@ -14,6 +14,7 @@ from sip_engine.monitoring.records import METRICS, POOLS, checked_pool, read_rec
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import read_json
 from sip_engine.utils.jsonl import parse_object
+from sip_engine.utils.regular import open_regular
 
 CONFIG = "config.json"
 RECORDS = (METRICS, POOLS, CONFIG)
@@ -85,7 +86,7 @@ def _read_pools(path: Path) -> dict[str, Any]:
     """The pools of a `RunRecords`: lines are indexed in one pass, only those that are wanted are parsed."""
     if not path.is_file():
         return {"latest_pools": [], "pools": [], "num_pools": 0}
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         starts = list(_line_starts(file))
         total = len(starts)
         latest = range(max(0, total - LATEST_POOLS), total)

@@ -17,6 +17,7 @@ from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import write_jsonl
 from sip_engine.utils.jsonl import read_jsonl
 from sip_engine.utils.progress import console
+from sip_engine.utils.regular import open_regular
 
 if TYPE_CHECKING:
     from sip_engine.distributed.mesh import Mesh
@@ -50,7 +51,7 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, POOLS, GENERATIONS):
             _drop_from_step(folder / name, from_step)
-            self._files[name] = (folder / name).open("a", encoding="utf-8", buffering=1)
+            self._files[name] = open_regular(folder / name, "a", encoding="utf-8", buffering=1)
         for row in read_records(folder / METRICS):
             self.curves.add(row.pop("step"), row)
         self.latest_pools.extend(_latest_pools(folder / POOLS))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.utils.errors import CheckpointError
 from sip_engine.utils.files import sha256_of, sync, write_json
+from sip_engine.utils.regular import read_text
 
 MANIFEST = "manifest.json"
 """File of a checkpoint that names the content of all others, written last."""
@@ -102,7 +103,7 @@ def read_manifest(path: Path) -> dict[str, FileEntry]:
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path}: not a checkpoint (no readable {MANIFEST}); give a step_* folder")
     try:
-        entries = _ENTRIES.validate_python(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+        entries = _ENTRIES.validate_python(json.loads(read_text(path / MANIFEST)))
     except (OSError, ValueError, RecursionError, ValidationError) as error:
         raise DamagedCheckpoint(
             f"{path / MANIFEST}: not a checkpoint's manifest ({_first_line(error)}); use an older checkpoint "

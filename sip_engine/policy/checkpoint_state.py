@@ -13,6 +13,7 @@ from sip_engine.config.model import ModelConfig
 from sip_engine.policy.checkpoint_files import verify
 from sip_engine.utils.errors import CheckpointError
 from sip_engine.utils.files import write_json
+from sip_engine.utils.regular import read_text
 
 FORMAT = 2
 """Written. 1 had no moving average of a reference policy; both are read."""
@@ -95,7 +96,7 @@ def read_state_file(path: Path) -> StateFile:
         CheckpointError: unreadable, not what it should be, or of a newer format.
     """
     try:
-        raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        raw = json.loads(read_text(path / _STATE))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / _STATE}: not readable ({error})") from None
     version = raw.get("format") if isinstance(raw, dict) else None

@@ -39,6 +39,7 @@ from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.policy.checkpoint_files import FileEntry
 from sip_engine.utils.errors import CheckpointError
 from sip_engine.utils.files import sync
+from sip_engine.utils.regular import open_regular
 
 _ADMITTED: dict[str, frozenset[str]] = {
     "torch": frozenset(
@@ -120,11 +121,11 @@ class TensorSave:
         """Write and sync this process' files, and hash them. Raises what writing raises."""
         results = {}
         for name, content in self._small.items():
-            with (self._folder / name).open("wb") as file:
+            with open_regular(self._folder / name, "wb") as file:
                 file.write(content)
             self._close(name)
         for number, (path, name, objects, tensors) in enumerate(self._buckets):
-            with Path(path).open("wb") as file:
+            with open_regular(path, "wb") as file:
                 results[number] = [
                     _write_item(self._transforms, file, data, item, name, SerializationFormat.TORCH_SAVE)
                     for item, data in [*objects, *tensors]
@@ -240,7 +241,7 @@ class _CheckedReader(CachedMetadataFileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._cached_metadata is None:
-            with (Path(self.path) / ".metadata").open("rb") as file:
+            with open_regular(Path(self.path) / ".metadata") as file:
                 self._cached_metadata = self._checked(_IndexUnpickler(file).load())
         return self._cached_metadata
 

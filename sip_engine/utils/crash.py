@@ -23,6 +23,7 @@ from pathlib import Path
 
 from sip_engine.utils import heartbeat
 from sip_engine.utils.files import write_atomic, write_json
+from sip_engine.utils.regular import open_regular, read_bytes
 from sip_engine.utils.versions import versions
 
 FOLDER = "crash"
@@ -43,7 +44,7 @@ def write_crash(
     with suppress(Exception):
         folder.mkdir(parents=True, exist_ok=True)
         stacks = folder / f".rank_{rank}.stacks"
-        with stacks.open("w+") as file:
+        with open_regular(stacks, "w+") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             dumped = file.read()
@@ -79,11 +80,11 @@ def _without(secrets: Iterable[str], text: str) -> str:
 
 
 def _whole(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+    return read_bytes(path).decode(errors="replace")
 
 
 def _last_lines(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - (1 << 20)))
         lines = file.read().decode(errors="replace").splitlines(keepends=True)
     return "".join(lines[-_LAST_LINES:])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.regular import open_regular, read_text
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:
@@ -42,7 +43,7 @@ def lock_folder(folder: Path) -> IO[str] | None:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = path.open("w")
+            lock = open_regular(path, "w")
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
         try:
@@ -73,7 +74,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        with open_regular(temporary, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -148,7 +149,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file of ours holds. Raises DataError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); remove it and make it anew") from None
 
@@ -162,5 +163,5 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's content."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

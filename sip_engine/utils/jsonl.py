@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.regular import open_regular
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -22,7 +23,7 @@ def read_jsonl(path: Path, *, complete_lines: bool = False) -> Iterator[tuple[in
         DataError: missing, unreadable, or a line that is not a JSON object in UTF-8; names file and line.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, start=1):
                 if complete_lines and not line.endswith(b"\n"):
                     return

@@ -14,6 +14,7 @@ from typing import Any
 from sip_engine.experiments.real.packages import licence, package_folder, version
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import read_json, write_json, write_jsonl
+from sip_engine.utils.regular import read_bytes, read_text
 
 PACKAGES = ("numpy", "scipy", "networkx", "sympy", "matplotlib", "torch", "transformers", "pandas", "sklearn")
 """Their docstrings explain in whole sentences; those that are installed are read."""
@@ -137,7 +138,7 @@ def _docstrings(root: Path) -> Iterator[tuple[str, str]]:
     kept = [path for path in files if not left_out & set(path.parts)]
     for path in sorted(kept, key=lambda path: (_hash(path.as_posix()), path.as_posix())):
         try:
-            tree = ast.parse((root / path).read_bytes())
+            tree = ast.parse(read_bytes(root / path))
         except (OSError, SyntaxError, ValueError, RecursionError):
             continue
         for node in ast.walk(tree):
@@ -163,7 +164,7 @@ def _manual(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.rglob("*.html")):
         reader = _Paragraphs()
         try:
-            reader.feed(path.read_text(encoding="utf-8"))
+            reader.feed(read_text(path))
         except (OSError, UnicodeDecodeError):
             continue
         yield path.relative_to(folder).as_posix(), "\n\n".join(reader.paragraphs)

@@ -32,6 +32,7 @@ from sip_engine.experiments.reproduction.provenance import RESULT, STAGE_RESULT,
 from sip_engine.utils.errors import ConfigError, SipError
 from sip_engine.utils.files import check_writable, lock_folder
 from sip_engine.utils.progress import console, steps
+from sip_engine.utils.regular import open_regular, read_bytes
 
 LOG = "log.txt"
 
@@ -241,11 +242,11 @@ class _Processes:
         log = job.folder / LOG
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as file:
+            with open_regular(log, "ab") as file:
                 code = self._run(job, file)
             if code == 0 and job.result.is_file():
                 return None
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            lines = read_bytes(log).decode(errors="replace").strip().splitlines()
         except OSError as error:
             return str(error)
         return f"{lines[-1].strip() if lines else 'no output'} (exit code {code}; see {log})"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.regular import read_text
 
 DEFAULT_PATH = Path(__file__).with_name("unsafe_words.txt")
 
@@ -42,7 +43,7 @@ class Lexicon:
         Raises DataError if the file cannot be read or holds no entry.
         """
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in read_text(path).splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"lexicon {path}: cannot be read as UTF-8 text ({error}); check the path"
