@@ -52,7 +52,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard requirements/*.lock) $(wildcard csr
 
 # Asks PyPI for known vulnerabilities of every locked version; needs the network.
 audit: $(VENV)/tools
-	$(VENV)/tools/bin/pip-audit --disable-pip --require-hashes --requirement requirements/dev.lock --requirement requirements/torch-cuda.lock
+	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes \
+		--requirement requirements/dev.lock --requirement requirements/torch-cuda.lock
 
 lock: $(VENV)/tools
 	$(VENV)/tools/bin/python requirements/lock.py --uv $(VENV)/tools/bin/uv
