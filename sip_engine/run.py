@@ -410,7 +410,7 @@ def _read_baseline(folder: Path, samples: Sequence[Sample], mesh: Mesh) -> list[
     rows: list[dict[str, Any]] | None = None
     if mesh.is_main:
         path = folder / BASELINE
-        rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
+        rows = [row for _, row in read_jsonl(path)] if path.exists() else []
     rows = mesh.broadcast(rows)
     prefixes = [s.prefix for s in samples if s.labels is None]
     if rows and [row.get("prefix") for row in rows] != prefixes:

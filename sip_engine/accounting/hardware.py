@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import tomllib
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sip_engine.utils.errors import ConfigError, DataError
-from sip_engine.utils.regular import open_regular
+from sip_engine.utils.regular import read_text
 
 TABLE = Path(__file__).with_name("rates.toml")
 MEASURED = Path("benchmarks/results/gpu_rates.csv")
@@ -157,18 +158,21 @@ def _read_table() -> dict[str, Any]:
 
 def _measurements(path: Path, machine: str) -> dict[str, float]:
     """The newest value of each rate measured on a GPU whose name holds `machine`."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     newest: dict[str, tuple[str, float]] = {}
-    with open_regular(path, "r", encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
+    try:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give a CSV file of measured rates") from None
+    reader = csv.DictReader(StringIO(text, newline=""))
+    try:
         for row in reader:
-            try:
-                date, on, rate, value = row["date"], row["machine"], row["rate"], float(row["value"])
-            except (KeyError, TypeError, ValueError):
-                raise DataError(
-                    f"{path}: line {reader.line_num} is not date, machine, rate and a number as value"
-                ) from None
+            date, on, rate, value = row["date"], row["machine"], row["rate"], float(row["value"])
             if machine in on and (rate not in newest or date > newest[rate][0]):
                 newest[rate] = date, value
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise DataError(
+            f"{path}: line {reader.line_num} is not date, machine, rate and a number as value"
+        ) from None
     return {rate: value for rate, (_, value) in newest.items()}

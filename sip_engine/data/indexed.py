@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sip_engine.utils.errors import DataError
-from sip_engine.utils.regular import open_regular
+from sip_engine.utils.regular import check_regular, open_regular
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -50,6 +50,7 @@ class IndexedTokens:
             )  # a byte of modes may follow each sequence
             if not known or size not in (end, end + num_sequences):
                 raise ValueError("not an index of version 1, or cut off")
+            check_regular(ids)
             raw = np.memmap(index, mode="r", dtype=np.uint8)
             dtype = np.dtype(_DTYPES[code])
         except (OSError, ValueError, struct.error) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sip_engine.data.formats import KNOWN, PLAIN_TEXT, kind_of
 from sip_engine.utils.errors import DataError
-from sip_engine.utils.regular import read_text
+from sip_engine.utils.regular import check_regular, read_text
 
 CARD = "card or licence"
 METADATA = "data set's metadata"
@@ -60,7 +60,7 @@ def take_inventory(path: str | Path) -> Inventory:
             raise DataError(f"{path}: unknown kind of file; give a directory or one of {KNOWN}")
         return Inventory([path], [path.name], Counts([kind.name]), Counts())
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or directory; give the path of the training text")
+        raise DataError(f"{path}: {_not_readable(path)}; give the path of the training text")
     read, passed_over = Counts(), Counts()
     found: dict[str, Path] = {}
     links: list[tuple[Path, str]] = [(path, "")]
@@ -123,6 +123,14 @@ def _folder_of_text_link(path: Path) -> Path | None:
         return folder if target and "\n" not in target and folder.is_dir() else None
     except (OSError, ValueError):
         return None
+
+
+def _not_readable(path: Path) -> str:
+    try:
+        check_regular(path)
+    except OSError as error:
+        return str(error.strerror)
+    return "cannot be read"
 
 
 def _label(file: Path) -> tuple[str, bool]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _load_run(folder: Path, name: str) -> RunRecords:
-    found = [path for path in (folder / record for record in RECORDS) if path.is_file()]
+    found = [path for path in (folder / record for record in RECORDS) if path.exists()]
     if not any(path.stat().st_size for path in found):
         raise DataError(f"{folder}: holds no records ({', '.join(RECORDS)}); give the folder of a run")
     return RunRecords(
@@ -69,7 +70,7 @@ def _load_run(folder: Path, name: str) -> RunRecords:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path) if path.exists() else {}
     if not isinstance(config, dict):
         raise DataError(f"{path}: a {type(config).__name__}, must be a JSON object; give the folder of a run")
     return config
@@ -84,9 +85,9 @@ def _read_curves(path: Path) -> Curves:
 
 def _read_pools(path: Path) -> dict[str, Any]:
     """The pools of a `RunRecords`: lines are indexed in one pass, only those that are wanted are parsed."""
-    if not path.is_file():
+    if not path.exists():
         return {"latest_pools": [], "pools": [], "num_pools": 0}
-    with open_regular(path) as file:
+    with _opened(path) as file:
         starts = list(_line_starts(file))
         total = len(starts)
         latest = range(max(0, total - LATEST_POOLS), total)
@@ -101,13 +102,22 @@ def _read_pools(path: Path) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
+
+
 def evenly(num_items: int, num_wanted: int) -> list[int]:
     """At most `num_wanted` indices of `num_items`, evenly spread from the first to the last."""
     wanted = min(num_items, num_wanted)
     return np.linspace(0, num_items - 1, wanted).round().astype(int).tolist() if wanted else []
 
 
-def _line_starts(file: BinaryIO) -> Iterator[int]:
+def _line_starts(file: IO[bytes]) -> Iterator[int]:
     """Offsets of complete lines; one cut short by a crash is left out."""
     position = 0
     for line in file:
@@ -116,6 +126,6 @@ def _line_starts(file: BinaryIO) -> Iterator[int]:
         position += len(line)
 
 
-def _pool_at(file: BinaryIO, start: int, where: str) -> dict[str, Any]:
+def _pool_at(file: IO[bytes], start: int, where: str) -> dict[str, Any]:
     file.seek(start)
     return checked_pool(parse_object(file.readline(), where), where)

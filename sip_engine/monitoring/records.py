@@ -157,7 +157,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: a damaged line, or one without a whole number as its "step"; names file and line.
     """
-    if not path.is_file():
+    if not path.exists():
         return
     for number, row in read_jsonl(path, complete_lines=True):
         if type(row.get("step")) is not int:
@@ -189,7 +189,7 @@ def _is_pair(pair: Any, num_candidates: int) -> bool:
 
 
 def _latest_pools(path: Path) -> list[dict[str, Any]]:
-    numbered = deque(read_jsonl(path, complete_lines=True) if path.is_file() else (), maxlen=LATEST_POOLS)
+    numbered = deque(read_jsonl(path, complete_lines=True) if path.exists() else (), maxlen=LATEST_POOLS)
     return [checked_pool(row, f"{path}:{number}") for number, row in numbered]
 
 
@@ -218,7 +218,7 @@ def _pool_entry(
 
 
 def _drop_from_step(path: Path, step: int) -> None:
-    if path.is_file():
+    if path.exists():
         write_jsonl(path, [row for row in read_records(path) if row["step"] < step])
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from sip_engine.monitoring.records import METRICS, read_records
 from sip_engine.planning.plan import Plan
 from sip_engine.utils.errors import ConfigError, DataError
 
@@ -121,11 +121,10 @@ def scenario_of_run(folder: Path) -> Scenario:
     Raises:
         DataError: the folder has no records of steps with times.
     """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
+    path = folder / METRICS
+    if not path.exists():
         raise DataError(f"{path}: no records of a run; give the folder of one")
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    steps = [row for row in rows if "seconds/update" in row]
+    steps = [row for row in read_records(path) if "seconds/update" in row]
     if not steps:
         raise DataError(f"{path}: holds no step with times (seconds/update)")
 
