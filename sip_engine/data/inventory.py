@@ -128,6 +128,8 @@ def _folder_of_text_link(path: Path) -> Path | None:
 def _not_readable(path: Path) -> str:
     try:
         check_regular(path)
+    except FileNotFoundError:
+        return "no such file or directory"
     except OSError as error:
         return str(error.strerror)
     return "cannot be read"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import IO, Any
+from typing import Any
 
 Path = str | os.PathLike[str]
 _KINDS = {
@@ -24,7 +24,7 @@ def check_regular(path: Path) -> None:
     _check(os.stat(path).st_mode, path)
 
 
-def open_regular(path: Path, mode: str = "rb", **named: Any) -> IO[Any]:
+def open_regular(path: Path, mode: str = "rb", **named: Any) -> Any:
     """`open` of a regular file: OSError, at once, for whatever else lies at `path`."""
     return open(path, mode, opener=_opener, **named)
 

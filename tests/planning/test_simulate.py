@@ -108,7 +108,7 @@ def test_a_runs_own_times(tmp_path: Path) -> None:
         for n in range(2)
     ]
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [{"eval/loss": 1.0}, *rows])
+        "".join(json.dumps(row) + "\n" for row in [{"step": 0, "eval/loss": 1.0}, *rows])
     )
     found = scenario_of_run(tmp_path)
     assert (found.generate_s, found.judge_s, found.update_s) == (2.0, 0.5, 1.5)
