@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sip_engine.kernels._paged import FP8
+from sip_engine.kernels._tiles import Tile
 from sip_engine.kernels._triton import jit, tl
 from sip_engine.kernels.compile_report import CompileCase
 
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One tuned configuration: query rows, keys a step, warps, software pipeline stages.
-
-    A key's address needs its page number first, so half of the stages hide each of the two loads.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-FLOAT32_TILES = {64: Tile(16, 32, 4, 3), 128: Tile(16, 32, 4, 3), 256: Tile(16, 16, 8, 3)}
-"""D up to -> tile of every kernel for float32 queries, which take three tf32 products for one."""
 
 
 def padded_head_dim(head_dim: int, dtype: torch.dtype) -> int:

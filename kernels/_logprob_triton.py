@@ -11,13 +11,13 @@ the same bits every time. Chunks, splits and tiles do not depend on the batch, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._tiles import Tile, tile_of
 from sip_engine.kernels._triton import jit, tl
 from sip_engine.kernels.compile_report import CompileCase
 
@@ -29,27 +29,6 @@ CHUNK_ROWS, CHUNK_COLUMNS = 8192, 8192
 """Tokens and columns whose dlogits exist at a time; multiples of the tiles."""
 GROUP = 16
 """Row blocks that are worked on together, so that they and the weights they share stay in the L2 cache."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One tuned configuration: rows, columns and inner length of a product's tile, warps, pipeline stages."""
-
-    rows: int
-    columns: int
-    inner: int
-    num_warps: int
-    num_stages: int
-
-
-def _tile(dtype: torch.dtype) -> Tile:
-    """float32 takes three tf32 products for one, and twice the shared memory."""
-    return Tile(128, 256, 64, 8, 4) if dtype.itemsize == 2 else Tile(128, 64, 32, 8, 4)
-
-
-def _dlogits_tile(dtype: torch.dtype) -> Tile:
-    """The same tile; with 8 warps the target, grad and log-sum-exp beside a 16-bit product spill registers."""
-    return replace(_tile(dtype), num_warps=16 if dtype.itemsize == 2 else 8)
 
 
 @jit
@@ -237,11 +216,11 @@ def _num_blocks(size: int, block: int) -> int:
 
 
 def _product_blocks(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_N": tile.rows, "BLOCK_V": tile.columns, "BLOCK_H": tile.inner}
+    return {"BLOCK_N": tile.block_m, "BLOCK_V": tile.block_n, "BLOCK_H": tile.block_k}
 
 
 def _sum_blocks(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_M": tile.rows, "BLOCK_H": tile.columns, "BLOCK_K": tile.inner}
+    return {"BLOCK_M": tile.block_m, "BLOCK_H": tile.block_n, "BLOCK_K": tile.block_k}
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
@@ -255,10 +234,10 @@ def launch_stats(
     """max, sum_exp, target_logit and, for the entropy, sum_exp_logit of each split: float32 [splits, N]."""
     (num_rows, hidden_size), num_columns = hidden.shape, weight.shape[0]
     hidden, weight = _with_unit_stride(hidden), _with_unit_stride(weight)
-    tile = _tile(hidden.dtype)
+    tile = tile_of("logprob_stats", hidden.element_size())
     num_splits = _num_blocks(num_columns, SPLIT)
     found = torch.empty((num_splits, 3 + entropy, num_rows), dtype=torch.float32, device=hidden.device)
-    head_stats_kernel[(_num_blocks(num_rows, tile.rows) * num_splits,)](
+    head_stats_kernel[(_num_blocks(num_rows, tile.block_m) * num_splits,)](
         hidden,
         weight,
         targets.contiguous(),
@@ -284,8 +263,8 @@ def _launch_dlogits(
 ) -> None:
     """Fill the whole tiles of `out` that the rows of `hidden` and `weight` touch."""
     (num_rows, hidden_size), num_columns = hidden.shape, weight.shape[0]
-    tile = _dlogits_tile(hidden.dtype)
-    dlogits_kernel[(_num_blocks(num_rows, tile.rows) * _num_blocks(num_columns, tile.columns),)](
+    tile = tile_of("logprob_dlogits", hidden.element_size())
+    dlogits_kernel[(_num_blocks(num_rows, tile.block_m) * _num_blocks(num_columns, tile.block_n),)](
         hidden,
         weight,
         targets,
@@ -312,8 +291,8 @@ def _launch_accumulate(
 ) -> None:
     """out (+)= a @ b, or a.T @ b; see the kernel."""
     num_rows, hidden_size = out.shape
-    tile = _tile(b.dtype)
-    accumulate_kernel[(_num_blocks(num_rows, tile.rows) * _num_blocks(hidden_size, tile.columns),)](
+    tile = tile_of("logprob_sum", b.element_size())
+    accumulate_kernel[(_num_blocks(num_rows, tile.block_m) * _num_blocks(hidden_size, tile.block_n),)](
         a,
         b,
         out,
@@ -332,6 +311,15 @@ def _launch_accumulate(
     )
 
 
+def _dlogits_shape(num_rows: int, num_columns: int, element_bytes: int) -> tuple[int, int]:
+    """A chunk's size in whole tiles of both kernels that touch it: one writes its own, the other reads its own."""
+    made, read = tile_of("logprob_dlogits", element_bytes), tile_of("logprob_sum", element_bytes)
+    # What one leaves unwritten may be read as rows that are thrown away, never as a term of a sum.
+    assert read.block_k <= min(made.block_m, made.block_n), "tiles.csv: logprob_sum reads what nobody wrote"
+    row_block, column_block = max(made.block_m, read.block_m), max(made.block_n, read.block_m)
+    return _num_blocks(num_rows, row_block) * row_block, _num_blocks(num_columns, column_block) * column_block
+
+
 def launch_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, vocab_start: int
 ) -> tuple[Tensor, Tensor]:
@@ -339,11 +327,9 @@ def launch_gradients(
     (num_rows, hidden_size), num_columns = hidden.shape, weight.shape[0]
     hidden, weight = _with_unit_stride(hidden), _with_unit_stride(weight)
     targets, grad = targets.contiguous(), grad.contiguous()
-    tile = _tile(hidden.dtype)
     new = partial(torch.empty, dtype=hidden.dtype, device=hidden.device)
     dlogits = new(
-        _num_blocks(min(num_rows, CHUNK_ROWS), tile.rows) * tile.rows,
-        _num_blocks(min(num_columns, CHUNK_COLUMNS), tile.columns) * tile.columns,
+        _dlogits_shape(min(num_rows, CHUNK_ROWS), min(num_columns, CHUNK_COLUMNS), hidden.element_size())
     )
     d_hidden, d_weight = new(num_rows, hidden_size), new(num_columns, hidden_size)
     # Sums of several chunks meet in 16 bits: keep what rounding takes from them.
@@ -368,7 +354,7 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _cases_of(dtype: torch.dtype, short: str) -> list[CompileCase]:
-    tile = _tile(dtype)
+    size = dtype.itemsize
     own = ("hidden_ptr", "weight_ptr", "a_ptr", "b_ptr", "out_ptr", "low_ptr")
     strides = ("hidden_stride", "weight_stride", "out_stride", "a_stride", "b_stride", "vocab_start")
     signature = {
@@ -379,21 +365,20 @@ def _cases_of(dtype: torch.dtype, short: str) -> list[CompileCase]:
         "targets_ptr": "*i64:16",
     }
 
-    def case(
-        name: str, kernel: Any, blocks: dict[str, int], tile: Tile = tile, **constexprs: Any
-    ) -> CompileCase:
+    def case(name: str, kernel: Any, tile: Tile, blocks: dict[str, int], **constexprs: Any) -> CompileCase:
         constexprs = {"HIDDEN_SIZE": 2048, **blocks, **constexprs}
         taken = {each: signature[each] for each in kernel.arg_names if each not in constexprs}
         return CompileCase(
             f"logprob {name} {short}", kernel, taken, constexprs, tile.num_warps, tile.num_stages, True
         )
 
-    product, total = _product_blocks(tile), _sum_blocks(tile)
-    low = {} if dtype.itemsize == 2 else {"low_ptr": None}
+    stats, dlogits, total = (tile_of(f"logprob_{name}", size) for name in ("stats", "dlogits", "sum"))
+    walk, blocks, sums = _product_blocks(stats), _product_blocks(dlogits), _sum_blocks(total)
+    low = {} if size == 2 else {"low_ptr": None}
     return [
-        case("stats", head_stats_kernel, product, ENTROPY=False, SPLIT=SPLIT, GROUP=GROUP),
-        case("stats + entropy", head_stats_kernel, product, ENTROPY=True, SPLIT=SPLIT, GROUP=GROUP),
-        case("dlogits", dlogits_kernel, product, _dlogits_tile(dtype), GROUP=GROUP, IGNORED=IGNORED),
-        case("d hidden", accumulate_kernel, total, TRANSPOSED=False, ADD=True, **low),
-        case("d weight", accumulate_kernel, total, TRANSPOSED=True, ADD=True, **low),
+        case("stats", head_stats_kernel, stats, walk, ENTROPY=False, SPLIT=SPLIT, GROUP=GROUP),
+        case("stats + entropy", head_stats_kernel, stats, walk, ENTROPY=True, SPLIT=SPLIT, GROUP=GROUP),
+        case("dlogits", dlogits_kernel, dlogits, blocks, GROUP=GROUP, IGNORED=IGNORED),
+        case("d hidden", accumulate_kernel, total, sums, TRANSPOSED=False, ADD=True, **low),
+        case("d weight", accumulate_kernel, total, sums, TRANSPOSED=True, ADD=True, **low),
     ]

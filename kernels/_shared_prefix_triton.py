@@ -8,36 +8,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sip_engine.kernels._attend import LOG2_E, Tile
+from sip_engine.kernels._attend import LOG2_E
 from sip_engine.kernels._shared_prefix_kernels import dkv_kernel, dq_kernel, forward_kernel
 from sip_engine.kernels._shared_prefix_layout import RowLayout
+from sip_engine.kernels._tiles import Tile, tile_of, tiles_of
 from sip_engine.kernels.compile_report import CompileCase
 
-# (D up to, bytes of an element) -> queries, keys, warps, stages; float32 takes three tf32 products for one.
-FORWARD_TILES = {
-    (64, 2): Tile(128, 128, 8, 3),
-    (128, 2): Tile(128, 64, 8, 3),
-    (64, 4): Tile(16, 32, 4, 2),
-    (128, 4): Tile(16, 32, 4, 2),
-}
-DQ_TILES = {
-    (64, 2): Tile(128, 64, 8, 3),
-    (128, 2): Tile(128, 64, 8, 3),
-    (64, 4): Tile(16, 32, 4, 2),
-    (128, 4): Tile(16, 16, 4, 2),
-}
-DKV_TILES = {
-    (64, 2): Tile(64, 128, 8, 3),
-    (128, 2): Tile(64, 128, 8, 3),
-    (64, 4): Tile(16, 32, 4, 2),
-    (128, 4): Tile(16, 16, 4, 2),
-}
 
-
-def _tile(tiles: dict[tuple[int, int], Tile], q: Tensor) -> tuple[Tile, int]:
+def _tile(kernel: str, q: Tensor) -> tuple[Tile, int]:
     """The tuned tile for `q` [T, Hq, D], and D padded to what the kernels hold."""
     block_d = 64 if q.shape[2] <= 64 else 128
-    return tiles[block_d, q.element_size()], block_d
+    return tile_of(f"shared_prefix_{kernel}", q.element_size(), block_d), block_d
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple:
@@ -49,7 +30,7 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] in q's dtype and base-2 log-sum-exps [Hq, T] float32, of a contiguous q."""
-    tile, block_d = _tile(FORWARD_TILES, q)
+    tile, block_d = _tile("forward", q)
     tiles = layout.query_tiles(tile.block_m)
     out = torch.empty_like(q)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
@@ -64,7 +45,7 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, layout: RowLayout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, contiguous and in q's dtype. q, out and dout must be contiguous."""
-    tile, block_d = _tile(DQ_TILES, q)
+    tile, block_d = _tile("dq", q)
     tiles = layout.query_tiles(tile.block_m)
     dq = torch.empty_like(q)
     shift = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
@@ -73,7 +54,7 @@ def _backward(
         q, k, v, out, dout, dq, lse, shift, tiles, layout.segment_start, *heads,
         tile.block_m, tile.block_n, block_d, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tile, block_d = _tile(DKV_TILES, q)
+    tile, block_d = _tile("dkv", q)
     tiles = layout.key_tiles(tile.block_n)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     dkv_kernel[(len(tiles) * k.shape[1],)](
@@ -146,13 +127,10 @@ def _case(name: str, kernel: Any, dtype: str, head_dim: int, tile: Tile) -> Comp
 
 def compile_cases() -> list[CompileCase]:
     """Every tuned tile of every kernel."""
-    kernels = {
-        "forward": (forward_kernel, FORWARD_TILES),
-        "dq": (dq_kernel, DQ_TILES),
-        "dk dv": (dkv_kernel, DKV_TILES),
-    }
+    kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
     return [
         _case(name, kernel, "bf16" if size == 2 else "fp32", dim, tile)
-        for name, (kernel, tiles) in kernels.items()
-        for (dim, size), tile in tiles.items()
+        for name, kernel in kernels.items()
+        for size in (2, 4)
+        for (dim, _), tile in tiles_of(f"shared_prefix_{name}", size).items()
     ]

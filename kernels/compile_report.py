@@ -1,13 +1,18 @@
-"""Compile every kernel for sm_90 without a GPU and report registers, spills, shared memory and wgmma.
+"""Compile every kernel for sm_90 without a GPU: registers, spills, shared memory, wgmma, and what time to expect.
 
-Run `python -m sip_engine.kernels.compile_report [WORD ...]`: all cases, or those whose name has one of the
-words in it. It exits with 1 if a kernel spills registers, needs more shared memory than a block can have, or
-should use wgmma and does not. A kernel file takes part by having a function `compile_cases() -> list[CompileCase]`.
+Run `python -m sip_engine.kernels.compile_report [WORD ...] [--json FILE]`: all cases, or those whose name has one of
+the words in it. Behind what the compiler says stand the blocks that a multiprocessor holds, bytes and operations of
+a program, what bounds the kernel, and its time on an H100 and an H200 at the reference shapes (`_work.py`): predicted
+by the formulas of `_predict.py`, not measured. It exits with 1 if a kernel spills registers, needs more shared memory
+than a block can have, or should use wgmma and does not. A kernel file takes part by having a function
+`compile_cases() -> list[CompileCase]`, and its kernel an entry in `_work.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -15,10 +20,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sip_engine.kernels
+from sip_engine.kernels._predict import GPUS, MMA_SHARE, TF32X3_SHARE, Prediction, Work, predict
 from sip_engine.kernels._triton import HAS_TRITON, INTERPRETED
+from sip_engine.kernels._work import work_of
 
 NUM_COMPUTE_CAPABILITY = 90
 WARP_SIZE = 32
@@ -62,6 +70,49 @@ class CompileResult:
         """No spills, shared memory that a block can have, and wgmma where it is expected."""
         fits = self.shared_bytes <= MAX_SHARED_BYTES
         return self.spill_bytes == 0 and fits and (self.uses_wgmma or not self.case.expect_wgmma)
+
+    @property
+    def work(self) -> Work:
+        """Of the kernel at the reference shape."""
+        return work_of(self.case)
+
+    def predicted(self, gpu: str) -> Prediction:
+        """For the reference shape on "H100" or "H200"."""
+        wide = any(
+            kind.startswith("*fp32") for name, kind in self.case.signature.items() if name in _OPERANDS
+        )
+        return predict(
+            self.work,
+            GPUS[gpu],
+            num_registers=self.num_registers,
+            shared_bytes=self.shared_bytes,
+            num_warps=self.case.num_warps,
+            tensor_share=TF32X3_SHARE if wide else 1.0 if self.uses_wgmma else MMA_SHARE,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """All that the report says of the case."""
+        times = {gpu: self.predicted(gpu) for gpu in GPUS}
+        return {
+            "kernel": self.case.name,
+            "shape": self.work.shape,
+            "num_warps": self.case.num_warps,
+            "num_stages": self.case.num_stages,
+            "registers": self.num_registers,
+            "spill_bytes": self.spill_bytes,
+            "shared_bytes": self.shared_bytes,
+            "wgmma": self.uses_wgmma,
+            "programs": self.work.programs,
+            "bytes": self.work.num_bytes,
+            "tensor_flops": self.work.tensor_flops,
+            "blocks_per_sm": times["H100"].blocks_per_sm,
+            "bound": {gpu: found.bound for gpu, found in times.items()},
+            "predicted_us": {gpu: round(found.seconds * 1e6, 2) for gpu, found in times.items()},
+        }
+
+
+_OPERANDS = ("q_ptr", "hidden_ptr", "b_ptr")
+"""Arguments that a kernel multiplies on the tensor cores."""
 
 
 def all_cases() -> Iterator[CompileCase]:
@@ -114,26 +165,45 @@ def compile_case(case: CompileCase) -> CompileResult:
     )
 
 
-def main(words: Sequence[str]) -> int:
+def _line(result: CompileResult) -> str:
+    case, work = result.case, result.work
+    times = [result.predicted(gpu) for gpu in GPUS]
+    tensor = work.tensor_flops / work.programs / 1e6
+    return (
+        f"{case.name:<58}{case.num_warps:>6}{case.num_stages:>7}{result.num_registers:>10}"
+        f"{result.spill_bytes:>8}{result.shared_bytes:>9}  {'yes' if result.uses_wgmma else 'no':<5}"
+        f"{times[0].blocks_per_sm:>7}{work.num_bytes / work.programs / 1e3:>9.1f}{tensor:>9.1f}"
+        + "".join(f"  {time.bound:<10}{time.seconds * 1e6:>9.1f}" for time in times)
+        + f"  {work.shape}{'' if result.ok else '  BAD'}"
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
     """Print one line a case. Returns the exit status: 0 good, 1 a case is not ok, 2 nothing was compiled."""
+    parser = argparse.ArgumentParser(prog="python -m sip_engine.kernels.compile_report", description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="cases with one of these in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there, too")
+    args = parser.parse_args(arguments)
     if not HAS_TRITON or INTERPRETED:
         print("compile_report needs the triton package, and TRITON_INTERPRET unset", file=sys.stderr)
         return 2
-    cases = [case for case in all_cases() if not words or any(word in case.name for word in words)]
+    cases = [case for case in all_cases() if not args.words or any(word in case.name for word in args.words)]
     if not cases:
-        print(f"no case has any of {', '.join(words)} in its name", file=sys.stderr)
+        print(f"no case has any of {', '.join(args.words)} in its name", file=sys.stderr)
         return 2
-    print(f"{'kernel':<58}{'warps':>6}{'stages':>7}{'registers':>10}{'spill B':>8}{'shared B':>9}  wgmma")
-    num_bad = 0
+    print(
+        f"{'kernel':<58}{'warps':>6}{'stages':>7}{'registers':>10}{'spill B':>8}{'shared B':>9}  wgmma"
+        f"{'blk/SM':>7}{'kB/tile':>9}{'Mop/tile':>9}"
+        + "".join(f"  {gpu + ' bound':<10}{'us':>9}" for gpu in GPUS)
+        + "  at (predicted, not measured)"
+    )
+    results = []
     for case in cases:
-        result = compile_case(case)
-        num_bad += not result.ok
-        print(
-            f"{case.name:<58}{case.num_warps:>6}{case.num_stages:>7}{result.num_registers:>10}"
-            f"{result.spill_bytes:>8}{result.shared_bytes:>9}  {'yes' if result.uses_wgmma else 'no':<5}"
-            f"{'' if result.ok else ' BAD'}",
-            flush=True,
-        )
+        results.append(compile_case(case))
+        print(_line(results[-1]), flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n")
+    num_bad = sum(not result.ok for result in results)
     if num_bad:
         print(f"{num_bad} kernels spill registers or miss wgmma", file=sys.stderr)
     return 1 if num_bad else 0

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._attend import (
-    FLOAT32_TILES,
     LOG2_E,
-    Tile,
     attend_pages,
     find_tile,
     num_tiles,
@@ -41,6 +39,7 @@ from sip_engine.kernels._paged import (
     gather_pages,
     softmax_scale,
 )
+from sip_engine.kernels._tiles import Tile, tile_of, tiles_of
 from sip_engine.kernels._triton import jit, tl
 from sip_engine.kernels.compile_report import CompileCase
 
@@ -86,21 +85,6 @@ def decode_attention_reference(
     return out
 
 
-TILES = {  # prefix: (D up to, query rows up to) -> tile, for 16-bit queries
-    (64, 16): Tile(16, 64, 4, 7),
-    (64, 32): Tile(32, 64, 4, 7),
-    (64, 64): Tile(64, 64, 4, 7),
-    (64, 128): Tile(128, 64, 8, 7),
-    (128, 16): Tile(16, 64, 4, 5),
-    (128, 32): Tile(32, 64, 4, 5),
-    (128, 64): Tile(64, 64, 4, 5),
-    (128, 128): Tile(128, 64, 8, 5),
-    (256, 16): Tile(16, 32, 4, 5),
-    (256, 32): Tile(32, 32, 4, 5),
-    (256, 64): Tile(64, 32, 8, 5),
-}
-SUFFIX_TILES = {64: Tile(16, 64, 4, 5), 128: Tile(16, 32, 4, 5), 256: Tile(16, 16, 4, 5)}
-"""D up to -> tile; suffixes are short, so what hides their latency is many programs on a multiprocessor."""
 SPLIT = 512
 """Prefix tokens of one program: fixed, so that the sums of a row never depend on the rest of the batch."""
 
@@ -204,11 +188,13 @@ def _suffix_kernel(
 
 
 def _prefix_tile(dtype: torch.dtype, block_d: int, num_rows: int) -> Tile:
-    """The tile for a usual group of `num_rows` query rows."""
-    if dtype.itemsize == 4:
-        return FLOAT32_TILES[block_d]
-    widest = 128 if block_d <= 128 else 64
-    return TILES[block_d, next(rows for rows in (16, 32, 64, 128) if rows >= min(num_rows, widest))]
+    """The tile for a usual group of `num_rows` query rows: the smallest that holds them, or the largest."""
+    rows = {
+        up_to: tile
+        for (dim, up_to), tile in tiles_of("decode_prefix", dtype.itemsize).items()
+        if dim == block_d
+    }
+    return rows[min((up_to for up_to in rows if up_to >= num_rows), default=max(rows))]
 
 
 def _attend_prefixes(
@@ -263,7 +249,7 @@ def _attend_suffixes(
     (num_seqs, num_heads, head_dim), (page_size, num_kv_heads) = q.shape, k_pages.shape[1:3]
     ratio, block_d = num_heads // num_kv_heads, padded_head_dim(head_dim, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tile = (FLOAT32_TILES if q.dtype == torch.float32 else SUFFIX_TILES)[block_d]
+    tile = tile_of("decode_suffix", q.element_size(), block_d)
     _suffix_kernel[(num_seqs * num_kv_heads, -(-ratio // tile.block_m))](
         q, k_pages, v_pages, out, part, lse, tables, lens, k_scale, v_scale,
         part.shape[0], num_seqs, q.stride(0), q.stride(1), tables.stride(0), scale * LOG2_E,
@@ -335,12 +321,11 @@ def compile_cases() -> list[CompileCase]:
     grouped, alone = ({"SPLIT": SPLIT, "GROUPED": value} for value in (True, False))
     cases = []
     for pages in (torch.bfloat16, FP8, torch.float32):
-        wide = pages == torch.float32
-        prefix_tiles = [(dim, tile) for (dim, _), tile in TILES.items()]
-        for dim, tile in FLOAT32_TILES.items() if wide else prefix_tiles:
+        size = 4 if pages == torch.float32 else 2
+        for (dim, _), tile in tiles_of("decode_prefix", size).items():
             cases.append(page_case("decode prefix", _prefix_kernel, tile, pages, dim, grouped))
-        for dim, tile in (FLOAT32_TILES if wide else SUFFIX_TILES).items():
+        for (dim, _), tile in tiles_of("decode_suffix", size).items():
             cases.append(page_case("decode suffix", _suffix_kernel, tile, pages, dim, {}))
-    tile = TILES[128, 16]
+    tile = _prefix_tile(torch.bfloat16, 128, 16)
     cases.append(page_case("decode ungrouped", _prefix_kernel, tile, torch.bfloat16, 128, alone))
     return cases

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._attend import (
-    FLOAT32_TILES,
     LOG2_E,
-    Tile,
     attend_pages,
     find_tile,
     num_tiles,
@@ -38,6 +36,7 @@ from sip_engine.kernels._paged import (
     gather_pages,
     softmax_scale,
 )
+from sip_engine.kernels._tiles import tile_of, tiles_of
 from sip_engine.kernels._triton import jit, tl
 from sip_engine.kernels.compile_report import CompileCase
 
@@ -70,10 +69,6 @@ def prefill_attention_reference(
         weights = logits.masked_fill_(future, float("-inf")).softmax(-1)
         out[first:last] = torch.einsum("hrtn,nhd->thrd", weights, values).flatten(1, 2).to(q.dtype)
     return out
-
-
-TILES = {64: Tile(128, 128, 8, 5), 128: Tile(128, 64, 8, 5), 256: Tile(128, 32, 8, 5)}
-"""D up to -> tile, for 16-bit queries."""
 
 
 @jit(do_not_specialize=["num_seqs", "stride_table"])
@@ -144,7 +139,7 @@ def _prefill_triton(
     if num_tokens == 0:
         return out
     ratio, block_d = num_heads // num_kv_heads, padded_head_dim(head_dim, q.dtype)
-    tile = (FLOAT32_TILES if q.dtype == torch.float32 else TILES)[block_d]
+    tile = tile_of("prefill", q.element_size(), block_d)
     _prefill_kernel[(num_tiles(num_seqs, num_tokens, ratio, tile.block_m) * num_kv_heads,)](
         q, k_pages, v_pages, out, tables, cu_seqlens, context_lens, k_scale, v_scale,
         num_seqs, q.stride(0), q.stride(1), tables.stride(0), scale * LOG2_E,
@@ -193,5 +188,5 @@ def compile_cases() -> list[CompileCase]:
     return [
         page_case("prefill", _prefill_kernel, tile, pages, dim, {})
         for pages in (torch.bfloat16, FP8, torch.float32)
-        for dim, tile in (FLOAT32_TILES if pages == torch.float32 else TILES).items()
+        for (dim, _), tile in tiles_of("prefill", 4 if pages == torch.float32 else 2).items()
     ]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import Impl, resolve_impl
+from sip_engine.kernels._tiles import Tile, tile_of
 from sip_engine.kernels._triton import jit, tl, triton
 from sip_engine.kernels.compile_report import CompileCase
 from sip_engine.kernels.random import check_counters, gumbel, gumbel_tile, tile_columns
@@ -219,9 +220,9 @@ def merge_tiles_kernel(
     tl.store(sum_exp_ptr + row, sum_exp, mask=is_row)
 
 
-def _block_sizes(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes; the same for every batch, so that a row's result does not depend on its company."""
-    return {"BLOCK_B": 128, "BLOCK_V": 128 if dtype.itemsize == 2 else 64, "BLOCK_H": 128 // dtype.itemsize}
+def _block_sizes(tile: Tile) -> dict[str, int]:
+    """The same for every batch, so that a row's result does not depend on its company."""
+    return {"BLOCK_B": tile.block_m, "BLOCK_V": tile.block_n, "BLOCK_H": tile.block_k}
 
 
 def _merge_block_sizes(num_tiles: int) -> dict[str, int]:
@@ -235,7 +236,8 @@ def _launch(
 ) -> ShardSample:
     """Run the two kernels; every row of `weight` may be chosen."""
     (num_rows, hidden_size), num_columns = hidden.shape, weight.shape[0]
-    blocks = _block_sizes(hidden.dtype)
+    tile = tile_of("head_sample", hidden.element_size())
+    blocks = _block_sizes(tile)
     num_tiles = -(-num_columns // blocks["BLOCK_V"])
     partial = torch.empty((5, num_rows, num_tiles), dtype=torch.float32, device=hidden.device)
     head_sample_kernel[(triton.cdiv(num_rows, blocks["BLOCK_B"]) * num_tiles,)](
@@ -253,8 +255,8 @@ def _launch(
         GREEDY=temperature == 0,
         HIDDEN_SIZE=hidden_size,
         **blocks,
-        num_warps=8,
-        num_stages=4,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     floats = torch.empty((4, num_rows), dtype=torch.float32, device=hidden.device)
     found = ShardSample(floats[0], torch.empty_like(keys), floats[1], floats[2], floats[3])
@@ -359,20 +361,21 @@ def compile_cases() -> list[CompileCase]:
         "partial_ptr": "*fp32:16",
         "inverse_temperature": "fp32",
     }
+    narrow = tile_of("head_sample", 2)
     heads = [
         CompileCase(
             name=f"head_sample {short}{' greedy' if greedy else ''}",
             kernel=head_sample_kernel,
             signature=signature | dict.fromkeys(("hidden_ptr", "weight_ptr"), f"*{short}:16"),
-            constexprs={"GREEDY": greedy, "HIDDEN_SIZE": 2048, **_block_sizes(dtype)},
-            num_warps=8,
-            num_stages=4,
+            constexprs={"GREEDY": greedy, "HIDDEN_SIZE": 2048, **_block_sizes(tile)},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
             expect_wgmma=True,
         )
-        for short, dtype, greedy in (
-            ("bf16", torch.bfloat16, False),
-            ("bf16", torch.bfloat16, True),
-            ("fp32", torch.float32, False),
+        for short, tile, greedy in (
+            ("bf16", narrow, False),
+            ("bf16", narrow, True),
+            ("fp32", tile_of("head_sample", 4), False),
         )
     ]
     outputs = ("partial_ptr", "perturbed_ptr", "logit_ptr", "max_ptr", "sum_exp_ptr")
@@ -382,7 +385,7 @@ def compile_cases() -> list[CompileCase]:
             kernel=merge_tiles_kernel,
             signature=dict.fromkeys(outputs, "*fp32:16")
             | {"token_ptr": "*i64:16", "vocab_start": "i32:16", "num_rows": "i32", "num_tiles": "i32"},
-            constexprs=_merge_block_sizes(num_columns // 128),
+            constexprs=_merge_block_sizes(num_columns // narrow.block_n),
         )
         for num_columns in (32_000, 128_000)
     ]

@@ -46,7 +46,7 @@ for module in (kv_write, random, rms_norm, rotary, sample, swiglu):
 
 
 def rows_of(table: str) -> dict[str, list[str]]:
-    """Name of the case -> warps, stages, registers, spilled bytes, shared bytes, wgmma, and BAD if it is."""
+    """Name of the case -> warps, stages, registers, spilled bytes, shared bytes, wgmma, ..., and BAD if it is."""
     lines = table.splitlines()
     assert lines[0].split()[:3] == ["kernel", "warps", "stages"]
     return {line[:58].strip(): line[58:].split() for line in lines[1:]}
@@ -57,9 +57,18 @@ def test_two_kernels_compile_without_spills():
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(done.stdout)
     assert sorted(rows) == ["rotary bf16 D=128", "swiglu bf16"]
-    for warps, stages, registers, spilled, shared, wgmma in rows.values():
+    for warps, stages, registers, spilled, shared, wgmma, *_ in rows.values():
         assert (warps, stages, spilled, shared, wgmma) == ("4", "3", "0", "0", "no")
         assert 8 <= int(registers) <= 64
+    blocks, kilobytes, _, bound, h100, _, h200, *shape = rows["swiglu bf16"][6:]
+    assert (float(kilobytes), bound, shape) == (
+        round(3 * 5632 * 2 / 6 / 1e3, 1),
+        "memory",
+        ["[1024,", "5632]"],
+    )
+    assert int(blocks) == min(16, 65536 // (32 * 4 * -(-int(rows["swiglu bf16"][2]) // 8) * 8))
+    assert float(h100) == pytest.approx(3 * 1024 * 5632 * 2 / 3.0e12 * 1e6, rel=0.1)
+    assert float(h200) == pytest.approx(float(h100) * 3.0 / 4.3, rel=0.1)
 
 
 @pytest.mark.slow
@@ -68,8 +77,8 @@ def test_spills_and_missing_wgmma_fail():
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 kernels spill registers or miss wgmma" in done.stderr
     rows = rows_of(done.stdout)
-    assert int(rows["spills"][3]) > 0 and rows["spills"][5:] == ["no", "BAD"]
-    assert rows["misses"][3] == "0" and rows["misses"][5:] == ["no", "BAD"]
+    assert int(rows["spills"][3]) > 0 and (rows["spills"][5], rows["spills"][-1]) == ("no", "BAD")
+    assert rows["misses"][3] == "0" and (rows["misses"][5], rows["misses"][-1]) == ("no", "BAD")
 
 
 def test_a_report_on_nothing_is_an_error(monkeypatch, capsys):
