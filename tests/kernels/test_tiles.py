@@ -62,5 +62,5 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     number = 2 + line.count("\n")
     with pytest.raises(ValueError, match=rf"tiles\.csv:{number}: "):
         read_tiles(path)
-    with pytest.raises(ValueError, match="nothing.csv: the table of tiles cannot be read"):
+    with pytest.raises(ValueError, match=r"nothing\.csv: the table of tiles cannot be read"):
         read_tiles(tmp_path / "nothing.csv")
