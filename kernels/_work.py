@@ -8,12 +8,23 @@ tokens; and scores 16,384. A tile of M query rows stands for M / G query heads a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from sip_engine.kernels._predict import Work
 
-if TYPE_CHECKING:
-    from sip_engine.kernels.compile_report import CompileCase
+
+class Case(Protocol):
+    """What is read of a `CompileCase` of the compile report."""
+
+    @property
+    def kernel(self) -> Any: ...
+    @property
+    def signature(self) -> dict[str, str]: ...
+    @property
+    def constexprs(self) -> dict[str, Any]: ...
+    @property
+    def num_stages(self) -> int: ...
+
 
 B, G, P, S, SEEN = 1024, 16, 1024, 128, 64
 HIDDEN, FFN, VOCAB, TOKENS, CHUNK = 2048, 5632, 32_000, 16_384, 8192
@@ -23,7 +34,7 @@ PHILOX_OPS = 45
 """A number: a quarter of ten rounds of two wide products and two xors, and its conversion."""
 
 
-def _bytes_of(case: CompileCase, argument: str) -> int:
+def _bytes_of(case: Case, argument: str) -> int:
     kind = case.signature[argument].split(":")[0]
     return {"*fp8e4nv": 1, "*bf16": 2, "*fp16": 2, "*fp32": 4, "*i32": 4, "*i64": 8}[kind]
 
@@ -32,14 +43,14 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _heads(case: CompileCase, ratio: int) -> tuple[int, int, int]:
+def _heads(case: Case, ratio: int) -> tuple[int, int, int]:
     """Head dim, query heads, KV heads: `ratio` query heads for each KV head."""
     dim = case.constexprs["D"]
     heads = HIDDEN // dim
     return dim, heads, max(1, heads // ratio)
 
 
-def _decode_prefix(case: CompileCase) -> Work:
+def _decode_prefix(case: Case) -> Work:
     tile, grouped = case.constexprs, case.constexprs["GROUPED"]
     rows = tile["BLOCK_M"]
     ratio = max(1, rows // G) if grouped else 1
@@ -60,12 +71,12 @@ def _decode_prefix(case: CompileCase) -> Work:
     )
 
 
-def _pages_in_flight(case: CompileCase, size: int) -> int:
+def _pages_in_flight(case: Case, size: int) -> int:
     """Half of the stages hold keys and values, the other half page numbers."""
     return 2 * max(1, case.num_stages // 2) * case.constexprs["BLOCK_N"] * case.constexprs["D"] * size
 
 
-def _decode_suffix(case: CompileCase) -> Work:
+def _decode_suffix(case: Case) -> Work:
     dim, heads, kv_heads = _heads(case, 1)
     size, splits = _bytes_of(case, "k_ptr"), _cdiv(P, 512)
     scores = B * kv_heads * case.constexprs["BLOCK_M"] * SEEN
@@ -81,7 +92,7 @@ def _decode_suffix(case: CompileCase) -> Work:
     )
 
 
-def _prefill(case: CompileCase) -> Work:
+def _prefill(case: Case) -> Work:
     dim, heads, kv_heads = _heads(case, 2)
     rows, columns = case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"]
     prefixes, tokens = TOKENS // P, rows * kv_heads // heads  # a tile holds `tokens` tokens of 2 heads
@@ -101,10 +112,10 @@ def _prefill(case: CompileCase) -> Work:
     )
 
 
-def _shared_prefix(products: int, tensors: int) -> Callable[[CompileCase], Work]:
+def _shared_prefix(products: int, tensors: int) -> Callable[[Case], Work]:
     """A kernel that runs `products` of 2 D operations a visible pair, and moves `tensors` of [T, H, D]."""
 
-    def work(case: CompileCase) -> Work:
+    def work(case: Case) -> Work:
         dim, heads, _ = _heads(case, 1)
         row = P + G * S
         rows = TOKENS // row
@@ -130,7 +141,7 @@ def _shared_prefix(products: int, tensors: int) -> Callable[[CompileCase], Work]
 
 
 def _product(
-    case: CompileCase, rows: int, columns: int, inner: int, names: tuple[str, str, str]
+    case: Case, rows: int, columns: int, inner: int, names: tuple[str, str, str]
 ) -> dict[str, float]:
     """Programs, bytes in flight and operations of an [rows, inner] x [inner, columns] product in tiles."""
     m, n, k = (case.constexprs[name] for name in names)
@@ -143,7 +154,7 @@ def _product(
     }
 
 
-def _logprob_stats(case: CompileCase) -> Work:
+def _logprob_stats(case: Case) -> Work:
     size, split = _bytes_of(case, "hidden_ptr"), case.constexprs["SPLIT"]
     found = _product(case, TOKENS, VOCAB, HIDDEN, ("BLOCK_N", "BLOCK_V", "BLOCK_H"))
     found["programs"] = _cdiv(TOKENS, case.constexprs["BLOCK_N"]) * _cdiv(VOCAB, split)
@@ -157,7 +168,7 @@ def _logprob_stats(case: CompileCase) -> Work:
     )
 
 
-def _dlogits(case: CompileCase) -> Work:
+def _dlogits(case: Case) -> Work:
     size, scores = _bytes_of(case, "hidden_ptr"), CHUNK * CHUNK
     return Work(
         f"{CHUNK} x {CHUNK} of N={TOKENS}",
@@ -168,7 +179,7 @@ def _dlogits(case: CompileCase) -> Work:
     )
 
 
-def _accumulate(case: CompileCase) -> Work:
+def _accumulate(case: Case) -> Work:
     size = _bytes_of(case, "b_ptr")
     low = 2 if "low_ptr" in case.signature else 0
     return Work(
@@ -178,7 +189,7 @@ def _accumulate(case: CompileCase) -> Work:
     )
 
 
-def _head_sample(case: CompileCase) -> Work:
+def _head_sample(case: Case) -> Work:
     size, greedy, scores = _bytes_of(case, "hidden_ptr"), case.constexprs["GREEDY"], B * VOCAB
     tiles = _cdiv(VOCAB, case.constexprs["BLOCK_V"])
     return Work(
@@ -195,23 +206,23 @@ def _elementwise(shape: str, programs: int, num_bytes: float, special: float = 0
     return Work(shape, programs, num_bytes, num_bytes / programs / 2, 0.0, special, scalar)
 
 
-def _rms_norm(case: CompileCase) -> Work:
+def _rms_norm(case: Case) -> Work:
     width, size = case.constexprs["BLOCK_H"], _bytes_of(case, "x_ptr")
     tensors = 4 if case.constexprs["HAS_RESIDUAL"] else 2
     return _elementwise(f"[{B}, {width}]", B, tensors * B * width * size, scalar=6 * B * width)
 
 
-def _swiglu(case: CompileCase) -> Work:
+def _swiglu(case: Case) -> Work:
     programs = B * _cdiv(FFN, case.constexprs["BLOCK_F"])
     return _elementwise(f"[{B}, {FFN}]", programs, 3 * B * FFN * 2, special=B * FFN, scalar=5 * B * FFN)
 
 
-def _rotary(case: CompileCase) -> Work:
+def _rotary(case: Case) -> Work:
     programs = B * _cdiv(HIDDEN // 128, case.constexprs["BLOCK_HEADS"])
     return _elementwise(f"[{B}, {HIDDEN // 128}, 128]", programs, 2 * B * HIDDEN * 2, scalar=3 * B * HIDDEN)
 
 
-def _kv_write(case: CompileCase) -> Work:
+def _kv_write(case: Case) -> Work:
     width = case.constexprs["H_KV"] * case.constexprs["D"]
     moved = 2 * B * width * (2 + _bytes_of(case, "k_pages_ptr"))
     return _elementwise(
@@ -219,7 +230,7 @@ def _kv_write(case: CompileCase) -> Work:
     )
 
 
-def _store_qkv(case: CompileCase) -> Work:
+def _store_qkv(case: Case) -> Work:
     kv, ratio, dim = (case.constexprs[name] for name in ("H_KV", "R", "D"))
     moved = B * kv * dim * (2 * (ratio + 2) + 2 * ratio + 2 * _bytes_of(case, "k_pages_ptr"))
     return _elementwise(
@@ -227,27 +238,27 @@ def _store_qkv(case: CompileCase) -> Work:
     )
 
 
-def _random(case: CompileCase) -> Work:
+def _random(case: Case) -> Work:
     numbers = B * VOCAB
     programs = B * _cdiv(VOCAB, case.constexprs["BLOCK_C"])
     return Work(f"[{B}, {VOCAB}]", programs, 4 * numbers, 4 * 512, 0.0, 2 * numbers, 4 * PHILOX_OPS * numbers)
 
 
-def _merge_tiles(case: CompileCase) -> Work:
+def _merge_tiles(case: Case) -> Work:
     tiles = case.constexprs["BLOCK_TILES"]
     return _elementwise(f"[5, {B}, {tiles}]", _cdiv(B, case.constexprs["BLOCK_B"]), 20 * B * tiles, B * tiles)
 
 
-def _rows_of_a_step(num_bytes: int) -> Callable[[CompileCase], Work]:
+def _rows_of_a_step(num_bytes: int) -> Callable[[Case], Work]:
     return lambda case: _elementwise(f"[{B}]", _cdiv(B, case.constexprs["BLOCK"]), num_bytes * B)
 
 
-def _dpo(case: CompileCase) -> Work:
+def _dpo(case: Case) -> Work:
     tokens = 2 * B * S  # B pairs
     return _elementwise(f"{B} pairs of {S} tokens", B, 8 * tokens, scalar=4 * tokens)
 
 
-WORK: dict[str, Callable[[CompileCase], Work]] = {
+WORK: dict[str, Callable[[Case], Work]] = {
     "_prefix_kernel": _decode_prefix,
     "_suffix_kernel": _decode_suffix,
     "_prefill_kernel": _prefill,
@@ -272,6 +283,6 @@ WORK: dict[str, Callable[[CompileCase], Work]] = {
 """The kernel's name -> its work at the reference shape."""
 
 
-def work_of(case: CompileCase) -> Work:
+def work_of(case: Case) -> Work:
     """What the case's kernel does at the reference shape."""
     return WORK[case.kernel.__name__](case)
