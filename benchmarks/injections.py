@@ -61,7 +61,8 @@ from benchmarks.record import (
 from sip_engine.config.judge import JudgeConfig
 from sip_engine.config.parse import merge_settings, parse_config, read_toml
 from sip_engine.config.schema import RunConfig
-from sip_engine.data.corpus import Corpus, open_corpus, open_world
+from sip_engine.data.corpus import Corpus, open_corpus
+from sip_engine.data.sources import open_world
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.judges.open import open_judge
 from sip_engine.policy.checkpoint import checkpoint_tokenizer, resolve_checkpoint

@@ -341,6 +341,38 @@ def inspect_data(
     describe_data(_read_config(config, context))
 
 
+@data.command("tokenize", context_settings=_OVERRIDES)
+def tokenize_data(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="A TOML file whose data section says what to read.")],
+    part: Annotated[
+        str,
+        typer.Option(
+            help="I/N: every Nth file, from the Ith; default: that of a Slurm array's task, or all."
+        ),
+    ] = "",
+    jobs: Annotated[int, typer.Option(min=0, help="Processes at once; 0: one a core.")] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all input, in case it changed unnoticed.")
+    ] = False,
+) -> None:
+    """Make the token files of a config's documents ahead of a run, on all cores; goes on where it was stopped.
+
+    As a job array, each task takes a part of the files; a run then finds all of them. `data.cache` must be shared.
+    """
+    from sip_engine.data.build import Work
+    from sip_engine.data.tokenize import part_of, tokenize
+
+    cfg = _read_config(config, context)
+    mine = part_of(part, os.environ)
+    tokenizer = None
+    if cfg.init is not None:
+        from sip_engine.policy.checkpoint import checkpoint_tokenizer, resolve_checkpoint
+
+        tokenizer = checkpoint_tokenizer(resolve_checkpoint(cfg.init))
+    tokenize(cfg, tokenizer, mine, Work(jobs or None, verify))
+
+
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs to show side by side.")],

@@ -11,6 +11,7 @@ import numpy as np
 
 from sip_engine.config.objective import LearnsFrom
 from sip_engine.config.schema import RunConfig
+from sip_engine.data.build import build_token_files
 from sip_engine.data.documents import read_documents
 from sip_engine.data.indexed import find_token_files
 from sip_engine.data.inventory import Inventory, take_inventory
@@ -18,14 +19,13 @@ from sip_engine.data.mixture import MixtureStream, Source, shares
 from sip_engine.data.permutation import hash_key, mix64
 from sip_engine.data.prompts import PromptStream, read_prompts
 from sip_engine.data.samples import SampleIndex, first_chunk
+from sip_engine.data.sources import DocumentSource, document_sources, in_turn, tokenizer_of
 from sip_engine.data.stream import SampleStream
-from sip_engine.data.token_files import TokenFiles, build_token_files
+from sip_engine.data.token_files import TokenFiles
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.types import Sample
 from sip_engine.utils.errors import ConfigError, DataError
-from sip_engine.utils.files import write_jsonl
-from sip_engine.world import World, write_documents
 
 
 @dataclass(frozen=True)
@@ -84,24 +84,7 @@ class Corpus:
 
     def texts(self, limit: int) -> list[str]:
         """The first documents of the training data, as text."""
-        return list(islice(_in_turn([part.texts(self.tokenizer) for part in self.parts]), limit))
-
-
-def _in_turn(readers: list[Iterator[str]]) -> Iterator[str]:
-    """One of each in turn, so that the beginning has some of all."""
-    while readers:
-        for reader in list(readers):
-            text = next(reader, None)
-            if text is None:
-                readers.remove(reader)
-            else:
-                yield text
-
-
-def open_world(cfg: RunConfig) -> World | None:
-    """The synthetic world that a run's documents are of, if they are."""
-    spec = cfg.world
-    return World(spec.seed, spec.num_people, spec.people_per_document) if spec else None
+        return list(islice(in_turn([part.texts(self.tokenizer) for part in self.parts]), limit))
 
 
 def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -116,10 +99,10 @@ def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) 
     """
     if cfg.task != "policy":
         return _open_prompts(cfg, mesh, tokenizer)
-    sources, eval_path = _sources(cfg, mesh)
+    sources, eval_path = document_sources(cfg, mesh)
     built: tuple[list[_Built], _Built | None, bytes] | None = None
     if mesh.is_main:
-        tokenizer = _tokenizer(cfg, sources, tokenizer)
+        tokenizer = tokenizer_of(cfg, sources, tokenizer)
         parts = [_build(cfg, source.path, source.text_column, tokenizer) for source in sources]
         held = _build(cfg, eval_path, cfg.data.text_column, tokenizer) if eval_path else None
         built = parts, held, tokenizer.model
@@ -142,7 +125,7 @@ _Opened = tuple[Part, SampleStream, SampleStream]
 
 
 def _open_part(
-    cfg: RunConfig, source: _Wanted, built: _Built, tokenizer: Tokenizer, held_files: TokenFiles | None
+    cfg: RunConfig, source: DocumentSource, built: _Built, tokenizer: Tokenizer, held_files: TokenFiles | None
 ) -> _Opened:
     files = built.open(tokenizer)
     split = _split(cfg, files) if held_files is None else _Split(files.lengths, held_files.lengths)
@@ -226,83 +209,6 @@ def _check_rewrites(samples: Sequence[Sample], path: Path) -> None:
                 f'{path}:{s.document + 1}: task="rewriter" needs the texts "prefix" and "suffix" and "safe" (true or '
                 "false) with each prompt, as `sip data rewrites` writes them"
             )
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A source of training documents, as the settings have it."""
-
-    name: str
-    path: Path
-    text_column: str
-
-
-def _sources(cfg: RunConfig, mesh: Mesh) -> tuple[list[_Wanted], Path | None]:
-    """Where training documents come from, and the path of held-out ones where they have their own."""
-    data = cfg.data
-    if cfg.world is not None:
-        train, test = _world_paths(cfg, mesh)
-        return [_Wanted("", train, data.text_column)], test
-    if data.sources:
-        sources = [_Wanted(s.name, s.path, s.text_column or data.text_column) for s in data.sources]
-        return sources, data.eval_path
-    if data.path is None:
-        raise ConfigError("no documents: set data.path (--data.path PATH), or add a [world] section")
-    return [_Wanted("", data.path, data.text_column)], data.eval_path
-
-
-def _world_paths(cfg: RunConfig, mesh: Mesh) -> tuple[Path, Path]:
-    """The synthetic world's documents, written where they are not yet."""
-    world, spec = open_world(cfg), cfg.world
-    assert world is not None and spec is not None
-    numbers = (
-        spec.seed,
-        spec.num_people,
-        spec.people_per_document,
-        spec.train_documents,
-        spec.test_documents,
-    )
-    name = "-".join(["world", *map(str, numbers)])
-    folder = cfg.data.cache / (name if spec.split == "train" else f"{name}-{spec.split}")
-    # The rewriter's documents are more of the judge's kind, drawn with another seed.
-    split, seed = ("judge", spec.seed + 1) if spec.split == "rewriter" else (spec.split, spec.seed)
-    train, test = folder / "train.jsonl", folder / "test.jsonl"
-    if mesh.is_main:
-        for path, part, count in (
-            (train, split, spec.train_documents),
-            (test, "test", spec.test_documents),
-        ):
-            if not path.is_file():
-                documents = write_documents(world, part, count, seed)
-                write_jsonl(path, ({"text": d.text, "style": d.style} for d in documents))
-    mesh.barrier()
-    return train, test
-
-
-def _tokenizer(cfg: RunConfig, sources: Sequence[_Wanted], carried: Tokenizer | None) -> Tokenizer:
-    given = Tokenizer.load(cfg.data.tokenizer) if cfg.data.tokenizer is not None else None
-    if carried is not None:
-        if given is not None and given.fingerprint != carried.fingerprint:
-            raise DataError(
-                f"{cfg.data.tokenizer}: not the tokenizer of the checkpoint that this run starts from; leave "
-                "data.tokenizer out, or start from another checkpoint"
-            )
-        return carried
-    if given is not None:
-        return given
-    saved = cfg.out / "tokenizer.model"
-    if saved.is_file():
-        return Tokenizer.load(saved)
-    where = ", ".join(str(source.path) for source in sources)
-    if any(find_token_files(source.path) for source in sources):
-        raise ConfigError(
-            f"{where}: token files need the tokenizer that they were made with: set data.tokenizer, or init"
-        )
-    try:
-        texts = _in_turn([read_documents(source.path, source.text_column) for source in sources])
-        return Tokenizer.train(texts, cfg.data.vocab_size, saved)
-    except (ConfigError, DataError) as error:
-        raise error if where in str(error) else type(error)(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,12 @@ class IndexedWriter:
 
     def add(self, ids: np.ndarray) -> None:
         """One document: ids [num_tokens]."""
+        self.add_all(ids, np.array([len(ids)]))
+
+    def add_all(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Documents one after another: ids [num_tokens], and their lengths [num_documents]."""
         self._file.write(ids.astype(self._dtype).tobytes())
-        self._lengths.append(len(ids))
+        self._lengths.extend(lengths.tolist())
         self.num_tokens += len(ids)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ def describe_data(cfg: RunConfig) -> None:
         of = f" of {part.name}" if part.name else ""
         inventory = part.inventory
         rows |= {
-            f"files{of}": str(inventory.read) if inventory else f"{part.files.num_parts} .bin/.idx",
+            f"files{of}": str(inventory.read) if inventory else f"{len(part.files.prefixes)} .bin/.idx",
             **({f"passed over{of}": str(inventory.passed_over)} if inventory else {}),
             f"documents{of}": f"{part.files.num_documents:,}",
             f"skipped{of}": str(part.files.skips) or "none",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sip_engine.config.schema import RunConfig
-from sip_engine.data.corpus import open_world
+from sip_engine.data.sources import open_world
 from sip_engine.evaluation.held_out import FAULTLESS, Measure
 from sip_engine.world import measure
 

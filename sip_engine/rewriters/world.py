@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sip_engine.config.schema import RunConfig
-from sip_engine.data.corpus import Corpus, open_world
+from sip_engine.data.corpus import Corpus
+from sip_engine.data.sources import open_world
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.world import WorldRewriter
 

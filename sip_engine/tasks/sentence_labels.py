@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sip_engine.config.schema import RunConfig
-from sip_engine.data.corpus import open_world
+from sip_engine.data.sources import open_world
 from sip_engine.llm.compact_prompts import reading_prompt
 from sip_engine.llm.untrusted import neutral
 from sip_engine.policy.checkpoint import resolve_checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +10,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 console = Console(stderr=True, highlight=False, markup=False)
@@ -66,3 +69,49 @@ def steps(title: str, total: int, *, done: int = 0, quiet: bool = False) -> Iter
     )
     with Progress(*columns, console=console) as bar:
         yield Steps(title, done, total, bar, quiet)
+
+
+class Transfer:
+    """Counts bytes towards a total."""
+
+    def __init__(self, title: str, total: int, bar: Progress | None, quiet: bool) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._bar, self._quiet, self._lock = bar, quiet, threading.Lock()
+        self._task = None if bar is None else bar.add_task(title, total=total)
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more; from any thread."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, num_bytes)
+            return
+        with self._lock:
+            self._done += num_bytes
+            now = time.monotonic()
+            if self._quiet or not self._done or now - self._printed <= LINE_SECONDS:
+                return
+            self._printed = now
+        rate = self._done / (now - self._started)
+        console.print(
+            f"{self._title}: {self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB  {rate / 1e6:.1f} MB/s  "
+            f"ETA {(self._total - self._done) / rate:.0f} s",
+            soft_wrap=True,
+        )
+
+
+@contextmanager
+def transfer(title: str, total: int, *, quiet: bool = False) -> Iterator[Transfer]:
+    """Show progress through `total` bytes, on a terminal until it is done. `quiet` shows nothing."""
+    if quiet or not console.is_terminal:
+        yield Transfer(title, total, None, quiet)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield Transfer(title, total, bar, quiet)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sip_engine.data.build import build_token_files
 from sip_engine.data.samples import SampleIndex
 from sip_engine.data.stream import SampleStream
-from sip_engine.data.token_files import TokenFiles, build_token_files
+from sip_engine.data.token_files import TokenFiles
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.types import Sample
 from sip_engine.utils.errors import CheckpointError, DataError

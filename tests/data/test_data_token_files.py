@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from sip_engine.data.token_files import TokenFiles, build_token_files
+from sip_engine.data.build import Work, build_token_files
+from sip_engine.data.token_files import TokenFiles
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.utils.errors import DataError
 
@@ -52,7 +53,13 @@ def all_documents(files: TokenFiles) -> list[list[int]]:
 
 
 def entries(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
+    """Names of what is in the cache, as it seems whole or on its way: corpora, then shards."""
+    found = [path for folder in (cache, cache / "shards") if folder.is_dir() for path in folder.iterdir()]
+    return sorted(path.name for path in found if path.name not in ("identities", "shards"))
+
+
+def entries_of(files: TokenFiles) -> list[str]:
+    return sorted([files.key, *(prefix.parent.name for prefix in files.prefixes)])
 
 
 def forbid_tokenizing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +84,7 @@ def test_files_hold_every_document_between_bos_and_eos(
     assert dict(files.skips) == {"empty": 1}
     assert files.tokenizer_fingerprint == tokenizer.fingerprint
 
-    dataset = IndexedDataset(str(files.prefix_path))
+    dataset = IndexedDataset(str(files.prefixes[0]))
     assert [dataset[number].tolist() for number in range(len(dataset))] == expected  # pyright: ignore
     assert dataset.document_indices.tolist() == [0, 1, 2, 3]
     assert dataset.index.dtype == dtype
@@ -123,7 +130,7 @@ def test_the_second_call_opens_the_files_of_the_first(
     second = build_token_files(moved, tokenizer, tmp_path / "cache")
     assert second == first == TokenFiles.open(first.prefix_path)
     assert all_documents(second) == expected
-    assert entries(tmp_path / "cache") == [first.key]
+    assert entries(tmp_path / "cache") == entries_of(first)
 
 
 def test_changed_content_of_the_same_size_and_time_is_tokenized_again(
@@ -165,12 +172,12 @@ def test_a_damaged_entry_is_refused_and_built_again(
 ) -> None:
     cache = tmp_path / "cache"
     files = build_token_files(corpus, tokenizer, cache)
-    damage(Path(f"{files.prefix_path}{suffix}"))
+    damage(Path(f"{files.prefixes[0]}{suffix}"))
     with pytest.raises(DataError, match="token files are missing or damaged; build them again"):
         TokenFiles.open(files.prefix_path)
     again = build_token_files(corpus, tokenizer, cache)
     assert all_documents(again) == expected_documents(tokenizer, TEXTS)
-    assert entries(cache) == [files.key]
+    assert entries(cache) == entries_of(files)
 
 
 def test_a_damaged_input_leaves_nothing_behind(tokenizer: Tokenizer, corpus: Path, tmp_path: Path) -> None:
@@ -208,12 +215,12 @@ def test_many_builders_at_once_give_one_whole_entry(
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
         calls = [
-            pool.submit(build_token_files, corpus, tokenizer, tmp_path / "cache", progress=False)
+            pool.submit(build_token_files, corpus, tokenizer, tmp_path / "cache", work=Work(quiet=True))
             for _ in range(8)
         ]
         built = [call.result() for call in calls]
     assert all(all_documents(files) == expected_documents(tokenizer, TEXTS) for files in built)
-    assert entries(tmp_path / "cache") == [built[0].key]
+    assert entries(tmp_path / "cache") == entries_of(built[0])
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
@@ -222,21 +229,21 @@ def test_the_builder_that_comes_second_keeps_a_whole_entry(
 ) -> None:
     encode_batch = Tokenizer.encode_batch
 
-    def be_overtaken(self: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    def be_overtaken(self: Tokenizer, texts: list[str], num_threads: int) -> list[np.ndarray]:
         monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
         winner = build_token_files(corpus, self, tmp_path / "cache")
         if is_damaged:
-            truncate(Path(f"{winner.prefix_path}.bin"))
-        return encode_batch(self, texts)
+            truncate(Path(f"{winner.prefixes[0]}.bin"))
+        return encode_batch(self, texts, num_threads)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", be_overtaken)
     files = build_token_files(corpus, tokenizer, tmp_path / "cache")
     assert all_documents(files) == expected_documents(tokenizer, TEXTS)
-    assert entries(tmp_path / "cache") == [files.key]
+    assert entries(tmp_path / "cache") == entries_of(files)
 
 
 def test_nothing_is_printed_without_a_terminal(
     tokenizer: Tokenizer, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    build_token_files(corpus, tokenizer, tmp_path / "cache", progress=True)
+    build_token_files(corpus, tokenizer, tmp_path / "cache")
     assert capfd.readouterr() == ("", "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sip_engine.config.schema import RunConfig
-from sip_engine.data.corpus import Corpus, open_world
+from sip_engine.data.corpus import Corpus
+from sip_engine.data.sources import open_world
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.tasks.corruptors.base import Corruption
 from sip_engine.types import Failure, RewriteRequest
