@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sip_engine.data.indexed import sampled_hash
@@ -35,11 +35,10 @@ class Identities:
     def of(self, files: Sequence[Path], on_bytes: OnBytes) -> list[str]:
         """Hex digests of files; `on_bytes` gets the bytes of each that are read or known. Raises DataError."""
         pool = ThreadPoolExecutor(_THREADS)
-        with closing(pool.map(lambda file: self._of(file, on_bytes), files)) as digests:
-            try:
-                return list(digests)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        try:
+            return list(pool.map(lambda file: self._of(file, on_bytes), files))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _of(self, file: Path, on_bytes: OnBytes) -> str:
         with _reading(file):
