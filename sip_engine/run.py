@@ -19,6 +19,7 @@ from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus, open_corpus
 from sip_engine.distributed.agreement import raise_agreed_stop, stop_flag
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.evaluation.files import read_baseline, write_evaluation
 from sip_engine.evaluation.ground_truth import open_measure
 from sip_engine.evaluation.held_out import Evaluation, Measure, evaluate
 from sip_engine.judges.open import open_judge
@@ -55,12 +56,9 @@ from sip_engine.utils.errors import (
     Stopped,
     ThresholdError,
 )
-from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json, write_jsonl
-from sip_engine.utils.jsonl import read_jsonl
+from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json
 from sip_engine.utils.progress import console
 from sip_engine.utils.stopping import deferred
-
-BASELINE = "baseline.jsonl"
 
 
 @dataclass
@@ -231,7 +229,7 @@ class Run:
         self.evaluations[self.step] = result
         self.records.metrics(self.step, {**flatten("eval", result.figures), "elapsed": self.elapsed})
         if self.mesh.is_main:
-            _write_evaluation(self.cfg.out, self.step, result, self.corpus.held_out)
+            write_evaluation(self.cfg.out, self.step, result, self.corpus.held_out)
         return result
 
 
@@ -262,7 +260,7 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
 
 
 def _build(cfg: RunConfig, mesh: Mesh) -> Run:
-    opened, spent = time.monotonic(), 0.0
+    opened = time.monotonic()
     init = resolve_checkpoint(cfg.init) if cfg.init else None
     if mesh.is_main:
         remove_stale(cfg.out / "checkpoints")
@@ -274,79 +272,115 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
     policy = Policy(cfg, vocab_size, mesh)
     reference = Reference(cfg, vocab_size, mesh) if cfg.needs_reference else None
     if resume:
-        state = load_checkpoint(resume, policy, reference, cfg.model, vocab_size, verified=True)
-        going_on = _run_state(resume, state)
-        corpus.stream.load_state_dict(going_on.stream)
-        step, spent, before = state.step, going_on.elapsed, going_on.config
-        owes = not going_on.evaluated
-        baseline = _read_baseline(cfg.out, corpus.held_out, mesh)
+        start = _restore(resume, cfg, corpus, policy, reference)
     else:
-        step, before, baseline, owes = 0, None, None, False
-        if init:
-            load_weights(init, policy.model, cfg.model, vocab_size)
-            policy.optimizer.reload_model_params()
-        if reference is not None:
-            reference.copy_from(policy)
+        start = _Start()
+        _initialise(init, cfg, vocab_size, policy, reference)
     judge = open_judge(cfg, corpus, mesh) if cfg.needs_judge else None
-    rewriter = open_rewriter(cfg, corpus, mesh) if cfg.needs_rewriter else None
-    sampler = None
-    if cfg.needs_sampler:
-        sampler = Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh, cfg.sampler)
     records = Records(
         cfg.out,
-        from_step=step + (step > 0),
+        from_step=start.step + (start.step > 0),
         pools_every=cfg.log_rollouts_every,
         enabled=mesh.is_main,
         mesh=mesh,
     )
     run = Run(
-        cfg,
-        mesh,
-        corpus,
-        open_objective(cfg.objective),
-        policy,
-        reference,
-        sampler,
-        judge,
-        rewriter,
-        open_measure(cfg),
-        records,
-        Monitors(cfg, records, mesh),
-        Thresholds(cfg),
-        CheckpointWriter(
+        cfg=cfg,
+        mesh=mesh,
+        corpus=corpus,
+        objective=open_objective(cfg.objective),
+        policy=policy,
+        reference=reference,
+        sampler=_open_sampler(cfg, policy, vocab_size, mesh),
+        judge=judge,
+        rewriter=open_rewriter(cfg, corpus, mesh) if cfg.needs_rewriter else None,
+        measure=open_measure(cfg),
+        records=records,
+        monitors=Monitors(cfg, records, mesh),
+        thresholds=Thresholds(cfg),
+        writer=CheckpointWriter(
             cfg.out / "checkpoints",
             mesh,
             keep=cfg.checkpoint.keep,
             keep_every=cfg.checkpoint.keep_every,
             asynchronous=cfg.checkpoint.asynchronous,
         ),
-        _grader(cfg, judge),
-        step,
+        grader=_grader(cfg, judge),
+        step=start.step,
+        baseline=start.baseline,
+        owes_evaluation=start.owes_evaluation,
+        slow=SlowRanks(cfg.faults.slow_factor),
+        _spent=start.elapsed,
+        _saved_step=start.step if resume else -1,
+        _opened=opened,
     )
-    run._opened, run._spent = opened, spent
-    run.slow = SlowRanks(cfg.faults.slow_factor)
-    run.owes_evaluation = owes
-    run._saved_step = step if resume else -1
-    run.baseline = baseline
     if mesh.is_main:
-        for fault in faults:
-            console.print(
-                f"[bold]{escape(str(cfg.out))}[/]: set aside: {escape(fault)}", markup=True, soft_wrap=True
-            )
-        settings = cfg.model_dump(mode="json")
-        write_json(cfg.out / "config.json", settings)
-        found = f"resuming at step {step} of {cfg.steps}" if step else "starting"
-        if step >= cfg.steps:
-            found = f"found complete, at step {step}; remove the folder to train anew"
-        for change in changed_settings(before, settings):
-            said = f"[bold]{escape(str(cfg.out))}[/]: changed since the checkpoint: {escape(change)}"
-            console.print(said, markup=True, soft_wrap=True)
-        console.print(
-            f"[bold]{escape(str(cfg.out))}[/]: {found}; {escape(corpus.description)}",
-            markup=True,
-            soft_wrap=True,
-        )
+        _announce(run, start, faults)
     return run
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run goes on from: before the first step, unless a checkpoint says otherwise."""
+
+    step: int = 0
+    elapsed: float = 0.0
+    """Seconds that the run had taken by then."""
+    settings: dict[str, Any] | None = None
+    """Those that the checkpoint was written under."""
+    owes_evaluation: bool = False
+    baseline: list[str] | None = None
+
+
+def _restore(
+    checkpoint: Path, cfg: RunConfig, corpus: Corpus, policy: Policy, reference: Reference | None
+) -> _Start:
+    """Bring policy, reference and the stream of documents to where the checkpoint left them."""
+    state = load_checkpoint(
+        checkpoint, policy, reference, cfg.model, corpus.tokenizer.vocab_size, verified=True
+    )
+    going_on = _run_state(checkpoint, state)
+    corpus.stream.load_state_dict(going_on.stream)
+    return _Start(
+        step=state.step,
+        elapsed=going_on.elapsed,
+        settings=going_on.config,
+        owes_evaluation=not going_on.evaluated,
+        baseline=read_baseline(cfg.out, corpus.held_out, policy.mesh),
+    )
+
+
+def _initialise(
+    init: Path | None, cfg: RunConfig, vocab_size: int, policy: Policy, reference: Reference | None
+) -> None:
+    """Begin from another checkpoint's weights, if there is one; the reference is the policy as it begins."""
+    if init:
+        load_weights(init, policy.model, cfg.model, vocab_size)
+        policy.optimizer.reload_model_params()
+    if reference is not None:
+        reference.copy_from(policy)
+
+
+def _open_sampler(cfg: RunConfig, policy: Policy, vocab_size: int, mesh: Mesh) -> Sampler | None:
+    if not cfg.needs_sampler:
+        return None
+    return Sampler(weight_views(policy.model, vocab_size, mesh.tp.rank), mesh, cfg.sampler)
+
+
+def _announce(run: Run, start: _Start, faults: Sequence[str]) -> None:
+    """Say where the run stands and which settings differ from the checkpoint's; leave its settings in its folder."""
+    cfg, name = run.cfg, f"[bold]{escape(str(run.cfg.out))}[/]"
+    say = partial(console.print, markup=True, soft_wrap=True)
+    for fault in faults:
+        say(f"{name}: set aside: {escape(fault)}")
+    settings = cfg.model_dump(mode="json")
+    write_json(cfg.out / "config.json", settings)
+    found = f"resuming at step {start.step} of {cfg.steps}" if start.step else "starting"
+    if start.step >= cfg.steps:
+        found = f"found complete, at step {start.step}; remove the folder to train anew"
+    for change in changed_settings(start.settings, settings):
+        say(f"{name}: changed since the checkpoint: {escape(change)}")
+    say(f"{name}: {found}; {escape(run.corpus.description)}")
 
 
 @contextmanager
@@ -392,30 +426,3 @@ def _grader(cfg: RunConfig, judge: Judge | None) -> Grader | None:
         return VerdictGrader()
     assert judge is not None, "a rewriter in training needs a judge"
     return RewriteGrader(judge, cfg.judge.votes)
-
-
-def _write_evaluation(folder: Path, step: int, result: Evaluation, samples: Sequence[Sample]) -> None:
-    rows = [
-        {"prefix": s.prefix, "original": s.suffix, "continuation": text}
-        for s, text in zip(samples, result.continuations, strict=False)
-        if s.labels is None
-    ]
-    write_jsonl(folder / "eval" / f"step_{step:08d}.jsonl", rows)
-    if not (folder / BASELINE).is_file() or step == 0:
-        write_jsonl(folder / BASELINE, rows)
-
-
-def _read_baseline(folder: Path, samples: Sequence[Sample], mesh: Mesh) -> list[str] | None:
-    """The first evaluation's continuations of the same held-out samples; ConfigError if they are of others."""
-    rows: list[dict[str, Any]] | None = None
-    if mesh.is_main:
-        path = folder / BASELINE
-        rows = [row for _, row in read_jsonl(path)] if path.exists() else []
-    rows = mesh.broadcast(rows)
-    prefixes = [s.prefix for s in samples if s.labels is None]
-    if rows and [row.get("prefix") for row in rows] != prefixes:
-        raise ConfigError(
-            f"{folder}: its first evaluation was of {len(rows)} other held-out prefixes than these {len(prefixes)}; "
-            "leave eval.num_prefixes and the documents as they were, or choose another --out"
-        )
-    return [str(row.get("continuation", "")) for row in rows] if rows else None
