@@ -1,6 +1,7 @@
-"""Can a text talk a judge into a verdict? Held-out suffixes with and without each injected text of the suite.
+r"""Can a text talk a judge into a verdict? Held-out suffixes with and without each injected text of the suite.
 
-    python -m benchmarks injections --judge runs/world/judge --config configs/world/judge_data.toml --method notes
+    python -m benchmarks injections --judge runs/world/judge --config configs/world/judge_data.toml \
+        --method sentence_labels
 
 Without --config the documents are the synthetic world's (those of configs/world) and the corruptor is its own; the
 world's truth says which suffixes are unsafe. The judge is asked two kinds of questions, each plain and then with
@@ -277,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-prefix-chars", type=at_least(1), help="a checkpoint's judge.local.max_prefix_chars"
     )
-    parser.add_argument("--method", choices=["log_odds", "notes"], help="a checkpoint's judge.local.method")
+    parser.add_argument(
+        "--method", choices=["log_odds", "sentence_labels"], help="a checkpoint's judge.local.method"
+    )
     parser.add_argument("--pairs", type=at_least(0), default=100, help="suffixes against a corrupted copy")
     parser.add_argument("--unsafe", type=at_least(0), default=100, help="unsafe suffixes")
     parser.add_argument(

@@ -33,7 +33,7 @@ from sip_engine.types import FactualityQuestion, PairQuestion, Question, SafetyQ
 from sip_engine.utils.errors import DataError, SipError
 from sip_engine.utils.files import check_writable
 
-METHODS = ("log_odds", "notes")
+METHODS = ("log_odds", "sentence_labels")
 _FORMS = (
     (PairQuestion, re.compile(r"\x01(.*)\x02(.*)\x03(.*)\x04", re.DOTALL)),
     (SafetyQuestion, re.compile(r"\x05(.*)\x04", re.DOTALL)),

@@ -1,1 +1,1 @@
-"""GPU operations: each file holds one operation, its plain-torch definition and its Triton kernel."""
+"""Operations on tensors: a file without `_` is one, with its plain-torch definition; with `_`, kernels and checks."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from sip_engine.kernels._paged import FP8
 from sip_engine.kernels._tiles import Tile
 from sip_engine.kernels._triton import jit, tl
 from sip_engine.kernels.compile_report import CompileCase
+from sip_engine.kernels.kv_layout import FP8
 
 LOG2_E = 1.4426950408889634
 

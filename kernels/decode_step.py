@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import Impl, resolve_impl
-from sip_engine.kernels._paged import check_integers, check_shapes
 from sip_engine.kernels._triton import jit, tl, triton
 from sip_engine.kernels.compile_report import CompileCase
+from sip_engine.kernels.kv_layout import check_integers, check_shapes
 
 BLOCK = 256
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import resolve_impl
-from sip_engine.kernels._paged import FP8, FP8_MAX, check_dense, check_integers, check_pages, check_shapes
 from sip_engine.kernels._triton import jit, tl, triton
 from sip_engine.kernels.compile_report import CompileCase
+from sip_engine.kernels.kv_layout import FP8, FP8_MAX, check_dense, check_integers, check_pages, check_shapes
 
 
 def write_kv_reference(

@@ -26,7 +26,10 @@ from sip_engine.kernels._attend import (
     tile_rows,
 )
 from sip_engine.kernels._impl import resolve_impl
-from sip_engine.kernels._paged import (
+from sip_engine.kernels._tiles import tile_of, tiles_of
+from sip_engine.kernels._triton import jit, tl
+from sip_engine.kernels.compile_report import CompileCase
+from sip_engine.kernels.kv_layout import (
     FP8,
     accumulation_dtype,
     check_integers,
@@ -36,9 +39,6 @@ from sip_engine.kernels._paged import (
     gather_pages,
     softmax_scale,
 )
-from sip_engine.kernels._tiles import tile_of, tiles_of
-from sip_engine.kernels._triton import jit, tl
-from sip_engine.kernels.compile_report import CompileCase
 
 
 def prefill_attention_reference(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import Impl, resolve_impl
-from sip_engine.kernels._paged import check_dense, check_integers, check_pages, check_shapes
 from sip_engine.kernels._triton import jit, tl, triton
 from sip_engine.kernels.compile_report import CompileCase
+from sip_engine.kernels.kv_layout import check_dense, check_integers, check_pages, check_shapes
 from sip_engine.kernels.kv_write import write_kv_reference
 from sip_engine.kernels.rotary import rotary_reference
 

@@ -1,4 +1,4 @@
-"""What the policy writes: candidates of each prefix beside its own suffix, and replies to a task's prompts."""
+"""Propose: the original, the rewrite and the policy's rollouts of each prefix; and replies to a task's prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: propose candidates, judge them, choose, update; then log, checkpoint, evaluate."""
+"""The training loop: propose candidates, judge them, choose, update; then log, evaluate, save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nouns that travel through the loop: samples, candidates, questions, judgments, pools."""
+"""The nouns of the loop: samples, candidates, questions, judgments, verdicts, choices, and who judges and rewrites."""
 
 from __future__ import annotations
 

@@ -122,7 +122,10 @@ def judging_of(cfg: RunConfig, load: Workload) -> Judging:
     if judge.backend not in ("server", "local"):
         return Judging(quality + safety + factuality, 0.0, 0.0)
     asked = judge.server if judge.backend == "server" else judge.local
-    if asked.method in ("notes", "mutual_information"):  # each candidate is read once, however often compared
+    if asked.method in (
+        "sentence_labels",
+        "mutual_information",
+    ):  # each candidate is read once, however often compared
         return Judging(n, load.prefix + n * load.suffix, 0.0)
     style, replies = asked.style, judge.backend == "server" or asked.method == "generate"
     own = INSTRUCTION_TOKENS[style]

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sip_engine.config.backends import CORRUPTORS, JUDGES, REWRITERS
-from sip_engine.config.section import Positive, Section, Seed, Share
+from sip_engine.config.section import Positive, Section, Seed, Share, former
 
 
 class RewardWeights(Section):
@@ -131,11 +131,11 @@ class LocalModelConfig(Section):
 
     checkpoint: Path | None = None
     """A checkpoint, or the folder of a run: trained with task = "judge" or "rewriter", or imported."""
-    method: Literal["log_odds", "generate", "notes", "mutual_information"] = "log_odds"
+    method: Literal["log_odds", "generate", "sentence_labels", "mutual_information"] = "log_odds"
     """Judge: log_odds reads the probabilities of the verdict words; generate writes a reply and reads its verdict.
-    notes: as log_odds, but reads what the model notes at the end of every sentence: each continuation is read once,
-    not once a comparison, and the one of the better notes is the better; they also say how safe and how true it is
-    (for models trained with `sip data notes`; style = "compact").
+    sentence_labels: as log_odds, but reads the label that the model gives to the end of every sentence: each
+    continuation is read once, not once a comparison, and the one of the better labels is the better; they also say
+    how safe and how true it is (for models trained with `sip data sentence-labels`; style = "compact").
     mutual_information: any language model, never asked in words: the better continuation is the one that the prefix
     makes more probable than it is alone; factuality is what the original adds to that. It says nothing of safety."""
     style: Literal["compact", "direct", "reasoned", "chat"] = "compact"
@@ -158,9 +158,14 @@ class LocalModelConfig(Section):
     kv_memory_mb: Positive = 512
     """Memory of the KV pages on each process, in MiB."""
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _former_names(cls, value: Any) -> Any:
+        return former(value, "sentence_labels", "notes")
+
     @model_validator(mode="after")
-    def _notes_are_learned(self) -> LocalModelConfig:
-        if self.method in ("notes", "mutual_information") and self.style != "compact":
+    def _labels_are_learned(self) -> LocalModelConfig:
+        if self.method in ("sentence_labels", "mutual_information") and self.style != "compact":
             raise ValueError(
                 f'method = "{self.method}" has no prompt in words: leave out style = "{self.style}"'
             )

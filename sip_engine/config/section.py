@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -11,6 +12,21 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def former(value: Any, now: str, *names: str) -> Any:
+    """A setting's value, `now` where it is given by a name of the last version, which one notice says."""
+    if value not in names:
+        return value
+    _say_once(f'"{value}" is called "{now}" now; the old name works in this version only')
+    return now
+
+
+@cache
+def _say_once(notice: str) -> None:
+    from sip_engine.utils.progress import console
+
+    console.print(notice, soft_wrap=True, markup=False)
 
 
 class Section(BaseModel):

@@ -1,4 +1,4 @@
-"""`sip data`: what a config's documents hold, before anything is trained on them."""
+"""`sip data inspect`: what a config's documents hold, before anything is trained on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that a replica's first process does, or that its pipeline stages share; every process gets all results."""
+"""Does work once a model replica, on its first process or spread over its stages, and gives all the results."""
 
 from __future__ import annotations
 

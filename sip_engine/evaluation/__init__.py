@@ -1,1 +1,1 @@
-"""Evaluation of a finished checkpoint: intervals, the paper's evaluation sets, lm-eval, and `sip eval`."""
+"""Evaluation: held-out prefixes during a run; `sip eval` with the paper's sets, lm-eval and intervals."""

@@ -1,4 +1,4 @@
-"""Rows of evaluation files, each with its place; what cannot be read is named by file and line."""
+"""Reads evaluation files row by row; what cannot be read is named by file and line."""
 
 from __future__ import annotations
 

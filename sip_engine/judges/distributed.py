@@ -1,4 +1,4 @@
-"""Judges that a replica's first process asks, or its stages share: every process gets all answers."""
+"""Asks a judge once a model replica and gives every process of it all answers."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class LocalJudge:
         )
         self._reader = (
             SentenceLabelReader(model.tokenizer, model.encode, self._cfg.max_prefix_chars)
-            if self._cfg.method == "notes"
+            if self._cfg.method == "sentence_labels"
             else None
         )
 

@@ -1,6 +1,6 @@
 """A judge's sentence labels: what it thinks of each sentence of a continuation, and what they say of the whole.
 
-A judge that is trained with `sip data notes` labels the end of every sentence it reads with one letter
+A judge that is trained with `sip data sentence-labels` labels the end of every sentence it reads with one letter
 (`types.SentenceLabel`): all of a continuation in one pass, without writing anything. Such step labels, as of a
 process reward model, teach a small model far more than one verdict on two texts does.
 """

@@ -1,4 +1,4 @@
-"""The synthetic world's own truth as judge."""
+"""Opens the synthetic world's ground truth as a judge; what it answers is in `world/judge.py`."""
 
 from __future__ import annotations
 

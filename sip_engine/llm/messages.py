@@ -1,4 +1,4 @@
-"""The messages of a chat."""
+"""Builds the system and user messages of a chat request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic world's own rules as rewriter."""
+"""Opens the synthetic world's own rewriter."""
 
 from __future__ import annotations
 

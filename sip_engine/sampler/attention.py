@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import uses_triton
-from sip_engine.kernels._paged import FP8, FP8_MAX
 from sip_engine.kernels.decode_attention import decode_attention
 from sip_engine.kernels.decode_step import next_slots
 from sip_engine.kernels.dense_decode_attention import dense_decode_attention
 from sip_engine.kernels.exact import exact_attention
+from sip_engine.kernels.kv_layout import FP8, FP8_MAX, page_shape
 from sip_engine.kernels.kv_write import write_kv
 from sip_engine.kernels.prefill_attention import prefill_attention
 from sip_engine.kernels.shared_prefix_attention import RowLayout, shared_prefix_attention
@@ -30,14 +30,14 @@ AttentionImpl = Literal["dense", "reference", "triton", "exact"]
 class KVPages:
     """The paged key/value memory of every layer, and the pool that says who holds which page.
 
-    keys, values: one [num_pages, page_size, kv_heads, head_dim] a layer, in `dtype`.
+    keys, values: one a layer, shaped and typed as `kernels/kv_layout.py` says.
     """
 
     def __init__(self, weights: PolicyWeights, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
         if num_pages >= 2**31:
             raise RequestError(f"{num_pages} KV pages are more than page numbers reach; lower kv_memory_mb")
         self.pool = PagePool(num_pages, page_size)
-        shape = (num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
+        shape = page_shape(num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
         self.page_size = page_size
         self.is_fp8 = dtype is FP8
         try:
@@ -60,8 +60,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def page_bytes(weights: PolicyWeights, page_size: int, dtype: torch.dtype) -> int:
     """Bytes one page takes over all layers, keys and values."""
-    per_token = 2 * len(weights.layers) * weights.num_local_kv_heads * weights.head_dim
-    return per_token * page_size * dtype.itemsize
+    page = page_shape(1, page_size, weights.num_local_kv_heads, weights.head_dim)
+    return 2 * len(weights.layers) * math.prod(page) * dtype.itemsize
 
 
 def slots_of(pages: KVPages, tables: np.ndarray, lens: np.ndarray) -> Tensor:

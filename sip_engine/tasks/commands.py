@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sip_engine.config.schema import RunConfig
+from sip_engine.config.section import former
 from sip_engine.tasks.specs import SPECS, DataSpec
 
 ReadConfig = Callable[[Path, typer.Context, dict[str, Any]], RunConfig]
@@ -21,10 +22,14 @@ def add_spec_commands(app: typer.Typer, read_config: ReadConfig) -> None:
     for spec in SPECS:
         settings = {"allow_extra_args": True, "ignore_unknown_options": True}
         app.command(spec.command, context_settings=settings)(_command(spec, read_config))
+        if spec.former:
+            app.command(spec.former, context_settings=settings, hidden=True)(_command(spec, read_config))
 
 
 def _command(spec: type[DataSpec], read_config: ReadConfig) -> Callable[..., None]:
     def command(context: typer.Context, config: Path, out: Path, **options: Any) -> None:
+        if spec.former:
+            former(context.command.name, spec.command, spec.former)
         wanted = spec(**options)
         wanted.make(read_config(config, context, wanted.settings()), out)
 

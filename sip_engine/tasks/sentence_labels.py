@@ -1,8 +1,8 @@
-"""`sip data notes`: texts with a label at the end of every sentence, what a judge is trained on first.
+"""`sip data sentence-labels`: texts with a label at the end of every sentence, what a judge is trained on first.
 
 One verdict a prompt says too little for a small model to find out by itself what makes a suffix worse, least of all
 what takes comparing: that a sentence repeats an earlier one, or is about a stranger. With a label on each sentence it
-learns that in minutes, and can then be asked for them (judge.local.method = "notes";
+learns that in minutes, and can then be asked for them (judge.local.method = "sentence_labels";
 configs/reproduction/README.md). Only the synthetic world knows the answers.
 """
 

@@ -19,6 +19,8 @@ class DataSpec(Section):
 
     command: ClassVar[str]
     """Name of the command behind `sip data`."""
+    former: ClassVar[str | None] = None
+    """Its name in the last version, which still works, with a notice."""
     reads: ClassVar[str]
     """What the command's config says."""
     maker: ClassVar[str]
@@ -96,13 +98,14 @@ class RolloutPairs(DataSpec):
 
 
 class SentenceLabels(DataSpec):
-    """Make texts with a note on every sentence, what a judge is trained on first (world only)."""
+    """Make texts with a label on every sentence, what a judge is trained on first (world only)."""
 
-    command = "notes"
+    command = "sentence-labels"
+    former = "notes"
     reads = "A TOML file: world, whose documents, and init, whose rollouts."
     maker = "sip_engine.tasks.sentence_labels:make_sentence_labels"
     num: int = Field(default=24_000, ge=8)
-    """Texts with a note on each sentence."""
+    """Texts with a label on each sentence."""
     held_out: int = Field(default=400, ge=2)
     """Texts in eval.jsonl."""
     mix: Path | None = None

@@ -54,7 +54,7 @@ def test_right_is_what_is_nearest_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyP
 
         def judge(self, questions: list[Question]) -> list[Any]:
             (kind,) = {kind for q, _, kind in QUESTIONS if q in questions}
-            return [Score(1.0)] * len(questions) if self.method == "notes" else found[kind]
+            return [Score(1.0)] * len(questions) if self.method == "sentence_labels" else found[kind]
 
     monkeypatch.setattr(judge_accuracy, "LocalJudge", Fixed)
     monkeypatch.setattr(
@@ -68,11 +68,11 @@ def test_right_is_what_is_nearest_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyP
     rows = {(row["kind"], row["method"]): row for row in measure(model, known)}
     assert {key: (row["accuracy"], row["answered"]) for key, row in rows.items()} == {
         ("quality", "log_odds"): (2 / 3, 3),
-        ("quality", "notes"): (0.5, 4),
+        ("quality", "sentence_labels"): (0.5, 4),
         ("safety", "log_odds"): (1.0, 1),
-        ("safety", "notes"): (0.0, 1),
+        ("safety", "sentence_labels"): (0.0, 1),
         ("factuality", "log_odds"): (0.5, 2),
-        ("factuality", "notes"): (0.0, 2),
+        ("factuality", "sentence_labels"): (0.0, 2),
     }
     assert rows["quality", "log_odds"]["tokens"] == 3
 

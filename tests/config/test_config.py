@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from sip_engine.config import section
+from sip_engine.config.judge import LocalModelConfig
 from sip_engine.config.parse import describe_settings, parse_config, read_toml
 from sip_engine.config.schema import RunConfig
 from sip_engine.utils.errors import ConfigError
@@ -129,3 +131,14 @@ def test_every_setting_has_a_meaning() -> None:
         if " = " in setting and not setting.startswith("#") and not setting.startswith("    "):
             assert meaning.startswith("    ") and meaning.strip() not in ("", "None"), setting
     assert any(line.startswith("judge.weights.quality = 1.0") for line in lines)
+
+
+def test_a_value_by_its_name_of_the_last_version_works_with_one_notice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("sip_engine.utils.progress.console.print", lambda text, **_: said.append(text))
+    section._say_once.cache_clear()
+    for _ in range(2):
+        assert LocalModelConfig.model_validate({"method": "notes"}).method == "sentence_labels"
+    assert said == ['"notes" is called "sentence_labels" now; the old name works in this version only']

@@ -124,7 +124,7 @@ def test_notes_equal_transformers(
     true = [FactualityQuestion(p, " dog", text) for p, group in texts.items() for text in group]
     safe = [SafetyQuestion(text, p) for p, group in texts.items() for text in group]
     questions = [*pairs[:5], *safe, *pairs[5:], *true, PairQuestion("a dog", " x", " x")]
-    found = judge(policy, method="notes").judge(questions)
+    found = judge(policy, method="sentence_labels").judge(questions)
     worth = {(p, text): _noted_by_llama(policy, p, text) for p, group in texts.items() for text in group}
     qualities = [quality for quality, _, _ in worth.values()]
     assert min(abs(a - b) for a in qualities for b in qualities if a != b) > 1e-4
@@ -191,7 +191,7 @@ def test_a_continuation_that_says_nothing_is_not_read(policy: FrozenPolicy) -> N
         FactualityQuestion("the fox", "x", "\n "),
         PairQuestion("the fox", " ", " dog"),
     ]
-    safety, factuality, pair = judge(policy, method="notes").judge(questions)
+    safety, factuality, pair = judge(policy, method="sentence_labels").judge(questions)
     assert isinstance(safety, Score) and isinstance(factuality, Score) and isinstance(pair, Score)
     assert (safety.value, factuality.value, pair.value) == (1.0, 0.0, 0.0)
     assert (safety.cost.calls, factuality.cost.calls, pair.cost.calls) == (0, 0, 1)
@@ -216,7 +216,7 @@ def test_long_texts_have_more_to_say() -> None:
 
 def test_what_was_noted_is_not_read_again(policy: FrozenPolicy) -> None:
     """The rounds of a tournament ask about the same texts."""
-    subject = judge(policy, method="notes")
+    subject = judge(policy, method="sentence_labels")
     pair = PairQuestion("the fox", " jumps.", " sleeps")
     (first,) = subject.judge([pair])
     again, new = subject.judge([pair, PairQuestion("the fox", " jumps.", " dog")])
@@ -228,15 +228,15 @@ def test_what_was_noted_is_not_read_again(policy: FrozenPolicy) -> None:
 
 def test_a_continuation_without_notes_is_a_missing_judgment(policy: FrozenPolicy) -> None:
     pairs = [PairQuestion("p", " dog", "zzz " * 60), PairQuestion("p", " dog", " fox")]
-    lost, kept = judge(policy, method="notes").judge(pairs)
+    lost, kept = judge(policy, method="sentence_labels").judge(pairs)
     assert isinstance(lost, Failure) and "longer than" in lost.reason and lost.cost.calls == 1
     assert isinstance(kept, Score) and kept.cost.calls == 1
-    blank, empty = judge(policy, method="notes").judge(
+    blank, empty = judge(policy, method="sentence_labels").judge(
         [PairQuestion("p", " ", " dog"), PairQuestion("p", "", " dog")]
     )
     assert isinstance(blank, Score) and isinstance(empty, Score) and empty.value == 0.0
     with pytest.raises(ValueError, match="leave out style"):
-        LocalModelConfig(method="notes", style="reasoned")
+        LocalModelConfig(method="sentence_labels", style="reasoned")
 
 
 def test_generated_verdicts(policy: FrozenPolicy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from interpreter import DEVICE
 
-from sip_engine.kernels._paged import FP8
+from sip_engine.kernels.kv_layout import FP8
 from sip_engine.kernels.kv_write import write_kv
 from sip_engine.kernels.rotary import rotary
 from sip_engine.kernels.store_qkv import split_qkv, store_qkv

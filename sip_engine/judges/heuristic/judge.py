@@ -9,7 +9,7 @@ from pathlib import Path
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.judges.heuristic.agreement import TAIL_CHARS, Facts, agreement
+from sip_engine.judges.heuristic.factuality import TAIL_CHARS, Facts, agreement
 from sip_engine.judges.heuristic.lexicon import DEFAULT_PATH, Lexicon
 from sip_engine.judges.heuristic.quality import QualityModel
 from sip_engine.types import Cost, FactualityQuestion, Judgment, PairQuestion, Question, SafetyQuestion, Score

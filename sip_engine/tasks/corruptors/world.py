@@ -1,4 +1,4 @@
-"""The synthetic world's own corruptor."""
+"""Opens the synthetic world's own corruptor."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The paged key/value layout shared by the kernels: its dtypes, its checks and its plain-torch gather.
+"""How keys and values lie in memory: the pages' shape, dtypes and checks, and their plain-torch gather.
 
 One layer: k_pages, v_pages [num_pages, page_size, H_kv, D] in bfloat16, float16, float32 (float64 for the
-references), or float8_e4m3fn with one float32 scale a KV head: value = stored * scale[head].
+references), or float8_e4m3fn with one float32 scale a KV head: value = stored * scale[head]. Another layout begins
+here; kv_write and store_qkv write pages, prefill_attention, decode_attention and _attend read them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+
+
+def page_shape(num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Shape of one layer's keys, and of its values."""
+    return num_pages, page_size, kv_heads, head_dim
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
