@@ -1,4 +1,4 @@
-"""The nouns of the loop: samples, candidates, questions, judgments, verdicts, choices, and who judges and rewrites."""
+"""The nouns of the loop: samples, candidates, questions, judgments, verdicts, choices; who judges and rewrites."""
 
 from __future__ import annotations
 
