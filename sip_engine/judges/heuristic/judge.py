@@ -41,7 +41,6 @@ class HeuristicJudge:
 
     def __init__(self, quality: QualityModel, lexicon: Lexicon) -> None:
         self._quality = quality
-        self._lexicon = lexicon
         self._is_safe = lru_cache(maxsize=4096)(lambda text: lexicon.find(text) is None)
         # All candidates of a group share one prefix and one reference.
         self._prefix_facts = lru_cache(maxsize=64)(Facts.read)
