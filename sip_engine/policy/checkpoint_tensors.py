@@ -7,6 +7,7 @@ Its index is a pickle: only the few classes of which an index consists are admit
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import pickle
@@ -22,17 +23,20 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common as megatron_common
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
-    CachedMetadataFileSystemReader,
-)
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo, _write_item
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    SerializationFormat,
+    _StorageInfo,
+    _write_item,
+)
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from sip_engine.distributed.megatron_cpu import megatron_device
@@ -57,6 +61,12 @@ _ADMITTED: dict[str, frozenset[str]] = {
     "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
 }
 """Classes and constants of which an index consists, by module (torch 2.11 to 2.13)."""
+_PLANNED_HERE: dict[str, Any] = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
+"""Megatron-core from 0.17 on would leave an asynchronous save to another package, which starts processes."""
 
 
 class HostCopies:
@@ -97,14 +107,19 @@ class TensorSave:
         self.written: dict[str, FileEntry] = {}
         """What this process wrote, by its name in the folder."""
 
-        def keep_common(_: object, state: Any, folder: str) -> None:
+        def split(*arguments: Any) -> tuple[Any, dict[str, Any]]:
+            sharded, common = save_preprocess(*arguments)
             # Now, not later: it holds numbers that the optimizer counts up in place.
             if dist.get_rank() == 0:
-                self._small[COMMON_STATE_FNAME] = _pickled(state)
+                self._small[COMMON_STATE_FNAME] = _pickled(common)
+            return sharded, {}
 
-        common = mock.patch.object(TorchCommonSaveStrategy, "save_common", keep_common)
-        with megatron_device(), quiet_megatron(), _results_in_process(), common:
-            request: Any = dist_checkpointing.save(tensors, str(folder), async_sharded_save=True)
+        save_preprocess = serialization.save_preprocess
+        ours = mock.patch.object(serialization, "save_preprocess", split)
+        with megatron_device(), quiet_megatron(), _results_in_process(), ours, _no_common_file():
+            request: Any = dist_checkpointing.save(
+                tensors, str(folder), async_sharded_save=True, **_PLANNED_HERE
+            )
         self._finalize = request.finalize_fns
         self._transforms: Any = None
         self._buckets, self._results = [], None
@@ -190,7 +205,7 @@ def load_tensors(path: Path, wanted: dict[str, Any], files: set[str]) -> dict[st
         CheckpointError: unreadable, of other shapes, or its index holds what an index does not.
     """
 
-    def reader(folder: str, cache_metadata: bool = False) -> CachedMetadataFileSystemReader:
+    def reader(folder: str, *_: Any, **__: Any) -> FileSystemReader:
         return _CheckedReader(folder, files)
 
     refused = mock.patch.object(megatron_torch.MCoreLoadPlanner, "load_bytes", _refuse_bytes)
@@ -232,18 +247,19 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the index asks for {module_name}.{global_name}, which no index needs")
 
 
-class _CheckedReader(CachedMetadataFileSystemReader):
+class _CheckedReader(FileSystemReader):
     """Reads an index by the unpickler above, and follows it to files of the manifest only."""
 
     def __init__(self, path: str, files: set[str]) -> None:
         super().__init__(path)
         self._files = files
+        self._index: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._cached_metadata is None:
+        if self._index is None:
             with open_regular(Path(self.path) / ".metadata") as file:
-                self._cached_metadata = self._checked(_IndexUnpickler(file).load())
-        return self._cached_metadata
+                self._index = self._checked(_IndexUnpickler(file).load())
+        return self._index
 
     def _checked(self, index: Any) -> Metadata:
         if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
@@ -259,6 +275,17 @@ class _CheckedReader(CachedMetadataFileSystemReader):
                 raise pickle.UnpicklingError(f"the index has no list of chunks for {name}")
         index.storage_meta = StorageMeta(load_id=self.load_id)
         return index
+
+
+@contextmanager
+def _no_common_file() -> Iterator[None]:
+    """Megatron-core up to 0.16 writes what is no tensor at once and by itself; later ones put it in the index."""
+    strategy = getattr(megatron_common, "TorchCommonSaveStrategy", None)
+    if strategy is None:
+        yield
+        return
+    with mock.patch.object(strategy, "save_common", lambda *_: None):
+        yield
 
 
 def _refuse_bytes(*_: object) -> None:
