@@ -4,10 +4,13 @@
 
 Real text (Python's language reference, which every Python brings along) is cut into prefix and suffix. Each suffix
 is held against a rival that a good judge likes less; `cut off` alone has no right answer: a suffix against its own
-first half, of which a fair judge prefers neither. Columns: how often the true suffix wins, with its 95 % interval
-(Wilson), and the seconds that the method took for all kinds together.
+first half, of which a fair judge prefers neither. Three rivals are made by copying: the end of the prefix, the same
+with a word in six changed, and the suffix with the end of the prefix for its second half. Columns: how often the true
+suffix wins, with its 95 % interval (Wilson), and the seconds that the method took for all kinds together.
 
-- mutual_information: `judge.local.method`; likelihood: mean log p(token | prefix) alone;
+- mutual_information: `judge.local.method`, with tokens in runs of four that stand in the prefix earning nothing
+  (`judge.local.copied_run`), with runs of eight and twelve, and with none;
+- likelihood: mean log p(token | prefix) alone;
 - verdicts: the model asked in words (log-odds, `judge.local.style` "direct" or "chat"), the mean of both orders.
 
 Factuality has the original as reference: the suffix' sentences in another order against the same with facts changed
@@ -17,13 +20,17 @@ Factuality has the original as reference: the suffix' sentences in another order
 from __future__ import annotations
 
 import argparse
+import csv
 import random
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+
+import numpy as np
 
 from benchmarks.record import RESULTS, at_least, header, write_csv
 from sip_engine.config.judge import LocalModelConfig
@@ -36,10 +43,14 @@ from sip_engine.policy.checkpoint import resolve_checkpoint
 from sip_engine.sampler.frozen import FrozenPolicy, encode_prompt
 from sip_engine.sampler.requests import Request, SamplingParams
 from sip_engine.types import FactualityQuestion, PairQuestion, Score
+from sip_engine.utils.copied import RUN
 from sip_engine.utils.errors import SipError
 from sip_engine.utils.files import check_writable
 
 FACTS = "factuality, told in another order"
+MUTUAL, LIKELIHOOD = "mutual_information", "likelihood"
+GUARDS = {MUTUAL: RUN, f"{MUTUAL}, runs of 8": 8, f"{MUTUAL}, runs of 12": 12, f"{MUTUAL}, unguarded": 0}
+"""How many tokens in a row are a copy, by method."""
 Cut = tuple[str, str]
 """A prefix and its own suffix."""
 Case = tuple[str, str, str]
@@ -95,6 +106,12 @@ def wrong(text: str, names: Sequence[str], rng: random.Random) -> str:
     return re.sub(r"\w+", change, text)
 
 
+def copied_badly(prefix: str, suffix: str, other: str, rng: random.Random) -> str:
+    """The end of the prefix, as many words as the suffix has, each sixth another one."""
+    words, strange = prefix.split()[-len(suffix.split()) :], other.split()
+    return " " + " ".join(rng.choice(strange) if n % 6 == 5 else word for n, word in enumerate(words))
+
+
 def turned_round(text: str) -> str:
     """The sentences of a text, the last one first."""
     sentences = _SENTENCE.findall(text)
@@ -123,6 +140,8 @@ def cases_of(
             "shuffled words": shuffled(suffix, rng),
             "a phrase repeated": repeated(suffix),
             "end of the prefix copied": prefix[-len(suffix) :],
+            "copied, a word in six changed": copied_badly(prefix, suffix, other, rng),
+            "second half copied": suffix[: len(suffix) // 2] + prefix[-(len(suffix) - len(suffix) // 2) :],
             "fluent nonsense": nonsense[number],
             "wrong facts": wrong(suffix, names, rng),
             "cut off": suffix[: len(suffix) // 2],
@@ -140,15 +159,17 @@ def read_wins(model: LocalModel, cases: Sequence[Case]) -> dict[str, list[float]
         reading for prefix, text in texts for reading in (Reading("", "", text), Reading("", prefix, text))
     ]
     found = LocalReader(model).read(readings)
-    gains: dict[tuple[str, str], float] = {}
-    likely: dict[tuple[str, str], float] = {}
+    values: dict[str, dict[tuple[str, str], float]] = {name: {} for name in (*GUARDS, LIKELIHOOD)}
     for key, alone, after in zip(texts, found[::2], found[1::2], strict=True):
-        gain = mean_gain(alone, alone, after)
-        assert isinstance(gain, float) and isinstance(after, TokenLogProbs), "the texts are short"
-        gains[key], likely[key] = gain, float(after.logprobs.mean())
+        assert isinstance(after, TokenLogProbs), "the texts are short"
+        values[LIKELIHOOD][key] = float(np.nanmean(after.logprobs))
+        for name, run in GUARDS.items():
+            gain = mean_gain(alone, alone, after, run)
+            assert isinstance(gain, float), "the texts are short"
+            values[name][key] = gain
     return {
-        name: [float(values[prefix, text] > values[prefix, rival]) for prefix, text, rival in cases]
-        for name, values in (("mutual_information", gains), ("likelihood", likely))
+        name: [float(of[prefix, text] > of[prefix, rival]) for prefix, text, rival in cases]
+        for name, of in values.items()
     }
 
 
@@ -190,31 +211,47 @@ def _row(kind: str, method: str, wins: Sequence[float], seconds: float) -> Row:
     }  # fmt: skip
 
 
-def measure(
-    model: LocalModel, cuts: Sequence[Cut], num_asked: int, tokens: int, styles: Sequence[str], seed: int
-) -> Iterator[Row]:
-    """A row for each kind of rival and method; verdicts, which read most, on the first `num_asked` cuts."""
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure."""
+
+    methods: Sequence[str]
+    """`mutual_information`, with all that its readings tell, and styles of verdicts."""
+    kinds: Sequence[str]
+    """Of rivals; none: all."""
+    asked: int
+
+    def has(self, kind: str) -> bool:
+        return not self.kinds or any(kind.startswith(name) for name in self.kinds)
+
+
+def measure(model: LocalModel, cuts: Sequence[Cut], tokens: int, wanted: Wanted, seed: int) -> Iterator[Row]:
+    """A row for each kind of rival and method; verdicts, which read most, on the first `wanted.asked` cuts."""
     rng = random.Random(seed)
     by_kind = cases_of(model, cuts, tokens, rng)
-    asked = {prefix for prefix, _ in cuts[:num_asked]}
-    every = [(kind, case) for kind, cases in by_kind.items() for case in cases]
-    some = [(kind, case) for kind, case in every if case[0] in asked]
     told = told_again(cuts, rng)
-    start = time.perf_counter()
-    found = read_wins(model, [case for _, case in every])
-    seconds = time.perf_counter() - start
-    for method, wins in found.items():
-        yield from _rows(method, every, wins, seconds)
-    start = time.perf_counter()
-    wins = factuality(model, told, "mutual_information")
-    yield _row(FACTS, "mutual_information", wins, time.perf_counter() - start)
-    for style in styles:
+    asked = {prefix for prefix, _ in cuts[: wanted.asked]}
+    every = [(kind, case) for kind, cases in by_kind.items() for case in cases if wanted.has(kind)]
+    some = [(kind, case) for kind, case in every if case[0] in asked]
+    if MUTUAL in wanted.methods:
+        start = time.perf_counter()
+        found = read_wins(model, [case for _, case in every])
+        for method, wins in found.items():
+            yield from _rows(method, every, wins, time.perf_counter() - start)
+        if wanted.has(FACTS):
+            start = time.perf_counter()
+            wins = factuality(model, told, MUTUAL)
+            yield _row(FACTS, MUTUAL, wins, time.perf_counter() - start)
+    for style in wanted.methods:
+        if style == MUTUAL:
+            continue
         start = time.perf_counter()
         wins = verdict_wins(model, [case for _, case in some], style)
         yield from _rows(f"verdicts, {style}", some, wins, time.perf_counter() - start)
-        start = time.perf_counter()
-        wins = factuality(model, [one for one in told if one[0] in asked], "log_odds", style)
-        yield _row(FACTS, f"verdicts, {style}", wins, time.perf_counter() - start)
+        if wanted.has(FACTS):
+            start = time.perf_counter()
+            wins = factuality(model, [one for one in told if one[0] in asked], "log_odds", style)
+            yield _row(FACTS, f"verdicts, {style}", wins, time.perf_counter() - start)
 
 
 def _rows(
@@ -238,6 +275,15 @@ def told_again(cuts: Sequence[Cut], rng: random.Random) -> list[tuple[str, str, 
     return told
 
 
+def _others(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """What earlier runs wrote of other kinds and methods."""
+    mine = {(row["kind"], row["method"]) for row in rows}
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file) if (row["kind"], row["method"]) not in mine]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the CSV file; the exit code."""
     parser = argparse.ArgumentParser(
@@ -248,11 +294,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--asked", type=at_least(1), default=12, help="of these, places judged by verdicts")
     parser.add_argument("--prefix-tokens", type=at_least(1), default=192)
     parser.add_argument("--suffix-tokens", type=at_least(8), default=64)
-    parser.add_argument("--styles", default="direct,chat", help="of verdicts, with commas")
+    parser.add_argument(
+        "--methods", default=f"{MUTUAL},direct,chat", help="with commas; direct, chat: styles of verdicts"
+    )
+    parser.add_argument(
+        "--kinds", default="", help="of rivals, or how they begin, with semicolons; default: all"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "mutual_information.csv", help="CSV file")
     args = parser.parse_args(argv)
     rows: list[Row] = []
+    wanted = Wanted(args.methods.split(","), [k for k in args.kinds.split(";") if k], args.asked)
     about = header("mutual_information", ("torch",))
     try:
         check_writable(args.out)
@@ -260,14 +312,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy.micro_batch_tokens = 4096  # memory of a laptop
         model = LocalModel(policy, LocalModelConfig(checkpoint=args.judge))
         cuts = cuts_of(model, args.pools, args.prefix_tokens, args.suffix_tokens, random.Random(args.seed))
-        for row in measure(model, cuts, args.asked, args.suffix_tokens, args.styles.split(","), args.seed):
+        for row in measure(model, cuts, args.asked, args.suffix_tokens, wanted, args.seed):
             print(
                 f"{row['kind']:36}{row['method']:20}{row['preferred']:7.1%} ({row['low']:.1%} - {row['high']:.1%}) "
                 f"of {row['answered']}/{row['asked']}, {row['seconds']:.1f} s",
                 flush=True,
             )
             rows.append({**about, **row})
-            write_csv(args.out, rows)  # verdicts take long
+            write_csv(args.out, [*_others(args.out, rows), *rows])  # verdicts take long
     except SipError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

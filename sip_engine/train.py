@@ -16,6 +16,7 @@ from sip_engine.monitoring.empty_steps import EmptySteps
 from sip_engine.monitoring.metrics import (
     Clock,
     Means,
+    copy_means,
     flatten,
     group_means,
     pool_means,
@@ -169,6 +170,7 @@ def self_improve(run: Run, samples: list[Sample], clock: Clock, means: Means) ->
         for sample, pool, verdict in zip(samples, pools, verdicts or [None] * len(samples), strict=True)
     ]
     pool_means(means, pools, verdicts, choices)
+    copy_means(means, samples, pools)
     means.add("rewriter/failure_rate", num_failed, len(samples) * stage.rewrite)
     run.thresholds.hear(verdicts)
     run.records.pools(run.step, samples, pools, verdicts, choices)

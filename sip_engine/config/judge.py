@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sip_engine.config.backends import CORRUPTORS, JUDGES, REWRITERS
 from sip_engine.config.section import Positive, Section, Seed, Share, former
+from sip_engine.utils.copied import RUN
 
 
 class RewardWeights(Section):
@@ -121,6 +122,8 @@ class JudgeServerConfig(ServerConfig):
     (`completions` with `echo` and `logprobs`, as vLLM and llama.cpp's Python server give them)."""
     pair_temperature: float = Field(default=0.0, ge=0.0)
     """As judge.local.pair_temperature."""
+    copied_run: Annotated[int, Field(ge=0)] = RUN
+    """As judge.local.copied_run."""
     style: Literal["reasoned", "direct", "compact"] = "reasoned"
     """reasoned: brief reasoning, then the verdict (method); direct: the verdict alone, for small models; compact:
     prompts without instructions, for models trained on `sip data`, exported and served."""
@@ -151,6 +154,9 @@ class LocalModelConfig(Section):
     pair_temperature: float = Field(default=0.0, ge=0.0)
     """mutual_information: a comparison is sigmoid(difference in nats a token / this) (Bradley and Terry); 0:
     the better one wins outright."""
+    copied_run: Annotated[int, Field(ge=0)] = RUN
+    """mutual_information: a token within so many in a row that stand in the prefix as well earns nothing: a copy is
+    foreseen at any rate. 0: it counts as any other."""
     max_prefix_chars: Positive | None = None
     """A longer prefix keeps its end."""
     max_sequences: Positive = 256

@@ -183,6 +183,9 @@ class MonitorConfig(Section):
     sameness: Share = 0.6
     """It says the same again: distinct 3-grams of greedy continuations have fallen below this share of those of
     faultless originals."""
+    copying: Share = 0.10
+    """It copies the prefix: rollouts hold this share more of tokens, four or more in a row, that stand in it than
+    documents do."""
     drift: Share = 0.5
     """Sampler and trainer drift apart: the mean gap exceeds this share of max_drift."""
 

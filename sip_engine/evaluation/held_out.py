@@ -34,6 +34,7 @@ from sip_engine.types import (
     SafetyQuestion,
     Sample,
 )
+from sip_engine.utils.copied import copied_tokens
 
 Measure = Callable[[str, str], dict[str, float]]
 """(prefix, suffix) -> named figures that a world with known truth can measure beyond its judge."""
@@ -141,6 +142,7 @@ def evaluate(
             figures |= {f"{name}/low": one.low, f"{name}/high": one.high}
     if sampler is not None:
         figures |= diversity(interleave(mesh.gather_replicas(ids)))
+        figures |= copying(mesh, mine, ids)
         sound = [(c, s.suffix_ids) for c, s, is_sound in zip(ids, mine, faultless, strict=True) if is_sound]
         figures |= diversity_beside([pair for part in mesh.gather_replicas(sound) for pair in part])
     return Evaluation(figures, interleave(mesh.gather_replicas(texts)), found, table)
@@ -160,6 +162,17 @@ def diversity(sequences: Sequence[np.ndarray]) -> dict[str, float]:
         "distinct_3": distinct_ngrams(sequences, 3),
         "token_entropy": float(-(shares * np.log(shares)).sum()),
     }
+
+
+def copying(mesh: Mesh, samples: Sequence[Sample], continuations: Sequence[np.ndarray]) -> dict[str, float]:
+    """Share of tokens that say the prefix again, four or more in a row: of continuations, and of the originals."""
+    counts = np.zeros((2, 2))
+    for sample, ids in zip(samples, continuations, strict=True):
+        for row, text in enumerate((ids, sample.suffix_ids)):
+            copied = copied_tokens(sample.prefix_ids.tolist(), text.tolist())
+            counts[row] += copied.sum(), len(copied)
+    shares = [num / max(of, 1) for num, of in sum(mesh.gather_replicas(counts)).tolist()]
+    return {"copied": shares[0], "copied_originals": shares[1]}
 
 
 def diversity_beside(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:

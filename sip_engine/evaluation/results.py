@@ -29,6 +29,7 @@ _NOT_GAINED = (*WIN_RATES, *LOSSES, "judge_failure_rate")
 _CORPUS_WIDE = (
     *("diversity", "distinct_1", "distinct_3", "token_entropy"),
     *("distinct_3_faultless", "distinct_3_originals", "relative_diversity"),
+    *("copied", "copied_originals"),
 )
 _FACTUAL = ("factuality", "accuracy", "mc1", "mc2")
 """Figures of the sets that enter the factuality average, one a set and measure."""

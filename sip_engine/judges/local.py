@@ -71,7 +71,7 @@ class LocalJudge:
         )
         self.silent_on = SILENT_ON if self._cfg.method == "mutual_information" else ()
         self._information = (
-            MutualInformation(LocalReader(model), self._cfg.pair_temperature)
+            MutualInformation(LocalReader(model), self._cfg.pair_temperature, self._cfg.copied_run)
             if self._cfg.method == "mutual_information"
             else None
         )

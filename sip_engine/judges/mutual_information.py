@@ -4,8 +4,10 @@ Quality of a suffix s after a prefix p, under the judge model, in nats a token (
 
     quality = mean over the tokens of s of   log p(token | p, s before it) - log p(token | s before it)
 
-Likelihood alone prefers what is common or repeats itself; the second term takes that out. Factuality, with the
-document's own suffix r as a note in front of everything:
+Likelihood alone prefers what is common or repeats itself; the second term takes that out. What copies the prefix it
+would prefer to all else, as the prefix foretells its own words best: a token within a run that stands in the prefix
+as well earns nothing by it (`copied_run`). Factuality, with the document's own suffix r as a note in front of
+everything:
 
     gain = mean over the tokens of s of   log p(token | r, p, s before it) - log p(token | p, s before it)
     factuality = sigmoid(gain), the odds of a token with the note against without it
@@ -38,6 +40,7 @@ from sip_engine.types import (
     SafetyQuestion,
     Score,
 )
+from sip_engine.utils.copied import copied_tokens
 
 SILENT_ON = (SafetyQuestion,)
 """What mutual information has no answer to."""
@@ -65,6 +68,8 @@ class TokenLogProbs:
     tokens: tuple[Hashable, ...]
     logprobs: np.ndarray
     cost: Cost
+    context: tuple[Hashable, ...] = ()
+    """The tokens before these, where these are not all that was read."""
 
 
 class Reader(Protocol):
@@ -80,11 +85,11 @@ class MutualInformation:
     compared; another time with the original in front where factuality is asked for.
 
     `pair_temperature` T makes a comparison the Bradley-Terry probability sigmoid((quality of the first - of the
-    second) / T); at 0 the better one has 1.0.
+    second) / T); at 0 the better one has 1.0. `copied_run`: see `mean_gain`.
     """
 
-    def __init__(self, reader: Reader, pair_temperature: float) -> None:
-        self._reader, self._temperature = reader, pair_temperature
+    def __init__(self, reader: Reader, pair_temperature: float, copied_run: int) -> None:
+        self._reader, self._temperature, self._copied_run = reader, pair_temperature, copied_run
         self._gains: dict[Reading, float] = {}
         """Of what was read lately: quality where the note is empty, else the gain by the note."""
 
@@ -122,7 +127,8 @@ class MutualInformation:
         for gain, three in parts.items():
             costs[gain] = sum((owed.pop(reading, Cost()) for reading in three), Cost())
             alone, before, after = (found[reading] for reading in three)
-            value = mean_gain(alone, before, after)
+            # What says the original again is true: that is no copy of the prefix.
+            value = mean_gain(alone, before, after, 0 if gain.note else self._copied_run)
             if isinstance(value, Failure):
                 failures[gain] = value.reason
             else:
@@ -143,12 +149,18 @@ class MutualInformation:
 
 
 def mean_gain(
-    alone: TokenLogProbs | Failure, before: TokenLogProbs | Failure, after: TokenLogProbs | Failure
+    alone: TokenLogProbs | Failure,
+    before: TokenLogProbs | Failure,
+    after: TokenLogProbs | Failure,
+    copied_run: int = 0,
 ) -> float | Failure:
     """Mean over the suffix's tokens of their log-prob in `after` less that in `before`, in nats.
 
     A server may split a text otherwise behind a prefix: the tokens that count are those at the end which all three
     readings have alike, with log-probs. `alone` is the suffix by itself and bounds them.
+
+    copied_run: a token within so many in a row that stand before the suffix as well gains 0 at most; 0: none is
+        looked for.
     """
     readings: list[TokenLogProbs] = []
     for one in (alone, before, after):
@@ -158,7 +170,12 @@ def mean_gain(
     backwards = zip(*(reversed(one.tokens) for one in readings), strict=False)
     num = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, backwards))
     bare, less, more = (one.logprobs[len(one.logprobs) - num :] for one in readings)
-    gains = (more - less)[~np.isnan(more - less + bare)]
+    gains = more - less
+    if copied_run:
+        whole = (*readings[2].context, *readings[2].tokens)
+        copied = copied_tokens(whole[: len(whole) - num], whole[len(whole) - num :], copied_run)
+        gains = np.where(copied, np.minimum(gains, 0.0), gains)
+    gains = gains[~np.isnan(more - less + bare)]
     if not len(gains):
         return Failure(
             "no token of the suffix could be compared: the server splits it otherwise after its prefix"
@@ -202,12 +219,13 @@ class LocalReader:
                 rows.append(Row(context, tuple(suffixes[number] for number in numbers)))
         found: dict[int, TokenLogProbs] = {}
         for numbers, row, scored in zip(parts, rows, policy.score_rows(rows) if rows else (), strict=True):
+            context = tuple(row.prefix.tolist())
             for number, one in zip(numbers, scored, strict=True):
                 read = round(len(row.prefix) / len(numbers)) + len(suffixes[number])
                 tokens = tuple(suffixes[number].tolist())
                 # With nothing in front, not even bos, the first token has no log-prob.
                 logprobs = np.concatenate([np.full(len(tokens) - len(one.logprobs), np.nan), one.logprobs])
-                found[number] = TokenLogProbs(tokens, logprobs.astype(np.float64), Cost(1, read))
+                found[number] = TokenLogProbs(tokens, logprobs.astype(np.float64), Cost(1, read), context)
         return [found.get(number, _TOO_LONG) for number in range(len(readings))]
 
     def _context(self, note: str, prefix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -56,7 +56,7 @@ class ServerJudge:
         if cfg.method == "mutual_information":
             self.deterministic, self.silent_on = True, SILENT_ON
             self._information = MutualInformation(
-                EchoReader(self._client, cfg.max_prefix_chars), cfg.pair_temperature
+                EchoReader(self._client, cfg.max_prefix_chars), cfg.pair_temperature, cfg.copied_run
             )
 
     def judge(self, questions: Sequence[Question], *, seed: int = 0) -> list[Judgment]:

@@ -14,6 +14,7 @@ from sip_engine.policy.policy import UpdateStats
 from sip_engine.sampler.requests import Completion
 from sip_engine.types import Candidate, Choice, Kind, Sample, Verdict
 from sip_engine.utils import heartbeat
+from sip_engine.utils.copied import copied_tokens
 
 
 class Means:
@@ -92,6 +93,20 @@ def pool_means(
         for c in rollouts:
             assert c.logprobs is not None
             means.add("diversity/entropy", -float(c.logprobs.sum()), len(c.logprobs))
+
+
+def copy_means(means: Means, samples: Sequence[Sample], pools: Sequence[Sequence[Candidate]]) -> None:
+    """`copied/KIND`: the share of tokens that say the prefix again, four or more in a row, by candidate kind.
+
+    `copied/document` is that of the documents' own suffixes, whether they are candidates or not.
+    """
+    for sample, pool in zip(samples, pools, strict=True):
+        prefix = sample.prefix_ids.tolist()
+        means.add("copied/document", float(copied_tokens(prefix, sample.suffix_ids.tolist()).mean()))
+        for candidate in pool:
+            if candidate.kind is not Kind.ORIGINAL and len(candidate.ids):
+                share = copied_tokens(prefix, candidate.ids.tolist()).mean()
+                means.add(f"copied/{candidate.kind}", float(share))
 
 
 def group_means(

@@ -102,6 +102,15 @@ def all_signatures(runs: Sequence[RunState]) -> list[Signature]:
             "monitors.sameness (60 %) of those of faultless originals; watch: 0.05 nats, 90 %",
             forgetting,
         ),
+        _signature(
+            runs,
+            "copying",
+            "Copying the prefix",
+            "What the prefix says is the safest thing to say again, above all to a judge that goes by probability.",
+            "share of the rollouts' tokens within four in a row that stand in the prefix, above that of the "
+            "documents' own suffixes; seen: by monitors.copying (10 points) or more at the end; watch: 3 points",
+            copying,
+        ),
     ]
 
 
@@ -250,6 +259,20 @@ def forgetting(run: RunState) -> tuple[str, str] | None:
         return None
     worst = next(v for v in (SEEN, WATCH, CLEAR) if v in [verdict for verdict, _ in found])
     return worst, "; ".join(evidence for _, evidence in found)
+
+
+def copying(run: RunState) -> tuple[str, str] | None:
+    """What rollouts copy at the end, beside what documents do."""
+    ours, theirs = run.curves.get("copied/rollout"), run.curves.get("copied/document")
+    if ours is None or theirs is None:
+        return None
+    if len(ours) < MIN_STEPS:
+        return UNKNOWN, f"fewer than {MIN_STEPS} steps"
+    (first, last), (_, usual) = ours.ends(), theirs.ends()
+    more, limit = last - usual, _limit(run, "copying")
+    verdict = SEEN if more >= limit > 0 else WATCH if more >= 0.03 else CLEAR
+    evidence = f"rollouts {_percent(first)} → {_percent(last)} of their tokens, documents {_percent(usual)}"
+    return verdict, evidence
 
 
 def _limit(run: RunState, name: str) -> float:

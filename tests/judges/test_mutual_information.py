@@ -129,6 +129,32 @@ def test_each_candidate_is_read_once_and_its_prefix_once_for_all(policy: FrozenP
     assert [one.cost.calls for one in again] == [0] * len(pairs) + [2]
 
 
+def test_what_copies_the_prefix_earns_nothing(
+    policy: FrozenPolicy, logprobs: Callable[[str, str], np.ndarray]
+) -> None:
+    """The tokens of a run count 0 at most, the others in full; with 0, and of factuality, all do."""
+    prefix, run = "the quick brown fox saw it", 6
+    copy, encode = " brown fox saw it and then", policy.tokenizer.encode
+    ids, before = encode(copy).tolist(), encode(prefix).tolist()
+    windows = {tuple(before[at : at + run]) for at in range(len(before))}
+    inside = [at for at in range(len(ids)) if tuple(ids[at : at + run]) in windows]
+    is_copied = [any(at <= token < at + run for at in inside) for token in range(len(ids))]
+    assert 0 < sum(is_copied) < len(ids)
+    gains = logprobs(prefix, copy) - logprobs("", copy)
+    guarded = np.where(is_copied, np.minimum(gains, 0.0), gains).mean()
+    assert abs(guarded - gains.mean()) > 1e-4
+    other = " and then"
+    rest = (logprobs(prefix, other) - logprobs("", other)).mean()
+    for copied_run, wanted in ((run, guarded), (0, gains.mean()), (len(ids) + 1, gains.mean())):
+        subject = judge(policy, pair_temperature=1.0, copied_run=copied_run)
+        (pair,) = subject.judge([PairQuestion(prefix, copy, other)])
+        assert value(pair) == pytest.approx(1 / (1 + math.exp(rest - wanted)), abs=1e-5)
+    facts = [FactualityQuestion(prefix, copy, copy)]
+    assert [value(judge(policy, copied_run=n).judge(facts)[0]) for n in (0, run)] == [
+        value(judge(policy, copied_run=0).judge(facts)[0])
+    ] * 2
+
+
 def test_a_long_prefix_keeps_its_end(
     policy: FrozenPolicy, logprobs: Callable[[str, str], np.ndarray]
 ) -> None:
@@ -263,6 +289,12 @@ def test_only_tokens_that_all_readings_have_alike_count() -> None:
     ) == (pytest.approx(0.5))
     other = read(("x", -1.0))
     assert isinstance(mean_gain(alone, alone, other), Failure)
+    # Of a server, what stands before the suffix is within what it read.
+    again = read(*zip("abcdab", [-1.0, -2.0, -3.0, -4.0, -0.5, -0.25], strict=True))
+    bare = read(("a", -3.0), ("b", -2.0))
+    assert mean_gain(bare, bare, again) == pytest.approx((2.5 + 1.75) / 2)
+    assert mean_gain(bare, bare, again, 2) == 0.0
+    assert mean_gain(bare, bare, again, 3) == pytest.approx((2.5 + 1.75) / 2)
     assert mean_gain(alone, Failure("lost"), after) == Failure("lost")
 
 

@@ -8,7 +8,7 @@ import pytest
 from sip_engine.config.judge import JudgeConfig, RewardWeights
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.judges.rewards import judge_pools
-from sip_engine.monitoring.metrics import Means, pool_means
+from sip_engine.monitoring.metrics import Means, copy_means, pool_means
 from sip_engine.types import Candidate, Failure, Kind, PairQuestion, SafetyQuestion, Sample, Score
 
 IDS = np.zeros(1, np.int32)
@@ -49,3 +49,22 @@ def test_skipped_candidates_are_not_counted_as_dropped(mesh: Mesh) -> None:
 
     assert shares("tournament") == pytest.approx((3 / 12, 3 / 12))
     assert shares("all_pairs") == pytest.approx((0.0, 3 / 12))
+
+
+def test_what_is_copied_is_counted_by_kind(mesh: Mesh) -> None:
+    """Four tokens in a row are a copy, three are none; overlapping runs count each token once."""
+    prefix, other = np.arange(20, dtype=np.int32), np.arange(100, 112, dtype=np.int32)
+    sample = Sample(0, 1, prefix, np.concatenate([prefix[:3], other[:5]]), "p", "s")
+    texts = [
+        np.concatenate([other[:2], prefix[3:13], other[:4]]),
+        np.concatenate([prefix[:3], other[:2], prefix[17:20]]),
+        other,
+    ]
+    pool = [Candidate(Kind.ROLLOUT, n, ids, "") for n, ids in enumerate(texts)]
+    means = Means()
+    copy_means(means, [sample], [[*pool, Candidate(Kind.REWRITE, 0, prefix, "")]])
+    assert means.over(mesh) == {
+        "copied/document": 0.0,
+        "copied/rollout": pytest.approx((10 / 16) / 3),
+        "copied/rewrite": 1.0,
+    }

@@ -31,6 +31,8 @@ NAMES = (
         "dpo/chosen_logprob",
         "eval/heldout_loss_faultless",
         "eval/relative_diversity",
+        "copied/rollout",
+        "copied/document",
     ),
 )
 
@@ -90,7 +92,7 @@ def test_a_run_in_hand_is_a_run_in_its_files(tmp_path_factory, stops: list[int],
     assert findings(in_hand(records, cfg)) == findings(run)
     assert list(records.latest_pools) == list(run.latest_pools) and len(run.latest_pools) == LATEST_POOLS
     told = [verdicts[0][0] for verdicts in findings(run)]
-    assert len(told) == 6 and UNKNOWN not in told, "the test should reach every signature"
+    assert len(told) == 7 and UNKNOWN not in told, "the test should reach every signature"
 
 
 def test_a_signature_is_said_once_over_restarts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -546,3 +546,14 @@ def test_forgetting(faultless, everything, diversity, verdict):
     }
     run = records_of(**{name: values for name, values in curves.items() if values is not None})
     assert verdicts(run)[5] == verdict
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "documents", "verdict"),
+    [(0.30, 0.05, "seen"), (0.30, 0.25, "watch"), (0.06, 0.05, "clear"), (0.9, None, None)],
+)
+def test_copying(rollouts, documents, verdict):
+    curves = {"copied__rollout": [0.05] * 6 + [rollouts] * 6}
+    if documents is not None:
+        curves["copied__document"] = [documents] * 12
+    assert verdicts(records_of(**curves))[6] == verdict
