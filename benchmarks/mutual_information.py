@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy.micro_batch_tokens = 4096  # memory of a laptop
         model = LocalModel(policy, LocalModelConfig(checkpoint=args.judge))
         cuts = cuts_of(model, args.pools, args.prefix_tokens, args.suffix_tokens, random.Random(args.seed))
-        for row in measure(model, cuts, args.asked, args.suffix_tokens, wanted, args.seed):
+        for row in measure(model, cuts, args.suffix_tokens, wanted, args.seed):
             print(
                 f"{row['kind']:36}{row['method']:20}{row['preferred']:7.1%} ({row['low']:.1%} - {row['high']:.1%}) "
                 f"of {row['answered']}/{row['asked']}, {row['seconds']:.1f} s",

@@ -50,6 +50,12 @@ class DataConfig(Section):
     """Cuts with a shorter prefix are not made."""
     cut: Literal["every_chunk", "random_chunk"] = "every_chunk"
     """Use every chunk of a document as a suffix, or one random chunk a document and epoch."""
+    deduplicate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Leave out documents that are at least so alike to an earlier one (Jaccard similarity of five tokens in a row,
+    by MinHash; usual: 0.8), and exact copies; also of the documents of `eval_path`. Unset: all stay."""
+    decontaminate: tuple[Path, ...] = ()
+    """Files of evaluation sets (JSON, CSV, Parquet, text; folders, too): documents that hold thirteen words in a row
+    of any text in them are left out; of a shorter text, all its words, if they are eight at least."""
     cache: Path = Path("cache")
     """Folder of token files, keyed by content."""
     holdout: Share = 0.02

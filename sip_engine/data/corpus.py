@@ -15,6 +15,7 @@ from sip_engine.data.build import build_token_files
 from sip_engine.data.documents import read_documents
 from sip_engine.data.indexed import find_token_files
 from sip_engine.data.inventory import Inventory, take_inventory
+from sip_engine.data.left_out import LeftOut, find_left_out
 from sip_engine.data.mixture import MixtureStream, Source, shares
 from sip_engine.data.permutation import hash_key, mix64
 from sip_engine.data.prompts import PromptStream, read_prompts
@@ -100,18 +101,20 @@ def open_corpus(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) 
     if cfg.task != "policy":
         return _open_prompts(cfg, mesh, tokenizer)
     sources, eval_path = document_sources(cfg, mesh)
-    built: tuple[list[_Built], _Built | None, bytes] | None = None
+    built: tuple[list[_Built], _Built | None, list[LeftOut] | None, bytes] | None = None
     if mesh.is_main:
         tokenizer = tokenizer_of(cfg, sources, tokenizer)
         parts = [_build(cfg, source.path, source.text_column, tokenizer) for source in sources]
         held = _build(cfg, eval_path, cfg.data.text_column, tokenizer) if eval_path else None
-        built = parts, held, tokenizer.model
-    parts, held, tokenizer_model = mesh.broadcast(built)
+        opened_parts = [part.open(tokenizer) for part in parts]
+        left_out = find_left_out(cfg.data, opened_parts, held.open(tokenizer) if held else None, tokenizer)
+        built = parts, held, left_out, tokenizer.model
+    parts, held, left_out, tokenizer_model = mesh.broadcast(built)
     tokenizer = Tokenizer(tokenizer_model)
     held_files = held.open(tokenizer) if held is not None else None
     opened = [
-        _open_part(cfg, source, part, tokenizer, held_files)
-        for source, part in zip(sources, parts, strict=True)
+        _open_part(cfg, source, part, tokenizer, held_files, out)
+        for source, part, out in zip(sources, parts, left_out or [None] * len(parts), strict=True)
     ]
     if not cfg.data.sources:
         part, stream, held_stream = opened[0]
@@ -125,16 +128,23 @@ _Opened = tuple[Part, SampleStream, SampleStream]
 
 
 def _open_part(
-    cfg: RunConfig, source: DocumentSource, built: _Built, tokenizer: Tokenizer, held_files: TokenFiles | None
+    cfg: RunConfig,
+    source: DocumentSource,
+    built: _Built,
+    tokenizer: Tokenizer,
+    held_files: TokenFiles | None,
+    left_out: LeftOut | None,
 ) -> _Opened:
     files = built.open(tokenizer)
-    split = _split(cfg, files) if held_files is None else _Split(files.lengths, held_files.lengths)
+    lengths = files.lengths if left_out is None else np.where(left_out.labels == 0, files.lengths, 0)
+    split = _split(cfg, lengths) if held_files is None else _Split(lengths, held_files.lengths)
     what = f"{source.name}: " if source.name else ""
     index = _index(cfg, split.train, cfg.data.cut, cfg.seed, f"{what}training")
     # The same held-out samples for every seed, so that runs can be compared.
     held_index = _index(cfg, split.held, "every_chunk", 0, f"{what}held-out", split.held_starts)
     passed_over = built.inventory.passed_over if built.inventory else {}
-    notes = [*([f"passed over in {source.path}: {passed_over}"] if passed_over else []), *split.notes]
+    notes = [f"passed over in {source.path}: {passed_over}"] if passed_over else []
+    notes += [*([left_out.note()] if left_out else []), *split.notes]
     part = Part(
         source.name, source.path, source.text_column, files, built.inventory, index.num_samples, notes
     )
@@ -243,12 +253,12 @@ class _Split:
     notes: Sequence[str] = ()
 
 
-def _split(cfg: RunConfig, files: TokenFiles) -> _Split:
+def _split(cfg: RunConfig, lengths: np.ndarray) -> _Split:
     """Some documents by a hash of their number, so that more documents move none across.
 
     Where none of them is long enough, as in a book, the end of the longest document.
     """
-    data, lengths = cfg.data, files.lengths
+    data = cfg.data
     for share, what, remedy in ((0, "held-out", "raise it"), (1, "training", "lower it")):
         if data.holdout == share:
             raise DataError(
@@ -269,9 +279,10 @@ def _split(cfg: RunConfig, files: TokenFiles) -> _Split:
     )
     if train.max(initial=0) < shortest:
         raise DataError(
-            f"{files.num_documents} documents, of at most {lengths.max(initial=0)} tokens, are too few to train on "
-            f"and to hold back some: suffixes of {data.suffix_tokens} need {shortest + data.suffix_tokens} in one; "
-            "set data.eval_path, a smaller data.suffix_tokens or data.min_prefix_tokens, or give longer documents"
+            f"{np.count_nonzero(lengths)} documents, of at most {lengths.max(initial=0)} tokens, are too few to "
+            f"train on and to hold back some: suffixes of {data.suffix_tokens} need "
+            f"{shortest + data.suffix_tokens} in one; set data.eval_path, a smaller data.suffix_tokens or "
+            "data.min_prefix_tokens, or give longer documents"
         )
     held, starts = np.zeros_like(lengths), np.zeros_like(lengths)
     held[longest], starts[longest] = lengths[longest], train[longest]
