@@ -348,7 +348,9 @@ def _unzstd(raw: IO[bytes]) -> IO[bytes]:
 _DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
     "": lambda raw: raw,
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".gzip": lambda raw: gzip.GzipFile(fileobj=raw),
     ".zst": _unzstd,
+    ".zstd": _unzstd,
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
 }

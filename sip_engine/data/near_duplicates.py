@@ -16,6 +16,8 @@ SHINGLE = 5
 _PERMUTATIONS = 128
 KEPT, COPY, NEAR = 0, 1, 2
 _SEED = 20
+_LARGEST = 0.9
+"""For candidates: the index has no bands for more."""
 
 
 class NearDuplicates:
@@ -33,7 +35,7 @@ class NearDuplicates:
             raise ConfigError("data.deduplicate needs datasketch: pip install datasketch") from None
         self._threshold = threshold
         self._empty = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)
-        self._index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+        self._index = MinHashLSH(threshold=min(threshold, _LARGEST), num_perm=_PERMUTATIONS)
         self._minima: list[np.ndarray] = []
         self._whole: set[bytes] = set()
 

@@ -103,6 +103,11 @@ def read_config(folder: Path) -> SourceConfig:
             a part that the policy has not; the message names it.
     """
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():  # transformers would load it beside a whole model, too
+        raise CheckpointError(
+            f"{folder}: holds an adapter (adapter_config.json), which is no model: merge it into its base "
+            "(peft's merge_and_unload), save that, and import it"
+        )
     raw = read_json(path)
     family = _family_of(path, folder, raw)
     for name, value in {**_ABSENT, **family.only}.items():
@@ -161,10 +166,6 @@ def _family_of(path: Path, folder: Path, raw: dict[str, Any]) -> Family:
                 f"{path}: no_rope_layers leaves rotary positions out of some layers, the policy has them in all"
             )
         return family
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: an adapter without its base model; merge it into the base and save that"
-        )
     why = next((plan for part, plan in _PLANS.items() if part in str(architecture)), None)
     if why:
         raise CheckpointError(f"{path}: architecture {architecture!r} is not supported: {why}")

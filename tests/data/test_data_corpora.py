@@ -92,6 +92,8 @@ FORMS: dict[str, bytes] = {
     "X.JSON.ZST": zstd.compress(lines()),
     # compressed, and nothing else said
     "RC_2012-01.zst": zstd.compress(lines()),
+    "part-00000.c000.json.zstd": zstd.compress(lines()),
+    "a.jsonl.gzip": gzip.compress(lines()),
     "RC_2012-01.xz": lzma.compress(lines()),
     "part-00000.gz": gzip.compress(lines()),
     "dump-v1.5.bz2": bz2.compress(lines()),

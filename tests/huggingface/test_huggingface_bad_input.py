@@ -62,7 +62,11 @@ def lowercasing_tokenizer(folder: Path) -> None:
 
 
 def adapter(folder: Path) -> None:
-    edit_config(architectures=None)(folder)
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def adapter_beside_a_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
@@ -92,7 +96,8 @@ BAD = {
         edit_config(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1, 0]),
         "leaves rotary positions out of some layers",
     ),
-    "adapter": (adapter, "an adapter without its base model; merge it"),
+    "adapter": (adapter, "holds an adapter (adapter_config.json), which is no model: merge it"),
+    "adapter beside a model": (adapter_beside_a_model, "holds an adapter"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
     "config too deep": (

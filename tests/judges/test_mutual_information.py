@@ -75,7 +75,9 @@ def logprobs(policy: FrozenPolicy) -> Callable[[str, str], np.ndarray]:
 
 
 def judge(policy: FrozenPolicy, **settings: Any) -> LocalJudge:
-    return LocalJudge(LocalModel(policy, LocalModelConfig(method="mutual_information", **settings)))
+    return LocalJudge(
+        LocalModel(policy, LocalModelConfig(method="mutual_information", **{"copied_run": 0, **settings}))
+    )
 
 
 def value(judgment: Judgment) -> float:
@@ -261,10 +263,10 @@ def test_a_server_gives_what_the_engine_gives(
         *(FactualityQuestion(p, ORIGINAL, s) for p in PREFIXES for s in SUFFIXES[:4]),
     ]
     with EchoServer(characters(policy, logprobs), form) as server:
-        subject = ServerJudge(settings(server, pair_temperature=0.3))
+        subject = ServerJudge(settings(server, pair_temperature=0.3, copied_run=4))
         found = subject.judge(questions)
         asked = [body["prompt"] for body in server.bodies]
-    local = judge(policy, pair_temperature=0.3).judge(questions)
+    local = judge(policy, pair_temperature=0.3, copied_run=4).judge(questions)
     for one, other in zip(found, local, strict=True):
         assert value(one) == pytest.approx(value(other), abs=1e-5)
     assert len(asked) == len(set(asked)) == 4 + 2 * 4 + 2 * 4, "alone, after its prefix, behind the original"
