@@ -417,7 +417,7 @@ def line(first: float, last: float, num: int = 50) -> np.ndarray:
 )
 def test_collapse(safety, coherence, win_rate, verdict):
     run = records_of(eval__safety=safety, eval__coherence=coherence, eval__win_rate=win_rate)
-    assert verdicts(run) == [verdict, None, None, None, None, None]
+    assert verdicts(run) == [verdict, None, None, None, None, None, None]
 
 
 def test_collapse_without_evaluations_reads_the_rollouts():
