@@ -19,7 +19,9 @@ real: install
 	$(BIN)/python $(LOCKED) requirements/real.lock
 	$(BIN)/sip real --minutes $(MINUTES)
 
+# Slow tests serve the real model.
 test: install
+	$(BIN)/python $(LOCKED) requirements/real.lock
 	$(BIN)/pytest -n $(WORKERS) -m "not faults" $(TESTS)
 
 test-faults: install

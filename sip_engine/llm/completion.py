@@ -128,7 +128,8 @@ class _PromptToken(BaseModel):
 
 
 class _Echo(BaseModel):
-    logprobs: _LogProbs | None = None
+    logprobs: _LogProbs | dict[str, Any] | None = None
+    """Some servers answer in the form of their chats, with what they wrote alone."""
     prompt_logprobs: list[dict[str, _PromptToken] | None] | None = None
 
 
@@ -152,7 +153,7 @@ def read_echo(data: bytes) -> tuple[str | Failure, int]:
         firsts = [next(iter(one.items()), None) if one else None for one in choice.prompt_logprobs]
         names = [one[0] if one else "" for one in firsts]
         return json.dumps([names, [one[1].logprob if one else None for one in firsts]]), spent
-    if choice.logprobs is None:
+    if not isinstance(choice.logprobs, _LogProbs):
         return Failure(
             "the server gives no log-probs of the prompt: it must honour `echo` with `logprobs`, as vLLM does"
         ), spent

@@ -306,6 +306,10 @@ def test_only_tokens_that_all_readings_have_alike_count() -> None:
         (b"<html>Sign in</html>", "not a completion; it said: Sign in"),
         (b'{"choices": [{"text": "x"}], "usage": {"prompt_tokens": 2}}', "gives no log-probs of the prompt"),
         (
+            b'{"choices": [{"logprobs": {"content": [{"token": "x", "logprob": -1}]}}]}',
+            "gives no log-probs of the prompt",
+        ),
+        (
             b'{"choices": [{"logprobs": {"tokens": ["a"], "token_logprobs": [-1]}}]}',
             "do not cover the prompt",
         ),
