@@ -11,7 +11,7 @@ import typer
 
 from sip_engine.planning.commands import add_planning_commands
 from sip_engine.tasks.commands import add_spec_commands
-from sip_engine.utils.errors import EXIT_CODES, ConfigError, PeerError, SipError, Stopped
+from sip_engine.utils.errors import EXIT_CODES, AloneError, ConfigError, PeerError, SipError, Stopped
 from sip_engine.utils.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         if code == _INTERRUPTED:  # typer turns KeyboardInterrupt into this
             raise KeyboardInterrupt
     except SipError as error:
-        # All processes of a node have the same to say, but for what one says of another.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, PeerError):
+        if not _is_said_by_another(error):
             head = "" if isinstance(error, Stopped) else "[red]error:[/] "
             console.print(f"{head}{_one_line(error)}", markup=True, soft_wrap=True)
         if isinstance(error, PeerError):  # the group cannot be left together
@@ -56,6 +55,13 @@ def main(argv: list[str] | None = None) -> None:
         raise
     finally:
         _leave_process_group()
+
+
+def _is_said_by_another(error: SipError) -> bool:
+    """All processes of a node have the same to say, but for what one says of another, or of being alone."""
+    is_one_of_many = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    is_first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
+    return is_one_of_many and not is_first and not isinstance(error, PeerError | AloneError)
 
 
 def _print_versions(wanted: bool) -> None:

@@ -39,10 +39,16 @@ def test_a_lone_rank_is_ignored(folder: Path) -> None:
 
 
 def test_several_processes_are_refused_in_one_line(folder: Path) -> None:
-    done = sip(folder, INSPECT, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
+    foreign = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    done = sip(folder, INSPECT, **foreign, MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
     assert done.returncode == 2
     said = done.stderr.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("error: RANK=0, WORLD_SIZE=2 in the environment"), (
+    assert len(said) == 1 and said[0].startswith("error: RANK=3, WORLD_SIZE=4 in the environment"), (
         done.stderr
     )
     assert "unset RANK WORLD_SIZE" in said[0]
+
+
+def test_an_error_is_said_whatever_local_rank_was_left_behind(folder: Path) -> None:
+    done = sip(folder, ["data", "inspect", "none.toml"], LOCAL_RANK="1")
+    assert done.returncode == 2 and done.stderr.startswith("error: none.toml"), done.stderr

@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sip_engine.distributed.megatron_cpu import megatron_device
-from sip_engine.utils.errors import ConfigError
+from sip_engine.utils.errors import AloneError, ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -288,13 +288,13 @@ def start_alone(*, seed: int = 0) -> Mesh:
     """`start_mesh` of a command that is one process, whatever a launcher has left in its environment.
 
     Raises:
-        ConfigError: the environment tells of several processes, which would all do the same.
+        AloneError: the environment tells of several processes, which would all do the same.
     """
     if not dist.is_initialized():
         foreign = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
         if foreign.get("WORLD_SIZE", "1") not in ("", "1"):
             found = ", ".join(f"{name}={value}" for name, value in foreign.items())
-            raise ConfigError(
+            raise AloneError(
                 f"{found} in the environment tells of several processes, and this command is one: start it without "
                 f"torchrun, or unset {' '.join(foreign)}"
             )

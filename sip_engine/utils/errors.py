@@ -22,6 +22,10 @@ class ConfigError(SipError, ValueError):
     exit_code = 2
 
 
+class AloneError(ConfigError):
+    """The environment tells of other processes, and the command is one: no other is there to say so."""
+
+
 class DataError(SipError, ValueError):
     """Input text, token files or prompts are missing, empty or not what they should be."""
 
