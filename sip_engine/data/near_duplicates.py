@@ -54,6 +54,7 @@ class NearDuplicates:
         signature = self._empty.copy()
         signature.update_batch(_shingles(ids).tolist())
         for other in self._index.query(signature):
+            assert isinstance(other, int)
             if (self._minima[other] == signature.hashvalues).mean() >= self._threshold:
                 return NEAR
         self._index.insert(len(self._minima), signature, check_duplication=False)

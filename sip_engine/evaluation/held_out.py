@@ -171,7 +171,7 @@ def copying(mesh: Mesh, samples: Sequence[Sample], continuations: Sequence[np.nd
         for row, text in enumerate((ids, sample.suffix_ids)):
             copied = copied_tokens(sample.prefix_ids.tolist(), text.tolist())
             counts[row] += copied.sum(), len(copied)
-    shares = [num / max(of, 1) for num, of in sum(mesh.gather_replicas(counts)).tolist()]
+    shares = [num / max(of, 1) for num, of in np.sum(mesh.gather_replicas(counts), axis=0).tolist()]
     return {"copied": shares[0], "copied_originals": shares[1]}
 
 
