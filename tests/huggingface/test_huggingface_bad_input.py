@@ -96,7 +96,7 @@ BAD = {
         edit_config(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1, 0]),
         "leaves rotary positions out of some layers",
     ),
-    "adapter": (adapter, "holds an adapter (adapter_config.json), which is no model: merge it"),
+    "adapter": (adapter, r"holds an adapter \(adapter_config.json\), which is no model: merge it"),
     "adapter beside a model": (adapter_beside_a_model, "holds an adapter"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
