@@ -136,7 +136,12 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._store: Any = control_store()
         self._observer = Observer(self._size, timeout_s, time.monotonic())
+        self._answers = 0
+        """Times that the store has answered all that was asked; stands still where it does not."""
+        self._fault = ""
+        self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._await_store, name="watchdog's guard", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self._beat()
@@ -146,6 +151,8 @@ class Watchdog:
         if self._size > 1:
             dist.barrier()
         self._thread.start()
+        if self._size > 1:
+            self._guard.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -160,6 +167,7 @@ class Watchdog:
         known = code == 0 or getattr(error, "resumable", False)  # all leave, and each knows why
         if self._rank == 0 and self._size > 1 and not known:
             time.sleep(3 * self._interval)  # the store may end with this process: let the others read
+        self._left.set()
 
     def explain(self, error: BaseException) -> SipError | None:
         """Why a collective failed here: what became of another process; None where all of them are well.
@@ -191,7 +199,7 @@ class Watchdog:
         return PeerError(self._line(self._observer.say_gone(gone[0], now))) if gone else None
 
     def _watch(self) -> None:
-        answered = looked = time.monotonic()
+        looked = time.monotonic()
         while not self._closing.wait(_LEAST_PAUSE_S):
             heartbeat.entered.wait(self._interval - _LEAST_PAUSE_S)
             heartbeat.entered.clear()
@@ -200,13 +208,24 @@ class Watchdog:
                 if time.monotonic() - looked >= self._interval:
                     looked = time.monotonic()
                     self._look()
-                answered = time.monotonic()
+                self._answers, self._fault = self._answers + 1, ""
             except Exception as error:  # torch raises many types where the store is gone
-                patience = min(self._timeout_s * _SILENT_SHARE or 60.0, 60.0)
-                if not self._closing.is_set() and time.monotonic() - answered > patience:
-                    self._end(
-                        f"rank 0 or the launcher is gone: their store does not answer ({_first_line(error)})"
-                    )
+                self._fault = _first_line(error)
+
+    def _await_store(self) -> None:
+        """End the process where the store stays silent: what asks it may wait without end, as where a line is cut.
+
+        Time is counted in turns of this thread: while the process itself was stopped there are none.
+        """
+        patience = min(self._timeout_s * _SILENT_SHARE or 60.0, 60.0)
+        answers, silent_s = 0, 0.0
+        while not self._left.wait(self._interval):
+            answers, silent_s = self._answers, 0.0 if self._answers != answers else silent_s + self._interval
+            if silent_s > patience:
+                why = self._fault or f"no answer for {silent_s:.0f} s"
+                self._end(
+                    f"rank 0 or the launcher is gone, or the line to it: their store does not answer ({why})"
+                )
 
     def _look(self) -> None:
         stop = self._store.get(_STOP).decode() if self._size > 1 else ""

@@ -5,7 +5,7 @@
     step   the step being made, from 1; any without it
     rank   any without it
     do     a signal's name; "hang" (the main thread never comes back); "full" (no file can grow any more); "raise";
-           "slow=S" (S seconds, every time)
+           "slow=S" (S seconds, every time); "cut=NAME" (the network device of that name goes down)
 
 `python inject.py COMMAND ...` is `sip COMMAND ...` with the faults. Where SIP_STORE is set, the processes meet in
 that file rather than at a port.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -49,6 +50,8 @@ class Fault:
                 threading.Event().wait(3600)
         elif self.do == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        elif self.do.startswith("cut="):
+            subprocess.run(["ip", "link", "set", "dev", self.do.removeprefix("cut="), "down"], check=True)
         elif self.do == "raise":
             raise ValueError("injected")
         else:

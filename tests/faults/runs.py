@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +67,13 @@ def start(
     fault: str = "",
     each: Sequence[Sequence[object]] = (),
     port: int = 0,
+    within: Sequence[Sequence[str]] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """`sip train` of CONFIG with options, on `ranks` gloo processes that meet in a file, or at `port`.
 
-    each: further options of each rank.
+    each: further options of each rank. within: a command of each rank that runs its own command. environment:
+    variables in the place of those that are set here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "run.toml"
@@ -80,20 +83,30 @@ def start(
     processes = []
     for rank in range(ranks):
         own = each[rank] if each else ()
-        environment = os.environ | {"SIP_FAULT": fault, "OMP_NUM_THREADS": "1"}
+        variables = os.environ | {"SIP_FAULT": fault, "OMP_NUM_THREADS": "1"}
         if ranks > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             meeting = (
                 {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if port else {"SIP_STORE": str(store)}
             )
-            environment |= meeting
-        command = [sys.executable, "-P", str(INJECT), "train", str(config), "--out", str(folder / "run")]
+            variables |= meeting
+        variables |= environment or {}
+        command = [
+            *(within[rank] if within else ()),
+            sys.executable,
+            "-P",
+            str(INJECT),
+            "train",
+            str(config),
+            "--out",
+            str(folder / "run"),
+        ]
         command += ["--data.cache", str(folder / "cache"), *map(str, options), *map(str, own)]
         processes.append(
             subprocess.Popen(
                 command,
                 cwd=folder,
-                env=environment,
+                env=variables,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -128,9 +141,12 @@ def train(
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """All recorded metrics without wall times."""
+    """All recorded metrics without times and what else is the machine's."""
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "elapsed" and not k.startswith("seconds/")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k != "elapsed" and not k.startswith(("seconds/", "machine/"))}
+        for row in rows
+    ]
 
 
 def saved(folder: Path) -> list[int]:
