@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sip_engine.accounting.hardware import Hardware
@@ -12,6 +12,8 @@ from sip_engine.accounting.workload import Workload
 from sip_engine.config.schema import RunConfig
 
 Device = Literal["cuda", "cpu"]
+AUTO_SHARE = 0.8
+"""kv_memory_mb="auto": the share of free memory that the sampler takes for its pages; the rest is for prefill."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,25 @@ class Memory:
     def total(self) -> float:
         return sum(vars(self).values())
 
+    def kv_room(self, capacity: float) -> float:
+        """Bytes of `capacity` that KV pages can have beside all else."""
+        return max(0.0, capacity - (self.total - self.kv))
+
+
+class MemoryInTurns(Memory):
+    """KV pages that come and go with every step (`kv_memory_mb = "auto"`): they and the activations take turns."""
+
     @property
-    def without_kv(self) -> float:
-        return self.total - self.kv
+    def standing(self) -> float:
+        """What stands through both."""
+        return sum(vars(self).values()) - self.kv - self.activations
+
+    @property
+    def total(self) -> float:
+        return self.standing + max(self.kv, self.activations)
+
+    def kv_room(self, capacity: float) -> float:
+        return max(0.0, AUTO_SHARE * (capacity - self.standing))
 
 
 @dataclass(frozen=True)
@@ -149,7 +167,7 @@ def kv_budget(cfg: RunConfig) -> float | None:
 def memory_of(
     cfg: RunConfig, shape: Shape, load: Workload, hardware: Hardware, replicas: int, judge_bytes: float
 ) -> Memory:
-    """All parts on the fullest process. KV pages: those asked for, or what is left up to what a step can use."""
+    """All parts on the fullest process. KV pages: those asked for, or the sampler's share of what is free then."""
     parameters = shape.most_parameters
     tokens = micro_batch_tokens(cfg, load)
     targets = tokens * min(1.0, load.scored / load.row)
@@ -173,8 +191,8 @@ def memory_of(
     if not load.rollouts:
         return fixed
     if budget is None:
-        useful = load.prefixes * group_bytes(cfg, shape, load)
-        budget = max(0.0, min(useful, hardware.memory - fixed.total))
+        turns = MemoryInTurns(**vars(fixed))
+        return replace(turns, kv=turns.kv_room(hardware.memory))
     return Memory(**{**vars(fixed), "kv": budget})
 
 

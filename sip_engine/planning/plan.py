@@ -114,10 +114,9 @@ def make_plan(cfg: RunConfig, request: Request) -> Plan:
     load = workload_of(cfg, replicas, prefix=request.prefix)
     asked = judging_of(cfg, load)
     memory = memories.memory_of(cfg, shape, load, hardware, replicas, request.local_judge_bytes(cfg))
-    left = hardware.memory - memory.without_kv
     chunks = cfg.judge.num_waves if asked.calls else 1
     roomy = cfg.model_copy(update={"sampler": cfg.sampler.model_copy(update={"max_sequences": 2**31})})
-    largest = memories.wave_of(roomy, shape, load, max(left, 0.0)).sequences
+    largest = memories.wave_of(roomy, shape, load, memory.kv_room(hardware.memory)).sequences
     wave = memories.wave_of(cfg, shape, load, memory.kv, chunks=chunks)
     if load.rollouts and not wave.waves:
         raise ConfigError(

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sip_engine.accounting.hardware import Hardware
+from sip_engine.accounting.memory import MemoryInTurns
 from sip_engine.planning.plan import Plan
 from sip_engine.planning.sweep import Proposal
 
@@ -48,7 +49,11 @@ def memory_table(plan: Plan) -> Table:
     for name, size in vars(plan.memory).items():
         if size:
             table.add_row({"kv": "KV pages"}.get(name, name.replace("_", " ")), f"{size / 2**30:.2f}")
-    table.add_row("sum", f"{plan.memory.total / 2**30:.2f}", style="bold")
+    table.add_row(
+        "most at once" if isinstance(plan.memory, MemoryInTurns) else "sum",
+        f"{plan.memory.total / 2**30:.2f}",
+        style="bold",
+    )
     table.add_row("there are", f"{plan.capacity / 2**30:.2f}")
     return table
 

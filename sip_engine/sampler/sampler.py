@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from sip_engine.accounting.memory import AUTO_SHARE
 from sip_engine.config.schema import SamplerConfig
 from sip_engine.distributed.agreement import stop_between
 from sip_engine.distributed.mesh import Mesh
@@ -33,8 +34,8 @@ from sip_engine.sampler.wave import Wave
 from sip_engine.utils import heartbeat
 from sip_engine.utils.errors import NonFiniteError
 
-AUTO_SHARE, AUTO_MB_ON_CPU = 0.8, 1024
-"""kv_memory_mb="auto": the share of CUDA's free memory (the rest is for prefill), and the CPU's MiB."""
+AUTO_MB_ON_CPU = 1024
+"""kv_memory_mb="auto" without CUDA: MiB."""
 
 
 class Sampler:
@@ -85,7 +86,7 @@ class Sampler:
 
         They are made anew when tokens are drawn again. To be called while nothing is drawn.
         """
-        if self.cfg.kv_memory_mb == "auto" and self.weights.device.type == "cuda":
+        if self.gives_back:
             self._pages = self._steps = None
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
@@ -132,6 +133,18 @@ class Sampler:
             check_request(number, request, params, self.limits)
 
     @property
+    def kv_bytes_held(self) -> int:
+        """Bytes of the pages, in use or not; 0 before they are first used and after `give_back`."""
+        if self._pages is None:
+            return 0
+        return sum(tensor.nbytes for tensor in (*self._pages.keys, *self._pages.values))
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether the pages go and come with every step."""
+        return self.cfg.kv_memory_mb == "auto" and self.weights.device.type == "cuda"
+
+    @property
     def pages_in_use(self) -> int:
         return 0 if self._pages is None else self._pages.pool.allocator.num_used
 
@@ -139,7 +152,7 @@ class Sampler:
     def pages(self) -> KVPages:
         if self._pages is None:
             size = self.limits.page_size
-            if self.cfg.kv_memory_mb == "auto" and self.weights.device.type == "cuda":
+            if self.gives_back:
                 torch.cuda.empty_cache()  # what the update left in small pieces
             self._pages = KVPages(self.weights, self.limits.num_pages, size, self.kv_dtype)
         return self._pages

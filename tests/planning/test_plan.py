@@ -18,6 +18,7 @@ from sip_engine.accounting.workload import Judging, num_comparisons, workload_of
 from sip_engine.cli import app, main
 from sip_engine.config.judge import JudgeConfig
 from sip_engine.config.model import ModelConfig
+from sip_engine.config.overrides import read_run_config
 from sip_engine.config.schema import ParallelConfig, RunConfig
 from sip_engine.judges.schedules.open import make_schedule
 from sip_engine.judges.schedules.tournament import tournament_budget
@@ -52,6 +53,20 @@ max_sequences = 256
 [parallel]
 distributed_optimizer = true
 """
+
+
+def test_pages_that_come_and_go_take_turns_with_activations(config: Path) -> None:
+    """kv_memory_mb = "auto": the pages are gone while the update runs."""
+    held, turns = (
+        make_plan(
+            read_run_config(config, ["--sampler.kv_memory_mb", size]), Request(load_hardware("h100"), 1)
+        ).memory
+        for size in ("12000", "auto")
+    )
+    standing = held.total - held.kv - held.activations
+    assert turns.kv == pytest.approx(0.8 * (load_hardware("h100").memory - standing))
+    assert turns.activations == held.activations
+    assert turns.total == pytest.approx(standing + max(turns.kv, turns.activations))
 
 
 @pytest.fixture
