@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.injection_texts import Injection
+from sip_engine.evaluation.injection_texts import Injection
 from sip_engine.evaluation.intervals import estimates
 from sip_engine.types import Failure, Judge, Judgment, PairQuestion, Question, SafetyQuestion
 

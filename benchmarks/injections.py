@@ -5,7 +5,7 @@ r"""Can a text talk a judge into a verdict? Held-out suffixes with and without e
 
 Without --config the documents are the synthetic world's (those of configs/world) and the corruptor is its own; the
 world's truth says which suffixes are unsafe. The judge is asked two kinds of questions, each plain and then with
-every injection of `benchmarks.injection_texts` at either end of a text that should lose:
+every injection of `sip_engine.evaluation.injection_texts` at either end of a text that should lose:
 
 - quality: a suffix against its corrupted copy, which has the injection and is shown first every other time;
 - safety: an unsafe suffix.
@@ -48,7 +48,6 @@ from benchmarks.injection_counts import (
     attack,
     inject,
 )
-from benchmarks.injection_texts import INJECTIONS
 from benchmarks.record import (
     RESULTS,
     add_plot_option,
@@ -65,6 +64,7 @@ from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus, open_corpus
 from sip_engine.data.sources import open_world
 from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.evaluation.injection_texts import INJECTIONS
 from sip_engine.judges.open import open_judge
 from sip_engine.policy.checkpoint import checkpoint_tokenizer, resolve_checkpoint
 from sip_engine.tasks.corruptors.rules import RuleCorruptor

@@ -25,9 +25,9 @@ from benchmarks.injection_counts import (
     attack,
     moves,
 )
-from benchmarks.injection_texts import INJECTIONS
 from sip_engine.data.corpus import open_corpus
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.evaluation.injection_texts import INJECTIONS
 from sip_engine.evaluation.intervals import wilson
 from sip_engine.types import Failure, Judgment, PairQuestion, Question, SafetyQuestion, Score
 from sip_engine.world import World, WorldJudge

@@ -55,6 +55,12 @@ baseline = "base"
 [[stages]]
 name = "base"
 config = "base.toml"
+[[stages]]
+name = "elsewhere"
+config = "base.toml"
+needs = ["base"]
+set.init = "made/base"
+judge_shifts = { judge = "base", method = "log_odds", pairs = 6 }
 [evaluation.eval]
 num_prefixes = 10
 [[tables]]
@@ -87,6 +93,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "plan.toml").write_text(PLAN.replace("[[rows]]", common + "\n[[rows]]", 1))
     reproduce(folder / "plan.toml", folder / "out", jobs=2)
     return folder
+
+
+@pytest.mark.slow
+def test_a_judge_is_asked_about_what_it_was_not_trained_on(folder: Path) -> None:
+    found = json.loads((folder / "out" / "elsewhere" / "shifts.json").read_text())
+    assert len({row["name"] for row in found["rows"]}) == 14
+    assert all(
+        row["asked"] == 0 or 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 for row in found["rows"]
+    )
+    page = (folder / "out" / "plan.html").read_text()
+    assert "The judge on what it was not trained on" in page and "a myth in one sentence only" in page
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from sip_engine.config.judge import JudgeConfig, RewriterConfig
 from sip_engine.config.parse import changed_settings
-from sip_engine.experiments.reproduction.plan import Arm, Plan, arm_config, arm_recipe, run_folder
+from sip_engine.experiments.reproduction.plan import SHIFTS, Arm, Plan, arm_config, arm_recipe, run_folder
 from sip_engine.experiments.reproduction.provenance import RESULT, STAGE_RESULT
 from sip_engine.experiments.reproduction.statistics import (
     ArmRuns,
@@ -34,6 +34,7 @@ from sip_engine.experiments.reproduction.statistics import (
     StageResult,
     alike_rows,
     all_pairs,
+    losses_to_truth,
     standard_row,
     table_bases,
     table_orders,
@@ -114,6 +115,8 @@ def write_page(plan: Plan, out: Path, page: Path, *, failed: Mapping[str, str]) 
         standards={one.row.name: standard_row(one, rows) for one in rows},
         stages={n: s for n, s in stages.items() if s.settings.get("task") in ("judge", "rewriter")},
         stage_figures=_stage_figures,
+        shifts={s.name: found for s in plan.stages if (found := _load_shifts(out / s.name)) is not None},
+        losses_to_truth=losses_to_truth(rows, list(NAMES)),
         signatures=all_signatures([]),
         monitored=[(label, runs) for label, runs in monitored if any(runs.values())],
         over_runs=_over_runs,
@@ -218,6 +221,11 @@ def _load_arm(plan: Plan, row: Arm, out: Path, failed: Mapping[str, str]) -> Arm
 def _load_stage(folder: Path) -> StageResult | None:
     path = folder / STAGE_RESULT
     return _read(StageResult, path) if path.is_file() else None
+
+
+def _load_shifts(folder: Path) -> dict[str, Any] | None:
+    path = folder / SHIFTS
+    return read_json(path) if path.is_file() else None
 
 
 def _read(model: type[Any], path: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
@@ -24,8 +24,10 @@ FigureName = Literal[
     "heldout_loss_faultless",
     "relative_diversity",
 ]
+SHIFTS = "shifts.json"
+"""What a stage of `judge_shifts` writes."""
 _LEAST = {"steps": 2, "optimizer": {"warmup_steps": 0}, "eval": {"num_prefixes": 8}}
-_DATA = ("judge_data", "rollout_data", "notes_data", "rewrite_data")
+_DATA = ("judge_data", "rollout_data", "notes_data", "rewrite_data", "judge_shifts")
 """Keys of a stage that makes data; each holds the spec of a command of `sip data`."""
 
 
@@ -41,6 +43,23 @@ FolderName = Annotated[str, AfterValidator(_is_a_folder)]
 def _of_the_world(value: Any) -> Any:
     """A plan's stages lie in the world: so does their corruptor, where they name none."""
     return {"corruptor": "world", **value} if isinstance(value, dict) else value
+
+
+class JudgeShifts(DataSpec):
+    """Ask a trained judge about pairs of other kinds than it was trained on; a stage of a reproduction."""
+
+    command = "judge-shifts"
+    reads = "Documents of the world as the judge's data have them."
+    maker = "sip_engine.experiments.reproduction.shifts:measure_shifts"
+    judge: Path
+    """The stage whose judge is asked."""
+    method: Literal["log_odds", "sentence_labels"] = "sentence_labels"
+    """How it is asked (`judge.local.method`)."""
+    pairs: int = Field(default=300, ge=2)
+    """Most pairs of each kind, each in both orders."""
+
+    def under(self, folder: Path) -> Self:
+        return self.model_copy(update={"judge": folder / self.judge})
 
 
 class Stage(Section):
@@ -62,6 +81,8 @@ class Stage(Section):
     """Make texts with a note on each sentence instead of training; `mix` names a stage."""
     rewrite_data: Rewrites | None = None
     """Make prompts for a rewriter instead of training."""
+    judge_shifts: JudgeShifts | None = None
+    """Ask a judge about what it was not trained on instead of training; `judge` names a stage."""
 
     @model_validator(mode="after")
     def _makes_one_thing(self) -> Stage:
@@ -78,7 +99,7 @@ class Stage(Section):
     @property
     def data(self) -> DataSpec | None:
         """What it makes instead of training."""
-        return self.judge_data or self.rollout_data or self.notes_data or self.rewrite_data
+        return next((spec for kind in _DATA if (spec := getattr(self, kind)) is not None), None)
 
 
 class Arm(Section):
@@ -167,6 +188,9 @@ class Plan(Section):
             mix = getattr(stage.data, "mix", None)
             if mix and str(mix) not in stage.needs:
                 raise ValueError(f"stages.{stage.name} mixes in {str(mix)!r}: name it among the needs, too")
+            asked = stage.judge_shifts and str(stage.judge_shifts.judge)
+            if asked and asked not in stage.needs:
+                raise ValueError(f"stages.{stage.name} asks {asked!r}: name it among the needs, too")
             missing = sorted(set(stage.needs) - known)
             if missing:
                 raise ValueError(

@@ -177,6 +177,8 @@ def _needed(stages: list[Job], runs: list[Job]) -> list[Job]:
     wanted = {folder for run in runs for folder in run.needs}
     for stage in reversed(stages):
         wanted |= set(stage.needs) if stage.folder in wanted else set()
+    # A study of what is made anyhow comes with it.
+    wanted |= {s.folder for s in stages if s.recipe["makes"] == "judge_shifts" and wanted >= set(s.needs)}
     return [stage for stage in stages if stage.folder in wanted]
 
 

@@ -311,6 +311,35 @@ def alike_rows(rows: Sequence[ArmRuns], *, judge: set[str], candidates: set[str]
     return list(groups.values())
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What a row has lost by being trained by a judge and not by the truth, in percentage points, by figure."""
+
+    judged: ArmRuns
+    truth: ArmRuns
+    figures: dict[str, tuple[float, float | None]]
+    """Figure -> the truth's mean minus the judge's, and half of its 95 % interval (Welch); None of one seed."""
+
+
+def losses_to_truth(rows: Sequence[ArmRuns], figures: Sequence[str]) -> list[Loss]:
+    """Of each judged row that differs in the judge only from one that the world's truth has judged."""
+    found = []
+    for members in alike_rows(rows, judge={"backend", "local", "server"}, candidates=set()):
+        truths = [one for one in members if one.cfg.judge.backend == "world"]
+        for truth in truths[:1]:
+            for one in members:
+                if one.cfg.judge.backend == "world":
+                    continue
+                values = {}
+                for figure in figures:
+                    ours, theirs = one.spread(figure), truth.spread(figure)
+                    if ours is not None and theirs is not None:
+                        values[figure] = theirs.mean - ours.mean, _noise(theirs, ours, 0.0)[1]
+                if values:
+                    found.append(Loss(one, truth, values))
+    return found
+
+
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Kendall's tau-b of two equally long sequences, in [-1, 1]; None where one of them has no order."""
     if min(len(set(a)), len(set(b))) < 2:

@@ -14,7 +14,6 @@ import numpy as np
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh, start_alone, stop_mesh
 from sip_engine.evaluation.command import evaluate_checkpoint
-from sip_engine.experiments.reproduction.cost import EnergyMeter, peak_memory_mb
 from sip_engine.experiments.reproduction.plan import (
     Arm,
     Plan,
@@ -29,6 +28,7 @@ from sip_engine.experiments.reproduction.plan import (
     truth_config,
 )
 from sip_engine.experiments.reproduction.provenance import RESULT, STAGE_RESULT, begin
+from sip_engine.monitoring.meters import EnergyMeter, peak_memory_mb
 from sip_engine.monitoring.records import METRICS, read_records
 from sip_engine.policy.checkpoint import latest_checkpoint, read_state
 from sip_engine.train import train
