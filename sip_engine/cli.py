@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sip_engine.monitoring.commands import add_monitoring_commands
 from sip_engine.planning.commands import add_planning_commands
 from sip_engine.tasks.commands import add_spec_commands
 from sip_engine.utils.errors import EXIT_CODES, AloneError, ConfigError, PeerError, SipError, Stopped
@@ -166,6 +167,12 @@ def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="A TOML file; configs/ holds examples.")],
     dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
+    profile: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of a step to leave a torch trace of, and on CUDA a memory snapshot, in profile/."
+        ),
+    ] = None,
 ) -> None:
     """Train from a config, resuming from the newest checkpoint of its `out`.
 
@@ -178,10 +185,10 @@ def train(
     from sip_engine.utils.stopping import catch_signals
 
     with catch_signals(cfg.faults.grace_s):
-        _train(cfg)
+        _train(cfg, profile)
 
 
-def _train(cfg: RunConfig) -> None:
+def _train(cfg: RunConfig, profile: int | None) -> None:
     from sip_engine.distributed.mesh import start_mesh
     from sip_engine.monitoring.supervision import supervised
     from sip_engine.policy.precision import check_precision
@@ -197,7 +204,7 @@ def _train(cfg: RunConfig) -> None:
             seed=cfg.seed,
             timeout_minutes=cfg.parallel.timeout_minutes,
         )
-        checkpoint = run_training(cfg, mesh)
+        checkpoint = run_training(cfg, mesh, profile=profile)
     if mesh.is_main:
         report = write_report([cfg.out], cfg.out / "report.html", title=cfg.out.name)
         console.print(f"checkpoint {checkpoint}\nreport     {report}")
@@ -418,6 +425,7 @@ def _read_config(config: Path, context: typer.Context, over: dict[str, Any] | No
 
 add_spec_commands(data, _read_config)
 add_planning_commands(app)
+add_monitoring_commands(app)
 
 
 def _one_line(error: object) -> str:

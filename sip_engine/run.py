@@ -26,8 +26,10 @@ from sip_engine.judges.open import open_judge
 from sip_engine.monitoring.metrics import flatten
 from sip_engine.monitoring.monitors import Monitors
 from sip_engine.monitoring.records import Records
+from sip_engine.monitoring.sessions import session
 from sip_engine.monitoring.slow import PHASES, SlowRanks
 from sip_engine.monitoring.thresholds import Thresholds
+from sip_engine.monitoring.timeline import Timeline
 from sip_engine.objectives.base import Objective, open_objective
 from sip_engine.policy.checkpoint import (
     CheckpointState,
@@ -80,6 +82,7 @@ class Run:
     monitors: Monitors
     thresholds: Thresholds
     writer: CheckpointWriter
+    timeline: Timeline
     grader: Grader | None = None
     step: int = 0
     baseline: list[str] | None = None
@@ -164,7 +167,7 @@ class Run:
             NonFiniteError: on every process; the parameters are ruined, and the checkpoints before stay as they are.
             CheckpointError: on every process; it cannot be written.
         """
-        with heartbeat.phase("save"):
+        with self.timeline.phase("save", self.step):
             path = self._save()
         self._saved_step = self.step
         return path
@@ -191,7 +194,7 @@ class Run:
     def evaluate(self) -> Evaluation:
         """Evaluate now; the first evaluation's continuations become the baseline of the later ones."""
         self.owes_evaluation = True
-        with heartbeat.phase("evaluation"):
+        with self.timeline.phase("evaluation", self.step):
             result = self._evaluate()
         self.owes_evaluation = False
         return result
@@ -247,8 +250,10 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
     check_writable(cfg.out, folder=True)
     with _sole_writer(cfg.out, mesh):
         run = _build(cfg, mesh)
+        at_work = mesh.is_main and run.step < cfg.steps
         try:
-            yield run
+            with session(cfg.out, mesh.size, lambda: run.step, enabled=at_work):
+                yield run
         except (
             NonFiniteError,
             ThresholdError,
@@ -257,6 +262,7 @@ def open_run(cfg: RunConfig, mesh: Mesh) -> Iterator[Run]:
             raise
         finally:
             run.records.close()
+            run.timeline.close()
 
 
 def _build(cfg: RunConfig, mesh: Mesh) -> Run:
@@ -283,6 +289,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         pools_every=cfg.log_rollouts_every,
         enabled=mesh.is_main,
         mesh=mesh,
+        cfg=cfg,
     )
     run = Run(
         cfg=cfg,
@@ -305,6 +312,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
             keep_every=cfg.checkpoint.keep_every,
             asynchronous=cfg.checkpoint.asynchronous,
         ),
+        timeline=Timeline(cfg.out, mesh.rank, every=cfg.tracking.timeline_every),
         grader=_grader(cfg, judge),
         step=start.step,
         baseline=start.baseline,

@@ -129,9 +129,16 @@ class Cost:
     calls: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    written: int = 0
+    """Those of the tokens that it wrote."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.calls + other.calls, self.tokens + other.tokens, self.seconds + other.seconds)
+        return Cost(
+            self.calls + other.calls,
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            self.written + other.written,
+        )
 
 
 @dataclass(frozen=True)

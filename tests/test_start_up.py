@@ -68,6 +68,7 @@ def test_a_report_loads_what_draws_and_no_tensor_library(tmp_path: Path) -> None
     loaded = loaded_by("report", "run", cwd=tmp_path)
     assert (tmp_path / "report.html").stat().st_size > 1000
     assert loaded >= DRAWING and not loaded & HEAVY
+    assert not loaded_by("runs", ".", cwd=tmp_path) & (HEAVY | DRAWING)
 
 
 def test_version_names_what_a_result_comes_from(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_version_names_what_a_result_comes_from(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("sip tra", {"train"}), ("sip data ju", {"judge-pairs"}), ("sip train --dr", {"--dry-run"})],
+    [("sip tra", {"train", "trace"}), ("sip data ju", {"judge-pairs"}), ("sip train --dr", {"--dry-run"})],
 )
 def test_a_shell_completes_commands_and_options(words: str, expected: set[str], tmp_path: Path) -> None:
     number = str(len(words.split()) - 1)

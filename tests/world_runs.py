@@ -46,9 +46,12 @@ def run_config(folder: Path, **changes: Any) -> RunConfig:
 
 
 def metrics(folder: Path, run: str = "run") -> list[dict[str, float]]:
-    """All recorded metrics without wall times."""
+    """All recorded metrics without times and what else is the machine's."""
     rows = read_records(folder / run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "elapsed" and not k.startswith("seconds/")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k != "elapsed" and not k.startswith(("seconds/", "machine/"))}
+        for row in rows
+    ]
 
 
 def pools(folder: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,15 @@ def load_hardware(name: str, *, gpus_per_node: int | None = None, measured: Path
     except ValidationError as error:
         fault = error.errors()[0]
         raise DataError(f"{measured}: {fault['loc'][-1]}: {fault['msg']}") from None
+
+
+@cache
+def peak_bf16(device: str) -> float | None:
+    """Operations a second of the table's GPU whose name stands in what a device calls itself; None if none does."""
+    for gpu in _read_table()["gpus"].values():
+        if str(gpu["machine"]) in device:
+            return float(gpu["peak_bf16_tflop_s"]) * 1e12
+    return None
 
 
 def load_judge(name: str) -> JudgeModel:

@@ -1,4 +1,4 @@
-"""Who can judge, rewrite and corrupt, by the names that a config may hold; nothing is imported before it is used.
+"""Who can judge, rewrite, corrupt and show a run, by names in a config; nothing is imported before it is used.
 
 An opener is called as `opener(cfg, corpus, mesh)`, with the settings of the run, its documents and its processes,
 once on each process. The engine's own are listed here. Another package adds one by a call,
@@ -6,9 +6,9 @@ once on each process. The engine's own are listed here. Another package adds one
     @register_judge("mine")
     def open_mine(cfg: RunConfig, corpus: Corpus, mesh: Mesh) -> Judge: ...
 
-of `sip_engine.judges.open` (likewise `register_rewriter` and `register_corruptor` of `rewriters.open` and
-`tasks.corruptors.open`), or by an entry point of the groups named below. Its own settings stand in the section's free
-table `options`.
+of `sip_engine.judges.open` (likewise `register_rewriter`, `register_corruptor` and `register_tracker` of
+`rewriters.open`, `tasks.corruptors.open` and `monitoring.trackers.base`), or by an entry point of the groups named
+below. Its own settings stand in the section's free table `options`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,16 @@ REWRITERS: Registry[Any] = Registry(
         "local": "sip_engine.rewriters.local:open_rewriter",
     },
 )
+TRACKERS: Registry[Any] = Registry(
+    "tracker",
+    "sip_engine.trackers",
+    {
+        "tensorboard": "sip_engine.monitoring.trackers.tensorboard:open_tracker",
+        "wandb": "sip_engine.monitoring.trackers.wandb:open_tracker",
+        "prometheus": "sip_engine.monitoring.trackers.prometheus:open_tracker",
+    },
+)
+"""Opened as `opener(cfg, from_step)` on the first process: `monitoring.trackers.base.Tracker`."""
 CORRUPTORS: Registry[Any] = Registry(
     "corruptor",
     "sip_engine.corruptors",

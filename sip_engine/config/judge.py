@@ -204,6 +204,10 @@ class JudgeConfig(Section):
     Else each pair has one order, and all candidates stand first about equally often."""
     max_failure_rate: Share = 0.5
     """The run stops when a larger share of a step's judgments fails."""
+    price_read: float | None = Field(default=None, ge=0)
+    """Dollars for a million tokens that the judge reads; with either price set, `judge/dollars` is in the metrics."""
+    price_written: float | None = Field(default=None, ge=0)
+    """Dollars for a million tokens that the judge writes."""
     waves: Positive | None = None
     """Parts of each process' share of a step: with backend = "server" one is judged while the next is generated,
     other judges take turns with the sampler. More waves hide more of the judge, but sample fewer sequences at once.

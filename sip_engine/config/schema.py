@@ -19,6 +19,7 @@ from sip_engine.config.judge import (
 from sip_engine.config.model import ModelConfig
 from sip_engine.config.objective import LearnsFrom, ObjectiveConfig
 from sip_engine.config.section import Decay, Positive, Section, Seed, Share
+from sip_engine.config.tracking import TrackingConfig
 from sip_engine.utils.registry import Registry
 
 
@@ -244,6 +245,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     monitors: MonitorConfig = MonitorConfig()
     faults: FaultsConfig = FaultsConfig()
+    tracking: TrackingConfig = TrackingConfig()
     max_drift: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """The run stops when sampler and trainer log-probs of rollouts differ by more than this on average, in nats; auto
     is 0.05, 0.1 with FP8 KV pages, and 0.15 where the trainer computes in FP8."""

@@ -150,7 +150,7 @@ class LocalJudge:
     def _generate(self, asked: Sequence[_Asked], seed: int) -> Iterable[Judgment]:
         replies = self._model.reply([one.ids for one in asked], seed)
         for one, (reply, num_tokens) in zip(asked, replies, strict=True):
-            cost = Cost(1, len(one.ids) + num_tokens)
+            cost = Cost(1, len(one.ids) + num_tokens, written=num_tokens)
             value = Failure("the reply did not end") if reply is None else read_verdict(reply, one.prompt)
             yield Failure(value.reason, cost) if isinstance(value, Failure) else Score(value, (value,), cost)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeVar
 
@@ -145,7 +145,7 @@ class _Pool:
         wins: list[float | None] = []
         for asked, judgments in answered:
             for judgment in judgments:
-                self._cost += Cost(1, judgment.cost.tokens, judgment.cost.seconds)
+                self._cost += replace(judgment.cost, calls=1)
                 if isinstance(judgment, Failure):
                     self._failures.append(f"{asked.objective}: {judgment.reason}")
             combined = combine_votes(judgments)

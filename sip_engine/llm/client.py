@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sip_engine.config.judge import ServerConfig
-from sip_engine.llm.completion import SAID, one_line
+from sip_engine.llm.completion import SAID, Tokens, one_line
 from sip_engine.llm.endpoint import Endpoint, EndpointError, Transient
 from sip_engine.llm.reply_cache import ReplyCache, request_key
 from sip_engine.types import Cost, Failure
@@ -278,9 +278,9 @@ class ChatClient(Stoppable):
         return Reply(value, pending.cost)
 
     async def _attempt(self, session: openai.AsyncOpenAI, pending: _Pending[Any]) -> str | Failure:
-        started, tokens = time.monotonic(), 0
+        started, spent = time.monotonic(), Tokens()
         try:
-            reply, tokens = await self._endpoint.send(session, pending.body)
+            reply, spent = await self._endpoint.send(session, pending.body)
             if self._gone:
                 self._gone = False
                 console.print(
@@ -288,7 +288,7 @@ class ChatClient(Stoppable):
                 )
             return reply
         finally:  # an attempt that fails, or is cut short, has cost a call and its time too
-            pending.cost += Cost(1, tokens, time.monotonic() - started)
+            pending.cost += Cost(1, sum(spent), time.monotonic() - started, spent.written)
 
     def _say_gone(self, error: Transient, left: float) -> None:
         if not self._gone:

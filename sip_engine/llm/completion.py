@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -18,6 +18,13 @@ _CALLS = ("tool_calls", "function_call", "tool_use")
 _SHOWN = 200
 SAID = "; it said: "
 """Stands in a failure's reason in front of the server's own words."""
+
+
+class Tokens(NamedTuple):
+    """What a server says that a request took: tokens of the prompt, and of the reply."""
+
+    read: int = 0
+    written: int = 0
 
 
 class _Part(BaseModel):
@@ -47,7 +54,7 @@ class _Completion(BaseModel):
     usage: Any = None
 
 
-def read_completion(data: bytes, max_tokens: int | None = None) -> tuple[str | Failure, int]:
+def read_completion(data: bytes, max_tokens: int | None = None) -> tuple[str | Failure, Tokens]:
     """The text of the only choice, or a Failure, and the tokens read and written; never raises.
 
     A reply that was cut off or withheld (`finish_reason` "length", "content_filter", ...) is a Failure; a server may
@@ -57,7 +64,7 @@ def read_completion(data: bytes, max_tokens: int | None = None) -> tuple[str | F
     try:
         found = _Completion.model_validate_json(data.removeprefix(b"\xef\xbb\xbf"), strict=True)
     except ValidationError:
-        return _lost("the response is not a chat completion", data), 0
+        return _lost("the response is not a chat completion", data), Tokens()
     tokens = _tokens(found.usage)
     if len(found.choices) != 1:
         return _lost(f"the response has {len(found.choices)} choices, not the one asked for", data), tokens
@@ -138,7 +145,7 @@ class _EchoCompletion(BaseModel):
     usage: Any = None
 
 
-def read_echo(data: bytes) -> tuple[str | Failure, int]:
+def read_echo(data: bytes) -> tuple[str | Failure, Tokens]:
     """A prompt's tokens and log-probs (nats, null where there is none): JSON, [[tokens], [log-probs]]; never raises.
 
     Both forms are read: `logprobs` of the echoed prompt, and `prompt_logprobs`, token id by token id.
@@ -146,7 +153,7 @@ def read_echo(data: bytes) -> tuple[str | Failure, int]:
     try:
         found = _EchoCompletion.model_validate_json(data)
     except ValidationError:
-        return Failure(f"the response is not a completion{SAID}{server_words(data)}"), 0
+        return Failure(f"the response is not a completion{SAID}{server_words(data)}"), Tokens()
     (choice,), spent = found.choices, _tokens(found.usage)
     if choice.prompt_logprobs:
         # The first of a position is the prompt's own token; others may follow it.
@@ -198,9 +205,9 @@ def one_line(text: str) -> str:
     return " ".join(neutral(text[:4000]).split())[:_SHOWN]
 
 
-def _tokens(usage: Any) -> int:
-    """Prompt and completion tokens of a usage field, 0 where it does not say."""
+def _tokens(usage: Any) -> Tokens:
+    """Of a usage field, 0 where it does not say."""
     if not isinstance(usage, dict):
-        return 0
+        return Tokens()
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return sum(c for c in counts if isinstance(c, int) and 0 <= c < 2**40)
+    return Tokens(*(c if isinstance(c, int) and 0 <= c < 2**40 else 0 for c in counts))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from sip_engine.config.judge import ServerConfig
-from sip_engine.llm.completion import one_line, read_completion, read_echo, server_words
+from sip_engine.llm.completion import Tokens, one_line, read_completion, read_echo, server_words
 from sip_engine.types import Failure
 from sip_engine.utils.errors import ConfigError
 
@@ -93,7 +93,7 @@ class Endpoint:
 
     async def send(
         self, session: openai.AsyncOpenAI, request: Mapping[str, Any]
-    ) -> tuple[str | Failure, int]:
+    ) -> tuple[str | Failure, Tokens]:
         """Send a request's body once. Returns the reply's text, or a failure that will not pass, and its tokens.
 
         A body with `messages` is a chat; one with a `prompt` asks for that prompt's log-probs (`read_echo`).
@@ -126,7 +126,7 @@ class Endpoint:
         except (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException):
             raise Transient(f"no reply within {self._cfg.request_s:g} s") from None
         except openai.APIStatusError as error:
-            return self._refused(error, request), 0
+            return self._refused(error, request), Tokens()
         except (openai.APIConnectionError, httpx2.HTTPError, anyio.EndOfStream, OSError) as error:
             cause = error.__cause__ or error
             reason = one_line(self.hide_key(f"{type(cause).__name__}: {cause}"))

@@ -12,9 +12,11 @@ import numpy as np
 
 from sip_engine.monitoring.curves import LATEST_POOLS, Curves, RunState
 from sip_engine.monitoring.records import METRICS, POOLS, checked_pool, read_records
+from sip_engine.monitoring.sessions import Session, read_sessions, state_of
+from sip_engine.monitoring.timeline import RankTimeline, read_timeline
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import read_json
-from sip_engine.utils.jsonl import parse_object
+from sip_engine.utils.jsonl import parse_object, tail_jsonl
 from sip_engine.utils.regular import open_regular
 
 CONFIG = "config.json"
@@ -33,6 +35,11 @@ class RunRecords(RunState):
     """How many the run recorded."""
     modified: float
     """Time of the newest record, seconds since the epoch."""
+    state: str = ""
+    """What it is doing, as `sessions.state_of` says it; empty where nothing tells."""
+    sessions: Sequence[Session] = ()
+    timeline: Sequence[RankTimeline] = ()
+    """Of the first process all of it, of the others the last part."""
 
 
 def load_runs(folders: Sequence[Path]) -> list[RunRecords]:
@@ -60,12 +67,21 @@ def _load_run(folder: Path, name: str) -> RunRecords:
     found = [path for path in (folder / record for record in RECORDS) if path.exists()]
     if not any(path.stat().st_size for path in found):
         raise DataError(f"{folder}: holds no records ({', '.join(RECORDS)}); give the folder of a run")
+    config, curves, sessions = (
+        _read_config(folder / CONFIG),
+        dict(_read_curves(folder / METRICS)),
+        read_sessions(folder),
+    )
+    step = max((int(curve.steps[-1]) for curve in curves.values()), default=0)
     return RunRecords(
         name=name,
-        config=_read_config(folder / CONFIG),
-        curves=dict(_read_curves(folder / METRICS)),
+        config=config,
+        curves=curves,
         **_read_pools(folder / POOLS),
         modified=max(path.stat().st_mtime for path in found),
+        state=state_of(folder, sessions, step, config.get("steps")),
+        sessions=sessions,
+        timeline=read_timeline(folder, whole_ranks=1),
     )
 
 
@@ -109,6 +125,20 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
+
+
+def newest_values(path: Path) -> tuple[int, dict[str, float]]:
+    """The last step of a metrics file, 0 where there is none, and each metric's newest value in its last part.
+
+    Raises:
+        DataError: a damaged line.
+    """
+    step, values = 0, {}
+    for row in tail_jsonl(path) if path.exists() else ():
+        number = row.pop("step", 0)
+        step = max(step, number if isinstance(number, int) else 0)
+        values |= {n: float(v) for n, v in row.items() if isinstance(v, int | float)}
+    return step, values
 
 
 def evenly(num_items: int, num_wanted: int) -> list[int]:

@@ -40,17 +40,27 @@ class Means:
 
 
 class Clock:
-    """Seconds spent in each named part of a step."""
+    """Seconds spent in each named part of a step, and when."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
+        """Part, begin and end (`time.perf_counter`), in order."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         with heartbeat.phase(name):
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+        self.spans.append((name, start, end))
+
+    def split(self, at: float, rest: str) -> None:
+        """Call what came of the last span after `at` by another name; `seconds` stays as it is."""
+        name, start, end = self.spans[-1]
+        if start < at < end:
+            self.spans[-1:] = [(name, start, at), (rest, at, end)]
 
 
 def pool_means(

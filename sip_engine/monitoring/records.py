@@ -1,9 +1,8 @@
-"""What a run writes down: metrics as JSONL and TensorBoard, candidate pools with their verdicts as JSONL."""
+"""What a run writes down: metrics, candidate pools with their verdicts and generations as JSONL; trackers show it."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,14 +11,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from sip_engine.distributed.sharing import interleave
 from sip_engine.monitoring.curves import LATEST_POOLS, Curves, short_floats
+from sip_engine.monitoring.trackers.base import Trackers
 from sip_engine.types import Candidate, Choice, Sample, Verdict
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import write_jsonl
 from sip_engine.utils.jsonl import read_jsonl
-from sip_engine.utils.progress import console
 from sip_engine.utils.regular import open_regular
 
 if TYPE_CHECKING:
+    from sip_engine.config.schema import RunConfig
     from sip_engine.distributed.mesh import Mesh
 
 METRICS = "metrics.jsonl"
@@ -35,9 +35,19 @@ class Records:
     """
 
     def __init__(
-        self, folder: Path, *, from_step: int, enabled: bool, pools_every: int = 1, mesh: Mesh | None = None
+        self,
+        folder: Path,
+        *,
+        from_step: int,
+        enabled: bool,
+        pools_every: int = 1,
+        mesh: Mesh | None = None,
+        cfg: RunConfig | None = None,
     ) -> None:
-        """mesh: the processes whose shares the first one writes; None where there is one only."""
+        """mesh: the processes whose shares the first one writes; None where there is one only.
+
+        cfg: names the trackers; None has none.
+        """
         self._mesh = mesh
         self._held: list[tuple[str, list[dict[str, Any]]]] = []
         self.curves = Curves()
@@ -45,7 +55,7 @@ class Records:
         self.latest_pools: deque[dict[str, Any]] = deque(maxlen=LATEST_POOLS)
         self._pools_every = pools_every
         self._files: dict[str, TextIO] = {}
-        self._board = None
+        self._trackers: Trackers | None = None
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,13 +65,15 @@ class Records:
         for row in read_records(folder / METRICS):
             self.curves.add(row.pop("step"), row)
         self.latest_pools.extend(_latest_pools(folder / POOLS))
-        self._board = _summary_writer(folder / "tensorboard", from_step)
+        if cfg is not None:
+            self._trackers = Trackers(cfg, from_step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line a step; nested names use `/`. Values must be finite numbers."""
         self.curves.add(step, values)
         self._append(METRICS, {"step": step, **values})
-        self._draw(step, values)
+        if self._trackers is not None:
+            self._trackers.log(step, values)
 
     def pools(
         self,
@@ -116,9 +128,8 @@ class Records:
         for file in self._files.values():
             with suppress(OSError):  # a line that could not be written has been said to be so
                 file.close()
-        if self._board is not None:
-            with suppress(OSError):
-                self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _hold(self, name: str, entries: list[dict[str, Any]]) -> None:
         self._held.append((name, entries))
@@ -136,19 +147,6 @@ class Records:
                 f"{self._files[name].name}: cannot be written ({error.strerror}); free space there, then run the "
                 "same command again: it goes on from the newest checkpoint"
             ) from None
-
-    def _draw(self, step: int, values: Mapping[str, float]) -> None:
-        """TensorBoard shows what metrics.jsonl holds: a run goes on without it."""
-        if self._board is None:
-            return
-        try:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-        except OSError as error:
-            self._board = None
-            console.print(
-                f"tensorboard: cannot be written ({error.strerror}); going on without it", soft_wrap=True
-            )
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -220,11 +218,3 @@ def _pool_entry(
 def _drop_from_step(path: Path, step: int) -> None:
     if path.exists():
         write_jsonl(path, [row for row in read_records(path) if row["step"] < step])
-
-
-def _summary_writer(folder: Path, from_step: int) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=from_step)

@@ -147,6 +147,14 @@ class Policy:
         finite = math.isfinite(torch.stack(largest).sum(dtype=torch.float64).item())
         return self._is_finite(totals.loss) and not self.mesh.any(not finite)
 
+    def optimizer_tensors(self) -> Iterator[Tensor]:
+        """What the optimizer keeps on this process: moments, and what it steps (masters, or the model's own)."""
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            adam = part.optimizer
+            yield from (p for group in adam.param_groups for p in group["params"])
+            states = (value for state in adam.state.values() for value in state.values())
+            yield from (value for value in states if isinstance(value, Tensor))
+
     def score(self, batches: Sequence[PackedRows]) -> list[Tensor]:
         """Log-probs [num_targets] of each micro-batch under this policy, no gradient.
 

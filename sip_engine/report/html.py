@@ -17,7 +17,9 @@ from markupsafe import Markup
 from sip_engine.monitoring.load import RunRecords, evenly, load_runs
 from sip_engine.monitoring.signatures import all_signatures
 from sip_engine.report.plots import all_plots
+from sip_engine.report.speed import speed_table
 from sip_engine.report.tables import comparison, overview
+from sip_engine.report.timeline import timelines
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import write_atomic
 
@@ -53,6 +55,8 @@ def write_report(
         overview=overview(records),
         signatures=all_signatures(records),
         plots=all_plots(records),
+        timelines=timelines(records),
+        speed=speed_table(records),
         runs=records,
         settings={run.name: json.dumps(run.config, indent=1, ensure_ascii=False) for run in records},
         pools=script_json({"runs": [_pool_data(run) for run in records if run.pools]}),

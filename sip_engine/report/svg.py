@@ -103,11 +103,14 @@ def stand_in(color: str) -> str:
     return _STAND_INS.setdefault(color, f"#f{len(_STAND_INS):02x}e0d")
 
 
-def new_panel() -> tuple[Figure, Axes]:
-    figure = Figure(SIZE_INCHES)
+def new_panel(
+    size: tuple[float, float] = SIZE_INCHES, area: tuple[float, float, float, float] = PLOT_AREA
+) -> tuple[Figure, Axes]:
+    """An empty drawing of so many inches, its axes in the part of it that `area` says."""
+    figure = Figure(size)
     FigureCanvasSVG(figure)
     figure.patch.set_visible(False)
-    axes = figure.add_axes(PLOT_AREA)
+    axes = figure.add_axes(area)
     axes.patch.set_visible(False)
     axes.margins(x=0.01)
     for side in ("top", "left", "right"):
@@ -205,8 +208,9 @@ def to_svg(figure: Figure, axes: Axes, lines: Sequence[Line], alt: str, scale: s
         body = pattern.sub(replacement, body)
     body = re.sub(r"#f([0-9a-f]{2})e0d", lambda match: f"var(--{list(_STAND_INS)[int(match[1], 16)]})", body)
     body = re.sub(r"<[^>]+>", lambda tag: _LONG_NUMBER.sub(lambda n: f"{float(n[0]):.2f}", tag[0]), body)
-    width, height = (72 * inches for inches in SIZE_INCHES)
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    # What the page's script shows under the pointer are curves over steps.
+    readouts = f' data-readouts="{escape(_readouts(axes, lines, scale))}"' if lines else ""
     return Markup(
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alt)}" '
-        f'data-readouts="{escape(_readouts(axes, lines, scale))}">{body}'
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alt)}"{readouts}>{body}'
     )

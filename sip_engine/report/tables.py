@@ -11,6 +11,7 @@ from typing import Any
 from sip_engine.config.objective import LearnsFrom, recorded_facts
 from sip_engine.monitoring.load import RunRecords
 
+UNKNOWN_STATE = "going on or stopped"
 STAGES = ("base", "standard", "self_improving")
 
 
@@ -180,7 +181,11 @@ def _progress(run: RunRecords) -> str:
     done, planned = (int(max(steps)) if steps else 0), run.setting("steps")
     if not isinstance(planned, int):
         return f"{done:,} steps"
-    return f"{done:,} steps" if done >= planned else f"{done:,} of {planned:,} steps (going on or stopped)"
+    return (
+        f"{done:,} steps"
+        if done >= planned
+        else f"{done:,} of {planned:,} steps ({run.state or UNKNOWN_STATE})"
+    )
 
 
 def _candidates(run: RunRecords) -> str:

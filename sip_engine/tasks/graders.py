@@ -8,11 +8,14 @@ from typing import Protocol
 
 from sip_engine.config.judge import JudgeVotes
 from sip_engine.judges.rewards import ask_votes, combine_votes
-from sip_engine.types import Failure, Judge, PairQuestion, Question, SafetyQuestion, Sample
+from sip_engine.types import Cost, Failure, Judge, PairQuestion, Question, SafetyQuestion, Sample
 
 
 class Grader(Protocol):
     """Grades replies to prompts with known answers. A reply is None where it did not end by itself."""
+
+    cost: Cost
+    """What the last `grade` took of a judge."""
 
     def grade(
         self, samples: Sequence[Sample], replies: Sequence[Sequence[str | None]], *, seed: int
@@ -29,6 +32,8 @@ class Grader(Protocol):
 
 class VerdictGrader:
     """Reward 1 for a reply whose last line is the answer's, else 0. An unfinished reply gives no verdict."""
+
+    cost = Cost()
 
     def grade(
         self, samples: Sequence[Sample], replies: Sequence[Sequence[str | None]], *, seed: int = 0
@@ -61,6 +66,7 @@ class RewriteGrader:
 
     def __init__(self, judge: Judge, votes: JudgeVotes) -> None:
         self._judge, self._votes = judge, votes
+        self.cost = Cost()
 
     def grade(
         self, samples: Sequence[Sample], replies: Sequence[Sequence[str | None]], *, seed: int
@@ -80,6 +86,7 @@ class RewriteGrader:
                 questions += [pair, SafetyQuestion(reply, pair.prefix)]
         needed = [self._votes.quality, self._votes.safety] * len(places)
         cast = [combine_votes(votes) for votes in ask_votes(self._judge, questions, needed, (seed,))]
+        self.cost = sum((judgment.cost for judgment in cast), Cost())
         for (i, j), quality, safety in zip(places, cast[::2], cast[1::2], strict=True):
             if isinstance(quality, Failure) or isinstance(safety, Failure):
                 rewards[i][j] = None

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,7 +40,7 @@ def lock_folder(folder: Path) -> IO[str] | None:
     It stays ours until the file is closed, here and in every process that inherits it. A file system without locks
     lets everyone in. Raises DataError where the folder cannot be written.
     """
-    path = folder / ".lock"
+    path, tries = folder / ".lock", 3
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +51,12 @@ def lock_folder(folder: Path) -> IO[str] | None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
+            if (
+                tries > 1
+            ):  # one who only looked whether anyone is at work (`sessions.is_held`) is gone at once
+                tries -= 1
+                time.sleep(0.05)
+                continue
             return None
         except OSError:
             return lock

@@ -34,6 +34,22 @@ def read_jsonl(path: Path, *, complete_lines: bool = False) -> Iterator[tuple[in
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from None
 
 
+def tail_jsonl(path: Path, num_bytes: int = 1 << 18) -> list[dict[str, Any]]:
+    """The objects of the last part of what a run appends to: whole lines only.
+
+    Raises:
+        DataError: as `read_jsonl`, without the line's number.
+    """
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - num_bytes))
+            lines = file.read().split(b"\n")[(1 if size > num_bytes else 0) : -1]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from None
+    return [parse_object(line, str(path)) for line in lines if line.strip()]
+
+
 def parse_object(line: bytes | str, where: str) -> dict[str, Any]:
     """The JSON object that a line holds. Raises DataError, which begins with `where`."""
     try:

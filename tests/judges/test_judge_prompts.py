@@ -15,7 +15,7 @@ from fault_server import BAD, GOOD, completion, fenced_texts, rule_judge, rule_w
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.injection_texts import INJECTIONS
+from sip_engine.evaluation.injection_texts import INJECTIONS
 from sip_engine.judges import prompts
 from sip_engine.judges.parsing import read_verdict, settled
 from sip_engine.judges.prompts import Prompt, judge_prompt
@@ -443,9 +443,9 @@ def test_a_text_does_not_differ_from_itself() -> None:
 
 
 def test_a_completion_is_read_with_its_tokens() -> None:
-    assert read_completion(completion("hello \U0001f600")) == ("hello \U0001f600", 111)
-    assert read_completion(completion("x").replace(b"100", b"-5")) == ("x", 11)
-    assert read_completion(completion("x").replace(b'"usage"', b'"use"')) == ("x", 0)
+    assert read_completion(completion("hello \U0001f600")) == ("hello \U0001f600", (100, 11))
+    assert read_completion(completion("x").replace(b"100", b"-5")) == ("x", (0, 11))
+    assert read_completion(completion("x").replace(b'"usage"', b'"use"')) == ("x", (0, 0))
 
 
 @settings(max_examples=1000)
@@ -470,7 +470,7 @@ def test_a_completion_is_read_with_its_tokens() -> None:
 @example(completion("x", index="0"))
 def test_a_thousand_random_bodies_invent_no_reply(data: bytes) -> None:
     found, tokens = read_completion(data)
-    assert tokens >= 0
+    assert min(tokens) >= 0
     if isinstance(found, str):
         (choice,) = json.loads(data)["choices"]
         said = choice["message"]["content"] if "message" in choice else choice["text"]

@@ -15,8 +15,8 @@ import pytest
 from fault_server import BAD, GOOD, FaultServer, fenced_texts, quoting_judge, rule_judge
 from server_judges import BACKOFF, PAIR, Waits, failure, judge, settings, several, value
 
-from benchmarks.injection_texts import INJECTIONS
 from sip_engine.config.judge import JudgeServerConfig
+from sip_engine.evaluation.injection_texts import INJECTIONS
 from sip_engine.judges.server import ServerJudge
 from sip_engine.llm.endpoint import EndpointError, is_loopback
 from sip_engine.types import (

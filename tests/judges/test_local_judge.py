@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama import llama_of
 
-from benchmarks.injection_texts import INJECTIONS
 from sip_engine.config.judge import LocalModelConfig
 from sip_engine.config.schema import ParallelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.evaluation.injection_texts import INJECTIONS
 from sip_engine.judges.local import LocalJudge
 from sip_engine.judges.prompts import verdicts_of
 from sip_engine.judges.sentence_labels import LABEL_LETTERS, scores_of

@@ -258,7 +258,7 @@ def test_a_running_run(tmp_path):
     (run,) = load_runs([folder])
     assert set(run.curves) == {"loss", "lr"} and run.num_pools == 1
     assert run.curves["loss"].steps.tolist() == [1, 3] and run.curves["loss"].values.tolist() == [3.0, 1.0]
-    assert overview([run])[0].progress == "3 of 50 steps (going on or stopped)"
+    assert overview([run])[0].progress == "3 of 50 steps (stopped)"
     report_text([folder], tmp_path / "report.html")
 
 

@@ -14,9 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from world_runs import run_config
 
-from benchmarks.injection_texts import INJECTIONS
 from sip_engine.config.judge import ServerConfig
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.evaluation.injection_texts import INJECTIONS
 from sip_engine.llm.endpoint import EndpointError
 from sip_engine.llm.untrusted import has_hidden, neutral
 from sip_engine.monitoring.records import read_records
@@ -59,7 +59,7 @@ def test_rewrites_come_in_order_and_join(format: str) -> None:
     with FaultServer(rule_rewriter) as server:
         one = rewriter(server, format=format)
         assert one.rewrite(requests) == [request.suffix.replace(BAD, GOOD) for request in requests]
-        assert one.cost == Cost(22, 22 * 111, one.cost.seconds) and one.cost.seconds > 0
+        assert one.cost == Cost(22, 22 * 111, one.cost.seconds, 22 * 11) and one.cost.seconds > 0
         first = {body["seed"] for body in server.bodies}
         one.rewrite(requests[:1], seed=1)
         assert server.bodies[-1]["seed"] not in first, "another seed asks for another rewrite"

@@ -11,12 +11,12 @@ import pytest
 from fault_server import BAD, GOOD, FaultServer, asked_mark, fenced_texts
 from label_settings import config
 
-from benchmarks.injection_texts import INJECTIONS
 from sip_engine import cli
 from sip_engine.config.judge import ServerConfig
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.evaluation.injection_texts import INJECTIONS
 from sip_engine.llm.endpoint import EndpointError
 from sip_engine.llm.untrusted import neutral
 from sip_engine.tasks import judge_pairs
@@ -70,7 +70,7 @@ def test_copies_come_in_order_and_name_the_way_that_was_asked_for(format: str) -
         one = corruptor(server, format=format)
         found = one.corrupt(requests)
         asked = {fenced_texts(body)["passage"]: asked_flaw(body) for body in server.bodies}
-        assert one.cost == Cost(42, 42 * 111, one.cost.seconds) and one.cost.seconds > 0
+        assert one.cost == Cost(42, 42 * 111, one.cost.seconds, 42 * 11) and one.cost.seconds > 0
         seeds = {body["seed"] for body in server.bodies}
         again = one.corrupt(requests, seed=1)
         assert not seeds & {body["seed"] for body in server.bodies[42:]}, "another seed asks for other copies"
