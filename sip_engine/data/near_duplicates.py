@@ -21,7 +21,7 @@ _LARGEST = 0.9
 
 
 class NearDuplicates:
-    """Tells of each document in turn whether an earlier one is alike; about five KB of memory a distinct document.
+    """Tells of each document in turn whether an earlier one is alike; about eight KB of memory a distinct document.
 
     Similarity is estimated from 128 minima, with a standard error of at most 0.044, over sets of five tokens in a row
     (Broder 1997; candidates by locality-sensitive hashing). Shorter documents are compared whole.

@@ -29,6 +29,8 @@ _BATCH_CHARS = 2**20
 _WORTH_PROCESSES = 2**25
 """Bytes from which on processes are started, which takes them about two seconds."""
 _POLL_SECONDS = 0.5
+_STOP = -(2**62)
+"""In place of the bytes read: who still works on a file gives it up."""
 _AHEAD = 2
 """Batches a process has waiting."""
 _PROCESSES_A_READER = 16
@@ -86,7 +88,9 @@ def tokenize_shards(shards: Sequence[Shard], tokenizer: Tokenizer, jobs: int | N
                 f"a process that tokenizes was killed, as where memory is short: give fewer --jobs than {jobs}"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            with count.get_lock():
+                count.value = _STOP
+            pool.shutdown(cancel_futures=True)
 
 
 def _wait_for(futures: Sequence[Future[None]], count: Synchronized[int], bar: Transfer) -> None:
@@ -203,4 +207,6 @@ def _encode_in_worker(texts: list[str]) -> Encoded:
 
 def _advance(num_bytes: int) -> None:
     with _count.get_lock():
+        if _count.value < 0:
+            raise RuntimeError("the work was broken off")
         _count.value += num_bytes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sip_engine.cli import app
-from sip_engine.data import identity, shards
+from sip_engine.data import build, identity, shards
 from sip_engine.data.build import Work, build_part, build_token_files
 from sip_engine.data.documents import read_documents
 from sip_engine.data.indexed import SAMPLE_BYTES, SAMPLES, join
@@ -20,6 +22,7 @@ from sip_engine.data.token_files import TokenFiles
 from sip_engine.data.tokenize import part_of
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.utils.errors import ConfigError, DataError
+from sip_engine.utils.progress import Transfer
 
 TEXT = "the cat sat on the mat and the dog sat on the log while it was raining in the town"
 WORDS = TEXT.split()
@@ -87,6 +90,30 @@ def test_a_fault_in_a_process_is_its_own_line(
     (corpus / "03.jsonl.gz").write_bytes(b"\x1f\x8b no gzip")
     with pytest.raises(DataError, match=r"03\.jsonl\.gz: damaged or unreadable"):
         build_token_files(corpus, tokenizer, tmp_path / "cache", work=Work(jobs=2))
+
+
+def test_an_interruption_ends_all_processes(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are within a file give it up: the rest is not made, and nothing half-written is left."""
+    monkeypatch.setattr(shards, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(shards, "_POLL_SECONDS", 0.01)
+    corpus = write_corpus(tmp_path / "corpus", 12, documents=4000)
+
+    class Interrupted(Transfer):
+        def advance(self, num_bytes: int) -> None:
+            if num_bytes:
+                raise KeyboardInterrupt
+
+    def transfer(title: str, total: int, *, quiet: bool) -> nullcontext[Transfer]:
+        return nullcontext((Interrupted if title == "tokenizing" else Transfer)(title, total, None, True))
+
+    monkeypatch.setattr(build, "transfer", transfer)
+    with pytest.raises(KeyboardInterrupt):
+        build_token_files(corpus, tokenizer, tmp_path / "cache", work=Work(jobs=2))
+    assert not [child for child in multiprocessing.active_children() if "Spawn" in type(child).__name__]
+    made = list((tmp_path / "cache" / "shards").iterdir())
+    assert len(made) < 9 and all((entry / "tokens.json").is_file() for entry in made)
 
 
 def test_work_goes_on_with_the_files_that_lack(
