@@ -12,6 +12,7 @@ import typer
 from sip_engine.monitoring.commands import add_monitoring_commands
 from sip_engine.planning.commands import add_planning_commands
 from sip_engine.tasks.commands import add_spec_commands
+from sip_engine.tasks.document_commands import add_document_commands
 from sip_engine.utils.errors import EXIT_CODES, AloneError, ConfigError, PeerError, SipError, Stopped
 from sip_engine.utils.quiet import quiet_libraries
 
@@ -343,49 +344,6 @@ data = typer.Typer(no_args_is_help=True, help="Look at a run's data, or make pro
 app.add_typer(data, name="data")
 
 
-@data.command("inspect", context_settings=_OVERRIDES)
-def inspect_data(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="A TOML file whose data section says what to read.")],
-) -> None:
-    """Read, tokenize and cut the documents of a config, and say what was found; trains nothing."""
-    from sip_engine.data.inspect import describe_data
-
-    describe_data(_read_config(config, context))
-
-
-@data.command("tokenize", context_settings=_OVERRIDES)
-def tokenize_data(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="A TOML file whose data section says what to read.")],
-    part: Annotated[
-        str,
-        typer.Option(
-            help="I/N: every Nth file, from the Ith; default: that of a Slurm array's task, or all."
-        ),
-    ] = "",
-    jobs: Annotated[int, typer.Option(min=0, help="Processes at once; 0: one a core.")] = 0,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read all input, in case it changed unnoticed.")
-    ] = False,
-) -> None:
-    """Make the token files of a config's documents ahead of a run, on all cores; goes on where it was stopped.
-
-    As a job array, each task takes a part of the files; a run then finds all of them. `data.cache` must be shared.
-    """
-    from sip_engine.data.build import Work
-    from sip_engine.data.tokenize import part_of, tokenize
-
-    cfg = _read_config(config, context)
-    mine = part_of(part, os.environ)
-    tokenizer = None
-    if cfg.init is not None:
-        from sip_engine.policy.checkpoint import checkpoint_tokenizer, resolve_checkpoint
-
-        tokenizer = checkpoint_tokenizer(resolve_checkpoint(cfg.init))
-    tokenize(cfg, tokenizer, mine, Work(jobs or None, verify))
-
-
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs to show side by side.")],
@@ -423,6 +381,7 @@ def _read_config(config: Path, context: typer.Context, over: dict[str, Any] | No
     return read_run_config(config, context.args, over, complete=with_model_of_init)
 
 
+add_document_commands(data, _read_config)
 add_spec_commands(data, _read_config)
 add_planning_commands(app)
 add_monitoring_commands(app)

@@ -6,13 +6,14 @@ from rich.table import Table
 
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import open_corpus
+from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import start_alone
 from sip_engine.utils.progress import console
 
 
-def describe_data(cfg: RunConfig) -> None:
-    """Build the token files and print counts and one sample."""
-    corpus = open_corpus(cfg, start_alone())
+def describe_data(cfg: RunConfig, tokenizer: Tokenizer | None = None) -> None:
+    """Build the token files and print counts and one sample. `tokenizer`: that of the checkpoint runs start from."""
+    corpus = open_corpus(cfg, start_alone(), tokenizer)
     table = Table(show_header=False)
     rows = {
         "vocabulary": f"{corpus.tokenizer.vocab_size:,}",
