@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = {
     "sampler": "the sampler against transformers' generate, same weights",
+    "gpu": "the acceptance run on a GPU: checks, timings, predictions, peers; or its rehearsal",
     "loop": "one whole step, rollouts and DPO, against generate and plain torch",
     "update": "each prefix computed once against once a suffix; a DPO step against transformers'",
     "logprob": "the log-prob head against torch and other libraries",

@@ -7,17 +7,11 @@ of a row to its prefix, not causal, over gathered copies. They are joined by the
 
 The kernels' backward computes p = e^(s - l) and ds = p (do v^T - sum_d do o) from whatever l and o it is
 given. Fed the joint ones, each call gives its own share of the joint dq, dk and dv, which are then added.
-
-It is written against the functions `_flash_attn_varlen_forward` and `_flash_attn_varlen_backward` of
-flash-attn 2.7 and 2.8, whose interfaces agree. It has never run on them, since they need a GPU and a build
-that takes hours: the tests put a plain-torch twin of both functions in their place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,25 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sip_engine.kernels._flash_attn import varlen_backward, varlen_forward, why_not
 from sip_engine.kernels._shared_prefix_layout import RowLayout
-
-
-@cache
-def flash_attn_interface() -> ModuleType:
-    """The module with the low-level functions. Raises ValueError if it is missing or another version."""
-    try:
-        import flash_attn  # pyright: ignore[reportMissingImports]
-        from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            f"impl='flash' needs flash-attn 2.7 or 2.8 ({error}): install it or pass impl='triton'"
-        ) from error
-    version = tuple(int(part) for part in flash_attn.__version__.split(".")[:2])
-    if version not in ((2, 7), (2, 8)):
-        raise ValueError(
-            f"impl='flash' got flash-attn {flash_attn.__version__}: install 2.7 or 2.8, or pass impl='triton'"
-        )
-    return flash_attn_interface
 
 
 @dataclass(frozen=True)
@@ -59,24 +36,15 @@ class Sequences:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Output [tokens, Hq, D] and natural log-sum-exps [Hq, tokens] float32."""
-        out, lse, *_ = flash_attn_interface()._flash_attn_varlen_forward(
-            q, k, v, self.cu_queries, self.cu_keys, self.longest_query, self.longest_key,
-            0.0, scale, causal=self.causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
-            alibi_slopes=None, return_softmax=False,
-        )  # fmt: skip
-        return out, lse
+        cu, longest = (self.cu_queries, self.cu_keys), (self.longest_query, self.longest_key)
+        return varlen_forward(q, k, v, cu, longest, self.causal, scale)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of these sequences, from an output and log-sum-exps that may cover more keys."""
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        flash_attn_interface()._flash_attn_varlen_backward(
-            dout, q, k, v, out, lse, dq, dk, dv,
-            self.cu_queries, self.cu_keys, self.longest_query, self.longest_key,
-            0.0, scale, self.causal, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
-        return dq, dk, dv
+        cu, longest = (self.cu_queries, self.cu_keys), (self.longest_query, self.longest_key)
+        return varlen_backward(dout, q, k, v, out, lse, cu, longest, self.causal, scale)
 
 
 @dataclass(frozen=True)
@@ -155,12 +123,9 @@ class _FlashAttention(torch.autograd.Function):
 
 def shared_prefix_attention_flash(q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float) -> Tensor:
     """See `shared_prefix_attention`. Raises ValueError where flash-attn is missing or has no kernel."""
-    flash_attn_interface()
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8 or q.shape[2] > 256:
-        raise ValueError(
-            f"flash-attn has no kernel for head dim {q.shape[2]} in {q.dtype}: use a multiple of 8 up to 256 in "
-            "bfloat16 or float16, or impl='triton'"
-        )
+    reason = why_not(q.shape[2], q.dtype)
+    if reason:
+        raise ValueError(f"impl='flash': {reason}")
     if q.numel() == 0:
         return torch.empty_like(q)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))

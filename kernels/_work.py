@@ -36,7 +36,7 @@ PHILOX_OPS = 45
 
 def _bytes_of(case: Case, argument: str) -> int:
     kind = case.signature[argument].split(":")[0]
-    return {"*fp8e4nv": 1, "*bf16": 2, "*fp16": 2, "*fp32": 4, "*i32": 4, "*i64": 8}[kind]
+    return {"*fp8e4nv": 1, "*bf16": 2, "*fp16": 2, "*fp32": 4, "*i8": 1, "*i32": 4, "*i64": 8}[kind]
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -253,6 +253,20 @@ def _rows_of_a_step(num_bytes: int) -> Callable[[Case], Work]:
     return lambda case: _elementwise(f"[{B}]", _cdiv(B, case.constexprs["BLOCK"]), num_bytes * B)
 
 
+def _cut_off(case: Case) -> Work:
+    """16 passes a search; the first comes from memory, the others from the cache, where a row stays."""
+    searches = case.constexprs["HAS_K"] + case.constexprs["HAS_P"]
+    size = 4 + 8 * case.constexprs["HAS_P"]
+    numbers = B * VOCAB
+    return Work(
+        f"[{B}, {VOCAB}]",
+        B,
+        (size + 1) * numbers,
+        size * case.constexprs["BLOCK_V"],
+        scalar=16 * 14 * searches * numbers,
+    )
+
+
 def _dpo(case: Case) -> Work:
     tokens = 2 * B * S  # B pairs
     return _elementwise(f"{B} pairs of {S} tokens", B, 8 * tokens, scalar=4 * tokens)
@@ -277,6 +291,7 @@ WORK: dict[str, Callable[[Case], Work]] = {
     "_store_kernel": _store_qkv,
     "random_kernel": _random,
     "dpo_kernel": _dpo,
+    "cut_off_kernel": _cut_off,
     "_slots_kernel": _rows_of_a_step(16),
     "_advance_kernel": _rows_of_a_step(84),
 }

@@ -1,4 +1,4 @@
-"""Sampling with top-k and top-p: the slow path, which needs all logits and sorts them.
+"""Sampling with top-k and top-p: the slow path, which needs all logits of a row in one place.
 
 B: rows (sequences), V: vocabulary columns, T: temperature.
 
@@ -8,21 +8,14 @@ B: rows (sequences), V: vocabulary columns, T: temperature.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from sip_engine.kernels import _cut_off
+from sip_engine.kernels._cut_off import keep_mask
 from sip_engine.kernels._impl import Impl
+from sip_engine.kernels.compile_report import CompileCase
 from sip_engine.kernels.random import check_counters
 from sip_engine.kernels.sample import ShardSample, check_temperature, find_best, sample_from_logits
-
-
-def keep_mask(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """True [B, V] for the columns that top-k, then top-p, leave; of equal logits the lowest ids stay."""
-    ordered, order = logits.sort(dim=1, descending=True, stable=True)
-    probs = torch.softmax(ordered[:, :top_k] / temperature, dim=1, dtype=torch.float64)
-    before = probs.cumsum(dim=1) - probs
-    kept = before < top_p if top_p < 1 else torch.ones_like(before, dtype=torch.bool)  # sums may round to 1
-    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order[:, :top_k], kept)
 
 
 def filtered_sample(
@@ -41,7 +34,7 @@ def filtered_sample(
     logits: [B, V] of the whole vocabulary, gathered from all shards; keys, positions: int64 [B].
     top_k: at least 1, or None for all; top_p: in (0, 1].
     vocab_size: number of true tokens; columns from it on are padding.
-    impl: of the noise; the rest is plain torch on every device.
+    impl: of the noise, and of finding what is kept where it is "triton"; every one keeps the same tokens.
 
     With nothing to cut off, or temperature 0, the token is that of `sample`. `max` and `sum_exp` are of all
     raw logits, so that `merge_shards` gives the log-prob without temperature and cutting off. NaN and
@@ -58,5 +51,10 @@ def filtered_sample(
     if temperature == 0 or (top_k >= num_columns and top_p == 1):
         return sample_from_logits(logits, keys, positions, temperature=temperature, impl=impl)
     check_counters(keys, positions, logits.shape[0])
-    keep = keep_mask(logits, temperature, top_k, top_p)
+    keep = keep_mask(logits, temperature, top_k, top_p, impl=impl)
     return find_best(logits, keys, positions, temperature, 0, impl, keep)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The configurations to check for sm_90."""
+    return _cut_off.compile_cases()

@@ -71,6 +71,9 @@ class ModelConfig(Section):
     """auto is bf16 on CUDA and fp32 on the CPU; fp8 computes matrices of bf16 parameters in FP8, on Hopper GPUs.
     Whatever it is, the optimizer's master weights and both Adam moments are fp32."""
     fp8: Fp8Config = Fp8Config()
+    attention: Literal["auto", "triton", "flash", "reference"] = "auto"
+    """Who computes attention. auto: on CUDA by shape, ours or flash-attn where that is installed; triton: ours;
+    flash: flash-attn in training and for reading prefixes, ours in decoding; reference: plain torch, slow."""
 
     @field_validator("head_dim")
     @classmethod
@@ -81,7 +84,8 @@ class ModelConfig(Section):
 
     def without_fp8(self) -> ModelConfig:
         """The same model to be read rather than trained, which any machine can do."""
-        return self.model_copy(update={"precision": "auto"}) if self.precision == "fp8" else self
+        precision = "auto" if self.precision == "fp8" else self.precision
+        return self.model_copy(update={"precision": precision, "attention": "auto"})
 
     @property
     def kv_channels(self) -> int:

@@ -324,7 +324,7 @@ def _check_form(path: Path, written: StateFile, policy: Policy, reference: Refer
 
 
 def _check_model(path: Path, state: CheckpointState, model: ModelConfig, vocab_size: int) -> None:
-    ours, theirs = (m.model_dump(exclude={"precision", "fp8"}) for m in (model, state.model))
+    ours, theirs = (m.model_dump(exclude={"precision", "fp8", "attention"}) for m in (model, state.model))
     ours["vocab_size"], theirs["vocab_size"] = vocab_size, state.vocab_size
     differing = [f"{key} {theirs[key]} != {ours[key]}" for key in ours if ours[key] != theirs[key]]
     if differing:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sip_engine.config.model import ModelConfig
 from sip_engine.utils.errors import CheckpointError, ConfigError
 
-OWN = ("precision", "fp8", "init_std")
+OWN = ("precision", "fp8", "init_std", "attention")
 """What a run says of its model for itself."""
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
+from sip_engine.kernels._impl import uses_triton
+from sip_engine.kernels.attention_choice import choose_packed
 from sip_engine.kernels.shared_prefix_attention import shared_prefix_attention
 from sip_engine.policy.packing import PackedRows
 
@@ -25,22 +28,29 @@ class RMSNorm(nn.RMSNorm):
 class SharedPrefixAttention(MegatronModule):
     """Core attention over a packed stream; the micro-batch's rows arrive as `packed_seq_params`."""
 
-    def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
+    def __init__(self, config: TransformerConfig, *_: Any, attention: str = "auto", **__: Any) -> None:
         super().__init__(config)
         assert config.kv_channels is not None
         self.scale = config.kv_channels**-0.5
+        self.attention = attention
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: PackedRows, **__: Any
     ) -> Tensor:
         """query [T, 1, H, D], key and value [T, 1, G, D] -> [T, 1, H * D]."""
+        q, layout = query.squeeze(1), packed_seq_params.layout
+        impl = None if self.attention == "auto" else self.attention
+        if impl is None and uses_triton(q):
+            impl = choose_packed("training", q, key.shape[2], layout)
         out = shared_prefix_attention(
-            query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params.layout, scale=self.scale
+            q, key.squeeze(1), value.squeeze(1), layout, scale=self.scale, impl=impl
         )
         return out.flatten(1).unsqueeze(1)
 
 
-def block_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, num_local_layers: int, attention: str = "auto"
+) -> TransformerBlockSubmodules:
     """What a pipeline stage's block is made of; with `config.fp8` the matrices are Transformer Engine's.
 
     Only the matrices: Transformer Engine's fused norm and linear would give parameters other names, and with them
@@ -50,15 +60,15 @@ def block_spec(config: TransformerConfig, num_local_layers: int) -> TransformerB
     parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    attention.core_attention = SharedPrefixAttention
+    inner = parts.self_attention.submodules
+    inner.core_attention = ModuleSpec(SharedPrefixAttention, params={"attention": attention})
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        inner.q_layernorm = inner.k_layernorm = RMSNorm
     if config.fp8:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
         mlp = parts.mlp.submodules
-        attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
-        attention.linear_proj = mlp.linear_fc2 = TERowParallelLinear
+        inner.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+        inner.linear_proj = mlp.linear_fc2 = TERowParallelLinear
     norm: Any = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)

@@ -33,8 +33,11 @@ class PolicyModel(GPTModel):
     log-prob, is applied to the rows' scored positions only. The buffer `inv_freq` is set by `build_model`.
     """
 
-    def __init__(self, *args: Any, true_vocab_size: int, tp: Axis, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, true_vocab_size: int, tp: Axis, attention: str = "auto", **kwargs: Any
+    ) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.attention = attention
         self.true_vocab_size = true_vocab_size
         self.tp = tp
 
@@ -187,7 +190,7 @@ def build_model(
     with megatron_device():
         built = PolicyModel(
             config,
-            block_spec(config, model.num_layers // parallel.pipeline),
+            block_spec(config, model.num_layers // parallel.pipeline, model.attention),
             vocab_size=padded,
             max_sequence_length=model.max_context,
             pre_process=mesh.pp.is_first,
@@ -195,6 +198,7 @@ def build_model(
             share_embeddings_and_output_weights=model.tie_embeddings,
             true_vocab_size=vocab_size,
             tp=mesh.tp,
+            attention=model.attention,
             pg_collection=mesh.megatron_groups(),
         )
         built = built.to(device=mesh.device, dtype=config.params_dtype)

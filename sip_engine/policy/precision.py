@@ -10,6 +10,7 @@ import torch
 
 from sip_engine.config.model import ModelConfig
 from sip_engine.config.schema import ParallelConfig
+from sip_engine.kernels._flash_attn import why_not
 from sip_engine.kernels._impl import SETTINGS, SWITCH
 from sip_engine.kernels.shared_prefix_attention import MAX_HEAD_DIM
 from sip_engine.utils.errors import ConfigError
@@ -50,23 +51,15 @@ def check_precision(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse what this machine cannot run, before anything is built.
 
     Raises:
-        ConfigError: an unknown SIP_KERNELS, heads too wide for CUDA's kernels, no Transformer Engine, no Hopper GPU,
-            or widths that FP8 does not take.
+        ConfigError: an unknown SIP_KERNELS, attention that cannot run here, heads too wide for it, no Transformer
+            Engine, no Hopper GPU, or widths that FP8 does not take.
     """
     if os.environ.get(SWITCH, "auto") not in SETTINGS:
         raise ConfigError(
             f"the environment variable {SWITCH} is {os.environ[SWITCH]!r}: set it to one of "
             f"{', '.join(SETTINGS)}, or not at all"
         )
-    if (
-        torch.cuda.is_available()
-        and os.environ.get(SWITCH, "auto") != "reference"
-        and model.kv_channels > MAX_HEAD_DIM
-    ):
-        raise ConfigError(
-            f"model.head_dim is {model.kv_channels}: attention in training takes at most {MAX_HEAD_DIM} on CUDA; use "
-            f"more, smaller heads, or {SWITCH}=reference, which is slow"
-        )
+    _check_attention(model)
     if model.precision != "fp8":
         return
     missing = _missing_for_fp8()
@@ -88,6 +81,24 @@ def check_precision(model: ModelConfig, parallel: ParallelConfig) -> None:
                 f'model.precision="fp8": {name} is {width} on each of {parallel.tensor} tensor-parallel processes '
                 f'and must be a multiple of {multiple}; change it or set model.precision="bf16"'
             )
+
+
+def _check_attention(model: ModelConfig) -> None:
+    on_cuda, plain = torch.cuda.is_available(), os.environ.get(SWITCH, "auto") == "reference"
+    asked = f'model.attention="{model.attention}"'
+    if model.attention in ("triton", "flash") and not on_cuda:
+        raise ConfigError(f'{asked} needs a CUDA device: set model.attention="auto"')
+    if model.attention in ("triton", "flash") and plain:
+        raise ConfigError(f"{asked} and {SWITCH}=reference exclude each other: unset one")
+    missing = why_not(model.kv_channels, parameter_dtype(model.precision))
+    if model.attention == "flash" and missing:
+        raise ConfigError(f"{asked}: {missing}")
+    chosen_for_us = model.attention == "triton" or (model.attention == "auto" and not plain and bool(missing))
+    if on_cuda and chosen_for_us and model.kv_channels > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"model.head_dim is {model.kv_channels}: our kernels take at most {MAX_HEAD_DIM} in training; use more, "
+            'smaller heads, flash-attn 2, or model.attention="reference", which is slow'
+        )
 
 
 def _missing_for_fp8() -> str | None:

@@ -59,6 +59,8 @@ class PolicyWeights:
     vocab_size: int
     """True vocabulary; rows at and above it are padding and are never sampled."""
     max_context: int
+    attention: str = "auto"
+    """As model.attention."""
 
     @property
     def num_local_kv_heads(self) -> int:
@@ -129,6 +131,7 @@ def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWei
         tp_rank=tp_rank,
         vocab_size=vocab_size,
         max_context=model.max_sequence_length,
+        attention=model.attention,
     )
 
 

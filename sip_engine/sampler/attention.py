@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import uses_triton
+from sip_engine.kernels.attention_choice import Shape, choose_decode, choose_packed
 from sip_engine.kernels.decode_attention import decode_attention
 from sip_engine.kernels.decode_step import next_slots
 from sip_engine.kernels.dense_decode_attention import dense_decode_attention
@@ -39,6 +40,7 @@ class KVPages:
         self.pool = PagePool(num_pages, page_size)
         shape = page_shape(num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
         self.page_size = page_size
+        self.attention = weights.attention
         self.is_fp8 = dtype is FP8
         try:
             self.keys = [_zeros(shape, dtype, weights.device) for _ in weights.layers]
@@ -106,6 +108,7 @@ class PagedAttention:
         """Prefixes of `lens` [groups] tokens are about to be stored in `tables` [groups, blocks]."""
         self.prefill_tables, self.prefill_lens = self._device(tables), self._device(lens)
         self.prefill_starts = running_sums(self.prefill_lens)
+        self.prefill_layout = RowLayout(tuple(lens.tolist()), ((),) * len(lens), self.pages.keys[0].device)
         self.prefill_slots = slots_of(self.pages, tables, lens)
 
     def set_decode(
@@ -140,6 +143,11 @@ class PagedAttention:
             k_scale.copy_(_fp8_scale(k))
             v_scale.copy_(_fp8_scale(v))
             self._scaled.add(layer)
+        if self._prefills_with_flash(projected):
+            q, k, v = projected.split()
+            write_kv(k, v, keys, values, self.prefill_slots, impl=self.impl)
+            scale = q.shape[-1] ** -0.5
+            return shared_prefix_attention(q, k, v, self.prefill_layout, scale=scale, impl="flash")
         q = projected.store(
             keys, values, self.prefill_slots, k_scale=k_scale, v_scale=v_scale, impl=self.impl
         )
@@ -154,6 +162,26 @@ class PagedAttention:
             v_scale=v_scale,
             impl=self.impl,
         )
+
+    def _prefills_with_flash(self, projected: Projected) -> bool:
+        """flash-attn attends over the prefixes as they are; float8 pages are read back, as decoding will."""
+        if self.impl == "reference" or self.pages.is_fp8 or self.pages.attention not in ("auto", "flash"):
+            return False
+        if self.pages.attention == "flash":
+            return True
+        weights = projected.weights
+        q = projected.mixed.view(len(projected.mixed), -1, weights.head_dim)[:, : self._num_heads(weights)]
+        return choose_packed("prefill", q, weights.num_local_kv_heads, self.prefill_layout) == "flash"
+
+    @staticmethod
+    def _num_heads(weights: PolicyWeights) -> int:
+        return weights.num_local_kv_heads * (weights.num_heads // weights.num_kv_heads)
+
+    def _decode_impl(self, head_dim: int, ratio: int) -> Literal["reference", "triton", "triton_ungrouped"]:
+        if self.impl == "reference" or self.pages.attention == "triton":
+            return self.impl
+        prefix = self.prefix_tables.shape[1] * self.pages.page_size
+        return choose_decode(Shape("decode", head_dim, ratio, self.group_size, prefix))
 
     def decode(self, layer: int, projected: Projected) -> Tensor:
         keys, values = self.pages.keys[layer], self.pages.values[layer]
@@ -171,7 +199,7 @@ class PagedAttention:
             k_scale=k_scale,
             v_scale=v_scale,
             group_size=self.group_size,
-            impl=self.impl,
+            impl=self._decode_impl(q.shape[2], q.shape[1] // keys.shape[2]),
         )
 
     def _device(self, array: np.ndarray) -> Tensor:

@@ -224,7 +224,8 @@ def _default_impl(weights: PolicyWeights, cfg: SamplerConfig) -> AttentionImpl:
     if cfg.batch_invariant:
         return "exact"
     if weights.device.type == "cuda":
-        return "triton" if uses_triton(weights.layers[0].qkv) else "reference"
+        plain = weights.attention == "reference" or not uses_triton(weights.layers[0].qkv)
+        return "reference" if plain else "triton"
     return "reference" if cfg.kv_dtype == "fp8" else "dense"
 
 

@@ -7,8 +7,11 @@ import torch
 from chi_square import chi_square_score
 from interpreter import DEVICE
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sip_engine.kernels.filtered_sample import filtered_sample, keep_mask
+from sip_engine.kernels._cut_off import CANDIDATES, keep_mask
+from sip_engine.kernels._cut_off import IMPLS as CUT_OFF_IMPLS
+from sip_engine.kernels.filtered_sample import filtered_sample
 from sip_engine.kernels.random import sequence_key
 from sip_engine.kernels.sample import ShardSample, merge_shards, sample_from_logits
 
@@ -43,15 +46,66 @@ def kept_ids(logits: Tensor, temperature: float, top_k: int, top_p: float) -> se
 FILTERS = ((1, 1.0), (7, 1.0), (200, 1.0), (50, 0.9), (50, 0.3), (7, 0.999), (50, 1e-9), (20, 0.999999))
 
 
+@pytest.mark.parametrize("impl", CUT_OFF_IMPLS)
 @pytest.mark.parametrize("temperature", (0.4, 1.0, 3.0))
 @pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
-def test_mask_equals_its_definition(temperature, top_k, top_p):
+def test_mask_equals_its_definition(temperature, top_k, top_p, impl):
     logits = torch.randn(6, 50) * 3
     logits[1] = torch.randint(-2, 3, (50,)).float()  # many ties
     logits[2, 5:] = -INF
-    mask = keep_mask(logits, temperature, top_k, top_p)
+    mask = keep_mask(logits, temperature, top_k, top_p, impl=impl)
     for row, kept in zip(logits, mask, strict=True):
         assert set(kept.nonzero()[:, 0].tolist()) == kept_ids(row, temperature, top_k, top_p)
+
+
+def rows_of_every_kind(num_columns: int) -> Tensor:
+    """Spread, ties, one value, both zeros, one peak, a long flat tail, and rows that end at -inf."""
+    shape = (num_columns,)
+    rows = [torch.randn(shape) * 4, torch.randint(-1, 2, shape).float(), torch.zeros(shape)]
+    rows.append(torch.where(torch.rand(shape) < 0.5, 0.0, -0.0))
+    rows.append(torch.where(torch.arange(num_columns) == num_columns // 2, 40.0, 0.0))
+    rows.append(torch.randn(shape) * 1e-3)
+    rows.append(torch.randn(shape).masked_fill(torch.rand(shape) < 0.7, -INF))
+    rows[-1][-1] = 1e30
+    rows.append(-torch.rand(shape) * 1e-38)  # below the normal numbers
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("num_columns", (1, 2, 7, CANDIDATES - 1, CANDIDATES + 3, 5000))
+def test_every_implementation_keeps_the_same_columns(num_columns):
+    """5000 columns are three blocks of the kernel, and beyond the candidates that the CPU looks at first."""
+    logits = rows_of_every_kind(num_columns)
+    options = [(k, p) for k in (1, 3, num_columns // 2 + 1, num_columns + 5) for p in (1.0, 0.95, 0.5, 1e-12)]
+    for top_k, top_p in [*options, (num_columns, 0.999999), (num_columns, 1 - 2**-53)]:
+        want = keep_mask(logits, 0.7, top_k, top_p, impl="reference")
+        for impl in (
+            ("candidates", "triton") if num_columns < 5000 or top_p in (1.0, 0.5) else ("candidates",)
+        ):
+            found = keep_mask(logits, 0.7, top_k, top_p, impl=impl)
+            assert torch.equal(found, want), (impl, top_k, top_p)
+        assert want.any(1).all() and want.sum(1).max() <= top_k
+
+
+def test_equal_probabilities_are_counted_exactly():
+    """Ten of a tenth each: p = 0.3 is three of them, however they are summed."""
+    for impl in CUT_OFF_IMPLS:
+        for kept in range(1, 10):
+            mask = keep_mask(torch.full((1, 10), 2.5), 1.0, 10, kept / 10, impl=impl)
+            assert mask.sum() == kept and mask[0, :kept].all(), (impl, kept)
+
+
+def test_nothing_is_sorted_by_default():
+    class Sorts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket is not torch.ops.aten.sort, "a whole row is sorted"
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.randn(4, 3000)
+    with Sorts():
+        for options in ({"top_p": 0.9}, {"top_k": 40}, {"top_k": 40, "top_p": 0.9}):
+            filtered_sample(logits, *make_keys(4), **options)
+        with pytest.raises(AssertionError, match="sorted"):
+            filtered_sample(logits, *make_keys(4), top_p=0.9, impl="reference")
 
 
 def test_top_k_alone_never_cuts_a_tail():

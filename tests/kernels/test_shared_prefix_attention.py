@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compile_runs import run_python, run_report
+from flash_twins import TWINS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged import HALF, poisoned_device
 from torch import Tensor
 
+from sip_engine.kernels import _flash_attn as packages
 from sip_engine.kernels import _shared_prefix_flash as flash
 from sip_engine.kernels import shared_prefix_attention as module
 from sip_engine.kernels.shared_prefix_attention import (
@@ -288,63 +290,10 @@ def test_cost_equals_a_count(rows, num_heads, head_dim):
         assert cost.backward_flops * 2 == cost.forward_flops * 5
 
 
-def varlen_forward_twin(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
-    block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
-):  # fmt: skip
-    """flash_attn 2.8's `_flash_attn_varlen_forward` in plain torch, for what the engine asks of it."""
-    assert (window_size_left, window_size_right, softcap, dropout_p) == (-1, -1, 0.0, 0.0)
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and len(cu_seqlens_q) == len(cu_seqlens_k)
-    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k) == len(v)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q), dtype=q.dtype)
-    for (first, last), (begin, end) in zip(
-        pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
-    ):
-        assert 0 < last - first <= max_seqlen_q and 0 < end - begin <= max_seqlen_k and max_seqlen_q > 1
-        s = scores_twin(q[first:last], k[begin:end], softmax_scale, causal)
-        lse[:, first:last] = s.logsumexp(-1)
-        values = v[begin:end].repeat_interleave(q.shape[1] // k.shape[1], 1)
-        out[first:last] = torch.einsum("hqk,khd->qhd", s.softmax(-1), values)
-    return out, lse, torch.empty(0), torch.empty(2)
-
-
-def scores_twin(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
-    assert not causal or len(q) == len(k)
-    return s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), float("-inf")) if causal else s
-
-
-def varlen_backward_twin(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-    deterministic, rng_state=None, zero_tensors=False,
-):  # fmt: skip
-    """`_flash_attn_varlen_backward` likewise: it trusts the log-sum-exps and the output it is given."""
-    assert softmax_lse.is_contiguous() and softmax_lse.shape == (q.shape[1], len(q)) and dout.is_contiguous()
-    delta = (dout * out).sum(-1).T
-    ratio = q.shape[1] // k.shape[1]
-    for (first, last), (begin, end) in zip(
-        pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
-    ):
-        i, j = slice(first, last), slice(begin, end)
-        keys, values = (x[j].repeat_interleave(ratio, 1) for x in (k, v))
-        p = (scores_twin(q[i], k[j], softmax_scale, causal) - softmax_lse[:, i, None]).exp()
-        ds = p * (torch.einsum("qhd,khd->hqk", dout[i], values) - delta[:, i, None]) * softmax_scale
-        dq[i] = torch.einsum("hqk,khd->qhd", ds, keys)
-        dk[j] = torch.einsum("hqk,qhd->khd", ds, q[i]).unflatten(1, (-1, ratio)).sum(2)
-        dv[j] = torch.einsum("hqk,qhd->khd", p, dout[i]).unflatten(1, (-1, ratio)).sum(2)
-    return delta
-
-
-TWIN = SimpleNamespace(
-    _flash_attn_varlen_forward=varlen_forward_twin, _flash_attn_varlen_backward=varlen_backward_twin
-)
-
-
+@pytest.mark.parametrize("line", (2, 4))
 @pytest.mark.parametrize("rows", (RAGGED, ((3, ()), (0, (2, 1))), ((2, (1, 1)),)), ids=str)
-def test_flash_calls_are_joined_exactly(monkeypatch, rows):
-    monkeypatch.setattr(flash, "flash_attn_interface", lambda: TWIN)
+def test_flash_calls_are_joined_exactly(monkeypatch, rows, line):
+    monkeypatch.setattr(packages, "find_flash", lambda: (line, TWINS[line]))
     tensors = draw(rows, 2, 3, 8, torch.float64)
     plan = flash.make_plan(layout_of(rows))
     got = differentiate(lambda q, k, v: flash._FlashAttention.apply(q, k, v, plan, 0.3), *tensors)
@@ -356,21 +305,25 @@ def test_flash_calls_are_joined_exactly(monkeypatch, rows):
 def test_flash_is_refused_where_it_cannot_run(monkeypatch):
     layout = layout_of(RAGGED)
     q, k, v, _ = draw(RAGGED, head_dim=16, dtype=HALF)
-    flash.flash_attn_interface.cache_clear()
+
+    def attend(number: int = 16) -> torch.Tensor:
+        packages.find_flash.cache_clear()
+        heads = (x[..., :number] for x in (q, k, v))
+        return shared_prefix_attention(*heads, layout, scale=0.2, impl="flash")
+
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(ValueError, match=r"needs flash-attn 2\.7 or 2\.8"):
-        shared_prefix_attention(q, k, v, layout, scale=0.2, impl="flash")
-    old = SimpleNamespace(__version__="2.6.3", flash_attn_interface=TWIN)
+    with pytest.raises(ValueError, match="flash-attn cannot be imported"):
+        attend()
+    old = SimpleNamespace(__version__="2.6.3", flash_attn_interface=TWINS[2])
     monkeypatch.setitem(sys.modules, "flash_attn", old)
-    with pytest.raises(ValueError, match=r"got flash-attn 2\.6\.3"):
-        shared_prefix_attention(q, k, v, layout, scale=0.2, impl="flash")
-    monkeypatch.setitem(
-        sys.modules, "flash_attn", SimpleNamespace(__version__="2.8.3", flash_attn_interface=TWIN)
-    )
+    with pytest.raises(ValueError, match=r"flash-attn 2\.6\.3 is not supported"):
+        attend()
+    new = SimpleNamespace(__version__="2.8.3", flash_attn_interface=TWINS[2])
+    monkeypatch.setitem(sys.modules, "flash_attn", new)
     with pytest.raises(ValueError, match="multiple of 8"):
-        shared_prefix_attention(q[..., :12], k[..., :12], v[..., :12], layout, scale=0.2, impl="flash")
-    out = shared_prefix_attention(q, k, v, layout, scale=0.2, impl="flash")
-    flash.flash_attn_interface.cache_clear()
+        attend(12)
+    out = attend()
+    packages.find_flash.cache_clear()
     expected = separate(q.double(), k.double(), v.double(), RAGGED, 0.2)
     torch.testing.assert_close(out.double(), expected, atol=5e-3, rtol=0)
 

@@ -96,15 +96,16 @@ def test_waves_replay_one_graph_and_draw_the_cpus_tokens(
     assert not any(np.isnan(c.logprobs).any() for group in done for c in group)
 
 
-def test_one_more_token_costs_one_replay(mesh: Mesh, cuda: Device) -> None:
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9, "top_k": 20}], ids=["all", "cut off"])
+def test_one_more_token_costs_one_replay(mesh: Mesh, cuda: Device, cut: dict) -> None:
     """No launch, copy, allocation or wait beside it; a wave waits for its results alone."""
     mesh = start_mesh()
-    sampler = sampler_of(small_model(mesh), mesh)
-    sampler.generate(requests(), replace(PARAMS, max_new_tokens=6))
+    sampler, params = sampler_of(small_model(mesh), mesh), replace(PARAMS, **cut)
+    sampler.generate(requests(), replace(params, max_new_tokens=6))
     seen = []
     for num_tokens in (6, 7):  # one shape of buffers
         with cuda.watch() as counts:
-            sampler.generate(requests(), replace(PARAMS, max_new_tokens=num_tokens))
+            sampler.generate(requests(), replace(params, max_new_tokens=num_tokens))
         seen.append(counts)
     six, seven = seen
     assert (six["replay"], seven["replay"]) == (5, 6)

@@ -1,0 +1,81 @@
+"""What an item of the acceptance run is given, and what it finds: one figure a line of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+PREDICTED = Path(__file__).with_name("predicted.json")
+"""What `compile_report --json` wrote; made anew on any machine with Triton, no GPU needed."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table. `ok` is False where a check failed or a target was missed by what was measured."""
+
+    item: int
+    name: str
+    measured: float | str
+    unit: str = ""
+    predicted: float | None = None
+    target: str = ""
+    peer: str = ""
+    ok: bool = True
+    note: str = ""
+
+
+@dataclass
+class Context:
+    """What an item works with."""
+
+    item: int
+    out: Path
+    """A folder of its own."""
+    rehearse: bool = False
+    """On the emulated device: tiny sizes, and figures that say nothing about a GPU."""
+    profile: bool = False
+    keep: Callable[[Figure], None] = print
+
+    def say(self, name: str, measured: float | str, unit: str = "", **more: Any) -> None:
+        """Write a figure down at once, so that it stays if the deadline ends what follows."""
+        if isinstance(measured, float):
+            measured = float(f"{measured:.4g}")
+        self.keep(Figure(self.item, name, measured, unit, **more))
+
+    def check(self, name: str, right: bool, note: str = "", **more: Any) -> None:
+        """A figure that is right or wrong."""
+        self.say(name, "ok" if right else "WRONG", ok=right, note=note, **more)
+
+    @cached_property
+    def gpu(self) -> str:
+        """ "H100" or "H200", or what the device calls itself."""
+        import torch
+
+        name = torch.cuda.get_device_name()
+        return next((known for known in ("H100", "H200") if known in name), name)
+
+    @cached_property
+    def _predictions(self) -> dict[str, dict[str, float]]:
+        with suppress(OSError, ValueError):
+            return {entry["kernel"]: entry["predicted_us"] for entry in json.loads(PREDICTED.read_text())}
+        return {}
+
+    def predicted_us(self, parts: Mapping[str, float]) -> float | None:
+        """The compile report's time of kernels at their reference shapes, each so often, on this GPU.
+
+        In a rehearsal an H200's; None where some kernel, or this GPU, is not in the report.
+        """
+        gpu = "H200" if self.rehearse else self.gpu
+        times = [self._predictions.get(kernel, {}).get(gpu) for kernel in parts]
+        if not times or None in times:
+            return None
+        return round(sum(time * count for time, count in zip(times, parts.values(), strict=True) if time), 1)
+
+
+def as_line(figure: Figure) -> str:
+    return json.dumps(asdict(figure))

@@ -1,0 +1,214 @@
+"""Items 2, 3, 4 and 12: our kernels compiled, compared with float64, looked at by the memory checker, and timed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.figures import Context
+from benchmarks.gpu.kernel_cases import REAL, SMALL, TINY, KernelCase, kernel_cases
+from benchmarks.gpu.machine import seconds_of
+from benchmarks.gpu.peers import installed
+from benchmarks.record import ROOT
+
+WARM_UP_PROCESSES = 12
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Every `torch.empty` begins as NaN, so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def warm_up(context: Context) -> None:
+    """Compile what the run launches, into Triton's cache, by launching it once in many processes."""
+    number = 1 if context.rehearse else WARM_UP_PROCESSES
+    if context.rehearse:
+        launch(kernel_cases(TINY)[:1])
+    else:
+        commands = [
+            [sys.executable, "-m", "benchmarks.gpu.kernels", "--share", f"{i}/{number}"]
+            for i in range(number)
+        ]
+        with ThreadPoolExecutor(number) as pool:
+            done = list(
+                pool.map(lambda c: subprocess.run(c, cwd=ROOT, capture_output=True, text=True), commands)
+            )
+        for process in done:
+            if process.returncode:
+                last = (process.stderr.strip().splitlines() or ["no output"])[-1]
+                context.check("launch variants", False, note=last)
+    context.say("processes", number)
+
+
+def launch(cases: Sequence[KernelCase]) -> None:
+    for case in cases:
+        case.run(case.make(0))
+
+
+def exactness(context: Context) -> None:
+    """The largest difference from float64, as a share of the largest value; and the bits of a second run."""
+    for case in kernel_cases(TINY if context.rehearse else SMALL):
+        inputs = case.make(0)
+        with poisoned():
+            found, again = case.run(inputs), case.run(inputs)
+        worst = 0.0
+        for ours, exact in zip(found, case.exact(inputs), strict=True):
+            exact = exact.double()
+            gap = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
+            worst = max(worst, float("inf") if torch.isnan(ours.double()).any() else gap.item())
+        same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        note = "" if same else "two runs differ in bits"
+        context.say(
+            case.name,
+            worst,
+            "of the largest",
+            target=f"<= {case.error:g}",
+            ok=worst <= case.error and same,
+            note=note,
+        )
+
+
+def memcheck(context: Context) -> None:
+    """Reads and writes out of bounds, by NVIDIA's own tool where it is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if context.rehearse:
+        launch([case for case in kernel_cases(TINY) if case.name in ("gumbel", "SwiGLU")])
+        context.say("compute-sanitizer", "rehearsed: kernels run")
+        return
+    if tool is None:
+        context.say("compute-sanitizer", "not installed", note="it comes with the CUDA toolkit")
+        return
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
+    # The allocator's own cache would hide what lies just past a tensor.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        [*command, "-m", "benchmarks.gpu.kernels", "--share", "0/1"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    (context.out / "memcheck.txt").write_text(done.stdout + done.stderr)
+    context.check(
+        "compute-sanitizer memcheck", done.returncode == 0, note="see memcheck.txt" if done.returncode else ""
+    )
+
+
+def timings(context: Context) -> None:
+    """Each kernel at the reference shape beside the compile report's prediction and its peers."""
+    sizes = TINY if context.rehearse else REAL
+    for case in kernel_cases(sizes):
+        if not context.rehearse or case.name in REHEARSED:
+            _time(context, case)
+    if context.profile:
+        _profile(context, kernel_cases(sizes)[0])
+
+
+REHEARSED = ("decode", "SwiGLU")
+
+
+def _time(context: Context, case: KernelCase) -> None:
+    count = 2 if context.rehearse else _rotation(case)
+    inputs = [case.make(seed) for seed in range(count)]
+    capture = "backward" not in case.name  # autograd's own threads are not captured
+    ours = seconds_of([lambda i=i: case.run(i) for i in inputs], graph=capture)
+    predicted = context.predicted_us(case.predicted)
+    beside, first = [], None
+    for name, peer in case.peers.items():
+        if name == "flash-attn" and (context.rehearse or not installed(name)):
+            beside.append(f"{name}: not installed")
+            continue
+        theirs = seconds_of([lambda i=i, peer=peer: peer(i) for i in inputs], graph=capture)
+        first = theirs if first is None else first
+        beside.append(f"{name}: {theirs * 1e6:.1f} us ({theirs / ours:.2f} x ours)")
+    target, ok = _judged(case, ours, first)
+    context.say(
+        case.name, ours * 1e6, "us", predicted=predicted, target=target, peer="; ".join(beside),
+        ok=ok or context.rehearse,
+    )  # fmt: skip
+
+
+def _judged(case: KernelCase, ours: float, peer: float | None) -> tuple[str, bool]:
+    if case.target is None or peer is None:
+        return "", True
+    if case.target > 0:
+        return f">= {case.target:g} x {next(iter(case.peers))}", peer / ours >= case.target
+    return f"<= {-case.target:g} x {next(iter(case.peers))}", ours / peer <= -case.target
+
+
+def _rotation(case: KernelCase) -> int:
+    """Inputs enough that together they are several times the cache."""
+    tensors = case.make(0)
+    values = (
+        tensors.values()
+        if isinstance(tensors, dict)
+        else tensors
+        if isinstance(tensors, tuple)
+        else (tensors,)
+    )
+    size = sum(x.nbytes for x in values if isinstance(x, torch.Tensor))
+    return max(2, min(16, 4 * 50 * 2**20 // max(1, size)))
+
+
+def _profile(context: Context, case: KernelCase) -> None:
+    """A trace of torch's profiler, and where `ncu` is, memory and tensor-pipe figures of our kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    inputs = case.make(0)
+    activities = [ProfilerActivity.CPU] + ([] if context.rehearse else [ProfilerActivity.CUDA])
+    with profile(activities=activities) as trace:
+        case.run(inputs)
+        torch.cuda.synchronize()
+    trace.export_chrome_trace(str(context.out / "kernel_trace.json"))
+    context.say("profile", "kernel_trace.json")
+    ncu = shutil.which("ncu")
+    if ncu is None or context.rehearse:
+        context.say("ncu", "not installed" if ncu is None else "not run in a rehearsal")
+        return
+    metrics = "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__inst_executed_pipe_tensor.sum"
+    command = [
+        ncu,
+        "--metrics",
+        metrics,
+        "--csv",
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.kernels",
+        "--share",
+        "0/1",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (context.out / "ncu.csv").write_text(done.stdout)
+    context.say("ncu", "ncu.csv", note="" if done.returncode == 0 else done.stderr.strip()[-200:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launch a share of all kernels once: for the warm-up, the memory checker and ncu."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--share", default="0/1", help="I/N: every Nth case from the Ith on")
+    first, _, number = parser.parse_args(argv).share.partition("/")
+    cases: list[Any] = [
+        *kernel_cases(SMALL),
+        *kernel_cases(replace(SMALL, dtype=torch.float32, pages=torch.float32)),
+    ]
+    if number != "1":
+        cases += kernel_cases(REAL)
+    launch(cases[int(first) :: int(number)])
+    torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The acceptance run rehearsed on the emulated device: items end, resume, fail alone, and make one table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import items, main, runner
+from benchmarks.gpu.items import ITEMS, Item
+from benchmarks.gpu.runner import Options, run
+from benchmarks.gpu.tune import tune
+from benchmarks.record import ROOT
+from sip_engine.kernels._tiles import TABLE, TileKey, read_tiles
+from sip_engine.utils.errors import ConfigError
+
+
+def ends(out: Path) -> dict[int, dict]:
+    return {end["item"]: end for end in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+
+
+def test_an_item_that_fails_or_hangs_costs_itself_alone(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Then the same command does only what is missing."""
+    broken = Item(2, "breaks", "kernels:warm_up", 30)
+    hangs = Item(3, "hangs", "kernels:exactness", 75)
+    monkeypatch.setattr(runner, "ITEMS", (ITEMS[0], hangs, broken))
+    monkeypatch.setattr(
+        runner, "_with_deadlines", lambda o, left, b: ((i, 0.2 if i is hangs else 200.0) for i in left)
+    )
+    # A worker does the tree's item of that number, which needs the table of tiles, as item 1 does not.
+    monkeypatch.setenv("SIP_TILES", str(tmp_path / "no_tiles.csv"))
+    options = Options(tmp_path / "out", rehearse=True)
+    assert run(options) == 1
+    found = ends(options.out)
+    assert [found[n]["status"] for n in (1, 2, 3)] == ["done", "failed", "timeout"]
+    assert "the table of tiles cannot be read" in found[2]["reason"]
+    table = (options.out / "table.md").read_text()
+    assert "**A rehearsal**" in table and "| rehearsed |" in table
+    assert "| 3 | **hangs** | timeout in " in table
+    assert "2 of 3 items failed: 3, 2" in capsys.readouterr().out
+    monkeypatch.delenv("SIP_TILES")
+    monkeypatch.setattr(runner, "ITEMS", (ITEMS[0], broken))
+    first = found[1]
+    assert run(options) == 0
+    assert ends(options.out)[1] == first and ends(options.out)[2]["status"] == "done"
+
+
+@pytest.mark.slow
+def test_every_item_is_rehearsed(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks",
+        "gpu",
+        "--rehearse",
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = ends(tmp_path)
+    assert [found[item.number]["status"] for item in items.ITEMS] == ["done"] * 13
+    assert all(end["kind"] == "rehearsal" for end in found.values())
+
+
+@pytest.mark.slow
+def test_tuning_is_rehearsed_and_leaves_the_tree_alone(tmp_path: Path) -> None:
+    before = TABLE.read_text()
+    assert tune(tmp_path, 5.0, rehearse=True) == 0
+    assert TABLE.read_text() == before
+    old, new = ({key: tile for key, tile, _ in read_tiles(path)} for path in (TABLE, tmp_path / "tiles.csv"))
+    assert old.keys() == new.keys()
+    assert {key for key in old if old[key] != new[key]} <= {TileKey("decode_suffix", 64, 4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no CUDA device: --rehearse"),
+        (["--minutes", "0"], "--minutes 0: must be above 0"),
+        (["--items", "3", "14"], "--items 14: there are 1 to 13"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str, capsys) -> None:
+    assert main(["--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_kind_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"item": 1, "kind": "measured", "status": "done"}\n')
+    with pytest.raises(ConfigError, match="another kind"):
+        run(Options(tmp_path, rehearse=True))
+    (tmp_path / "results.jsonl").write_text("[1]\n")
+    with pytest.raises(ConfigError, match="not results of this benchmark"):
+        run(Options(tmp_path, rehearse=True))
