@@ -204,6 +204,7 @@ def compile_cases() -> list[CompileCase]:
         "top_p_ptr": "*fp64:16",
     }
     signature |= dict.fromkeys(("stride", "num_columns", "top_k"), "i32")
+    return [
         CompileCase(
             f"cut_off {name}",
             cut_off_kernel,

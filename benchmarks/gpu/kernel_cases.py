@@ -270,7 +270,9 @@ def _head_sample(s: Sizes) -> KernelCase:
         "head and sample",
         make,
         lambda inputs: of(sample(*inputs, impl="triton")),
-        lambda inputs: of(sample_reference(*inputs, 1.0, 0)),  # float32: products of bfloat16 are exact there
+        lambda inputs: of(
+            sample_reference(inputs[0], inputs[1], inputs[2], inputs[3], 1.0, 0)
+        ),  # float32: products of bfloat16 are exact there
         1e-3,
         {"the bare product": lambda inputs: inputs[0] @ inputs[1].T},
         -1.3,

@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     policy, loss = dpo_gradients(Context(8, args.file.parent, args.rehearse), "fp32", "none", None)
     weights = {f"w/{name}": p.detach().numpy() for name, p in policy.model.named_parameters()}
     gradients = {f"g/{name}": g for name, g in _gradients(policy).items()}
-    np.savez(args.file, loss=np.float64(loss), **weights, **gradients)
+    arrays: dict[str, Any] = {"loss": np.float64(loss), **weights, **gradients}
+    np.savez(args.file, **arrays)
     return 0
 
 
