@@ -2,7 +2,9 @@
 
 Megatron reads Adam's state before the first step has made it, on loading asks the checkpoint for the step count that
 it has itself just put there, and hands all parameters one and the same step tensor, which torch then counts up once a
-parameter. A step count of zero it does not write at all. Nothing is done for Transformer Engine's optimizer.
+parameter. A step count of zero it does not write at all. Where Transformer Engine or Apex is installed it would take
+their optimizer, whose state has another form: `use_torch_adam` keeps torch's, so that a checkpoint does not depend on
+what is installed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core import optimizer as optimizers
+from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
+
+
+def use_torch_adam() -> None:
+    """Tell Megatron's optimizers, from now on, that torch's AdamW is what there is."""
+    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+
 
 _STATE = ("params", "step")
 """What of a parameter group is state, or is no setting."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from sip_engine.config.schema import OptimizerConfig, RunConfig
 from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.policy.adam_state import fill_adam_state
+from sip_engine.policy.adam_state import fill_adam_state, use_torch_adam
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.packing import PackedRows, pack_rows, split_by_tokens
 from sip_engine.policy.precision import FP8_MULTIPLE, parameter_dtype
@@ -73,6 +73,7 @@ class Policy:
         self.model = build_model(cfg.model, cfg.parallel, vocab_size, mesh, seed=cfg.seed)
         self.micro_batch_tokens = cfg.parallel.micro_batch_tokens
         self.has_distributed_optimizer = cfg.parallel.distributed_optimizer
+        use_torch_adam()
         with megatron_device():
             self.ddp = _wrap(self.model, cfg)
             self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), [self.ddp])

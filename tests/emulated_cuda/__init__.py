@@ -26,6 +26,9 @@ operations and collectives (gloo under NCCL's name) work. Enforced, as a `Device
   is poisoned.
 - `torch.empty` gives poison: NaN, or the least integer.
 
+Models begin with the weights that they have on the CPU, to be compared; `emulated_cuda(own_weights=True)` draws them
+as CUDA does.
+
 Not imitated: time, kernels that really run at once, an allocator's addresses, and CUDA's own rounding.
 """
 
@@ -107,8 +110,10 @@ def _seed_random(seed: int) -> None:
     current().random.manual_seed(seed)
 
 
-def _patches(device: Device, calls: CallsOfTorch) -> dict[Any, dict[str, Any]]:
+def _patches(device: Device, calls: CallsOfTorch, own_weights: bool) -> dict[Any, dict[str, Any]]:
     from megatron.core.tensor_parallel import random as megatron_random
+
+    from sip_engine.policy import initialise
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
@@ -155,6 +160,7 @@ def _patches(device: Device, calls: CallsOfTorch) -> dict[Any, dict[str, Any]]:
     }  # fmt: skip
     return {
         torch.cuda: cuda,
+        initialise: {} if own_weights else {"draws_on": lambda _: False},
         torch.cuda.nvtx: {"range_push": nothing, "range_pop": nothing},
         megatron_random: {
             "_get_cuda_rng_state": _random_state,
@@ -168,11 +174,11 @@ def _patches(device: Device, calls: CallsOfTorch) -> dict[Any, dict[str, Any]]:
 
 
 @contextmanager
-def emulated_cuda() -> Iterator[Device]:
+def emulated_cuda(*, own_weights: bool = False) -> Iterator[Device]:
     """A machine with one emulated device, for what runs inside."""
     device, calls = Device(), CallsOfTorch()
     with ExitStack() as stack:
-        for owner, changes in _patches(device, calls).items():
+        for owner, changes in _patches(device, calls, own_weights).items():
             for name, replacement in changes.items():
                 stack.enter_context(mock.patch.object(owner, name, replacement))
         active.append(device)

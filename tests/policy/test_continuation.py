@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, small_run
 from made_choices import VOCAB, choices
+from megatron.core import optimizer as optimizers
+from megatron.core.optimizer import distrib_optimizer
 from ranks import run_ranks
 from torch import Tensor
 
@@ -192,6 +194,20 @@ def rewritten(written: Path, layout: str) -> Path:
 
 @pytest.mark.parametrize(("optimizer", "precision"), FORMS)
 def test_one_process_goes_on_bit_for_bit(mesh: Mesh, tmp_path: Path, optimizer: str, precision: str) -> None:
+    whole(tmp_path, "1", optimizer, precision, mesh)
+    goes_on(tmp_path, "1", optimizer, precision, mesh, tmp_path)
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), FORMS[:2])
+def test_an_installed_transformer_engine_changes_no_optimizer(
+    mesh: Mesh, tmp_path: Path, optimizer: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimizer would be taken by its mere presence, and keeps its step count elsewhere."""
+    for module in (optimizers, distrib_optimizer):
+        monkeypatch.setattr(module, "Adam", lambda *_, **__: pytest.fail("another optimizer than torch's"))
+    monkeypatch.setattr(optimizers, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)
     whole(tmp_path, "1", optimizer, precision, mesh)
     goes_on(tmp_path, "1", optimizer, precision, mesh, tmp_path)
 

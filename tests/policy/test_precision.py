@@ -91,7 +91,7 @@ def test_matrices_are_transformer_engines_in_fp8_only() -> None:
         attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
         assert attention.linear_qkv is mlp.linear_fc1 is column
         assert attention.linear_proj is mlp.linear_fc2
-        assert attention.core_attention is SharedPrefixAttention
+        assert attention.core_attention.module is SharedPrefixAttention
 
 
 def test_a_checkpoint_of_an_fp8_run_is_read_anywhere() -> None:
