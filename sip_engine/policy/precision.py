@@ -96,8 +96,8 @@ def _check_attention(model: ModelConfig) -> None:
     chosen_for_us = model.attention == "triton" or (model.attention == "auto" and not plain and bool(missing))
     if on_cuda and chosen_for_us and model.kv_channels > MAX_HEAD_DIM:
         raise ConfigError(
-            f"model.head_dim is {model.kv_channels}: our kernels take at most {MAX_HEAD_DIM} in training; use more, "
-            'smaller heads, flash-attn 2, or model.attention="reference", which is slow'
+            f"model.head_dim is {model.kv_channels}: attention in training takes at most {MAX_HEAD_DIM} on CUDA; use "
+            'more, smaller heads, flash-attn 2, or model.attention="reference", which is slow'
         )
 
 

@@ -100,7 +100,7 @@ def test_what_cannot_run_is_one_line(mesh: Mesh, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_flash_attn, "find_flash", lambda: "flash-attn cannot be imported: install it")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "cannot be imported: install it" in refused(attention="flash")
-    assert "at most 128 in training" in refused(head_dim=256)
+    assert "at most 128 on CUDA" in refused(head_dim=256)
     check_precision(
         ModelConfig.model_validate(SIZES | {"head_dim": 256, "attention": "reference"}), ParallelConfig()
     )
