@@ -28,8 +28,10 @@ BLOCK_V, NUM_WARPS = 2048, 8
 def masses(logits: Tensor, largest: Tensor, temperature: float, num_columns: int) -> Tensor:
     """int64, of logits [B, n]; `largest` [B, 1] is the row's, `num_columns` is V. 0 where they are not finite."""
     bits = 62 - (num_columns - 1).bit_length()
-    scaled = (logits / temperature).double() - (largest / temperature).double()
-    return scaled.exp_().nan_to_num_(0.0, 0.0, 0.0).mul_(2.0**bits).to(torch.int64)
+    if temperature != 1:
+        logits, largest = logits / temperature, largest / temperature
+    scaled = logits.double().sub_(largest).exp_().mul_(2.0**bits)
+    return scaled.to(torch.int64).clamp_(min=0)  # what NaN becomes is not the same everywhere; its row is void
 
 
 def mass_limit(total: Tensor, top_p: float) -> Tensor:
