@@ -31,7 +31,8 @@ def masses(logits: Tensor, largest: Tensor, temperature: float, num_columns: int
     if temperature != 1:
         logits, largest = logits / temperature, largest / temperature
     scaled = logits.double().sub_(largest).exp_().mul_(2.0**bits)
-    return scaled.to(torch.int64).clamp_(min=0)  # what NaN becomes is not the same everywhere; its row is void
+    # What NaN becomes is not the same everywhere, but its row is void.
+    return scaled.to(torch.int64).clamp_(min=0)
 
 
 def mass_limit(total: Tensor, top_p: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 The table, `attention.csv`, has a line a measured shape: operation, head dim, query heads a KV head, sequences a
 prefix, prefix tokens, the faster implementation, and on which GPU and when. A shape takes the nearest line all of
-whose sizes are within a factor of two. It is empty until a GPU has filled it (`python -m benchmarks gpu`, item 12).
+whose sizes are within a factor of two. It is empty until a GPU has filled it (item 12 of `python -m benchmarks gpu`).
 
 Formulas (T tokens, H query heads, D head dim, pairs: visible (query, key) pairs of a head):
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sip_engine.kernels._logprob_triton import CHUNK_COLUMNS, CHUNK_ROWS
+from sip_engine.kernels.attention_choice import Shape
 from sip_engine.kernels.decode_attention import decode_attention, decode_attention_reference
 from sip_engine.kernels.kv_write import write_kv, write_kv_reference
 from sip_engine.kernels.logprob_head import logprob_head
@@ -59,7 +60,6 @@ REAL = Sizes()
 SMALL = replace(REAL, sequences=64, prefix=600, tokens=512, rows=1, vocab=4096, hidden=512, ffn=1024)
 """For float64, and for memcheck: every branch of a kernel, at a size that is quick."""
 TINY = Sizes(6, 3, 21, 5, 4, 2, 1, 64, 4, 64, 48, 130, 20, 2, torch.float32, torch.float32)
-"""For a rehearsal in the interpreter, which knows no bfloat16 sums."""
 ERROR = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
 """Largest difference from float64 as a share of the largest value."""
 
@@ -67,8 +67,7 @@ ERROR = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
 @dataclass(frozen=True)
 class KernelCase:
     name: str
-    make: Callable[[int], Any]
-    """Seed -> inputs on the device."""
+    make: Callable[[int], Any]  # seed -> inputs on the device
     run: Callable[[Any], Tensors]
     exact: Callable[[Any], Tensors]
     error: float
@@ -77,6 +76,8 @@ class KernelCase:
     """Least times as fast as its first peer; negative: most times as slow."""
     predicted: dict[str, float] = field(default_factory=dict)
     """Names of the compile report that this runs at their reference shape -> how often each."""
+    choice: tuple[Shape, dict[str, str]] | None = None
+    """Of `attention_choice`: the shape, and peers that may be chosen at it -> their names there."""
 
 
 def _random(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -149,6 +150,7 @@ def _decode(s: Sizes, name: str) -> KernelCase:
         {"our ungrouped kernel": lambda inputs: run(inputs, "triton_ungrouped")},
         5.0 if s.group * s.ratio == 16 and s.pages == torch.bfloat16 else None,
         predicted,
+        (Shape("decode", s.dim, s.ratio, s.group, s.prefix), {"our ungrouped kernel": "triton_ungrouped"}),
     )
 
 
@@ -172,16 +174,22 @@ def _prefill(s: Sizes, name: str) -> KernelCase:
         k = q[:, :: s.ratio]
         return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=s.ratio > 1)
 
+    layout = RowLayout((s.prefix,) * prompts, ((),) * prompts, torch.device("cuda"))
+
+    def flash(inputs: dict[str, Any]) -> Tensor:
+        q = inputs["q"]
+        k = q[:, :: s.ratio].contiguous()
+        return shared_prefix_attention(q, k, k, layout, scale=s.dim**-0.5, impl="flash")
+
     return KernelCase(
         name,
         make,
         lambda inputs: (prefill_attention(**inputs, impl="triton"),),
         lambda inputs: (prefill_attention_reference(**wide(inputs)),),
         ERROR[s.dtype],
-        {"torch's attention, keys in one piece": dense},
-        predicted={"prefill bf16 pages D=128 rows=128": 1}
-        if s.ratio == 2 and s.pages == torch.bfloat16
-        else {},
+        {"torch's attention, keys in one piece": dense, "flash-attn": flash},
+        predicted=dict.fromkeys(["prefill bf16 pages D=128 rows=128"] * (s.ratio == 2), 1),
+        choice=(Shape("prefill", s.dim, s.ratio, 0, s.prefix), {"flash-attn": "flash"}),
     )
 
 
@@ -214,6 +222,7 @@ def _shared_prefix(s: Sizes) -> KernelCase:
         ERROR[s.dtype],
         {"flash-attn": lambda inputs: both(inputs, "flash")},
         predicted={f"shared_prefix {name} bf16 D=128": 1 for name in ("forward", "dq", "dkv")},
+        choice=(Shape("training", s.dim, s.ratio, s.group, s.prefix), {"flash-attn": "flash"}),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ import torch
 from benchmarks.gpu.figures import Context
 from benchmarks.gpu.kernel_cases import REAL, SMALL, TINY, KernelCase, kernel_cases
 from benchmarks.gpu.machine import seconds_of
-from benchmarks.gpu.peers import installed
 from benchmarks.record import ROOT
+from sip_engine.kernels._flash_attn import find_flash
+from sip_engine.kernels.attention_choice import COLUMNS
 
 WARM_UP_PROCESSES = 12
 
@@ -125,19 +127,37 @@ def _time(context: Context, case: KernelCase) -> None:
     capture = "backward" not in case.name  # autograd's own threads are not captured
     ours = seconds_of([lambda i=i: case.run(i) for i in inputs], graph=capture)
     predicted = context.predicted_us(case.predicted)
-    beside, first = [], None
+    beside, first, times = [], None, {}
     for name, peer in case.peers.items():
-        if name == "flash-attn" and (context.rehearse or not installed(name)):
+        if name == "flash-attn" and (context.rehearse or isinstance(find_flash(), str)):
             beside.append(f"{name}: not installed")
             continue
         theirs = seconds_of([lambda i=i, peer=peer: peer(i) for i in inputs], graph=capture)
-        first = theirs if first is None else first
+        first, times[name] = theirs if first is None else first, theirs
         beside.append(f"{name}: {theirs * 1e6:.1f} us ({theirs / ours:.2f} x ours)")
+    _note_choice(context, case, ours, times)
     target, ok = _judged(case, ours, first)
     context.say(
         case.name, ours * 1e6, "us", predicted=predicted, target=target, peer="; ".join(beside),
         ok=ok or context.rehearse,
     )  # fmt: skip
+
+
+def _note_choice(context: Context, case: KernelCase, ours: float, peers: dict[str, float]) -> None:
+    """A line for the table that attention is chosen by, of whatever could be chosen and was measured."""
+    times = (
+        {case.choice[1][name]: peers[name] for name in case.choice[1] if name in peers} if case.choice else {}
+    )
+    if not times or case.choice is None:
+        return
+    times["triton"] = ours
+    path, on = context.out / "attention.csv", f"{torch.cuda.get_device_name()} {datetime.now(UTC):%Y-%m-%d}"
+    head = "" if path.exists() else ",".join(COLUMNS) + "\n"
+    fastest = min(times, key=lambda impl: times[impl])
+    with path.open("a", encoding="utf-8") as file:
+        file.write(
+            head + ",".join(map(str, (*vars(case.choice[0]).values(), fastest, on.replace(",", " ")))) + "\n"
+        )
 
 
 def _judged(case: KernelCase, ours: float, peer: float | None) -> tuple[str, bool]:

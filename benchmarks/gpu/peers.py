@@ -17,6 +17,7 @@ class Peer:
 PEERS = (
     Peer("transformers", "transformers", "transformers"),
     Peer("flash-attn", "flash_attn.flash_attn_interface", "flash-attn"),
+    Peer("flash-attn 4", "flash_attn.cute.interface", "flash-attn-4"),
     Peer("FlashInfer", "flashinfer", "flashinfer-python"),
     Peer("Liger", "liger_kernel.transformers", "liger-kernel"),
     Peer("cut-cross-entropy", "cut_cross_entropy", "cut-cross-entropy"),
