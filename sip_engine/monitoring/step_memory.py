@@ -26,9 +26,10 @@ def held_bytes(policy: Policy, reference: Reference | None, sampler: Sampler | N
         else [*list(reference.model.parameters()), *(reference.average or {}).values()]
     )
     device = policy.mesh.device.type
+    gradients = _storages(buffer.grad_data for buffer in policy.ddp.buffers)  # type: ignore[union-attr]
     return {
         "weights": sum(weights.values()),
-        "gradients": sum(_storages(buffer.grad_data for buffer in policy.ddp.buffers).values()),
+        "gradients": sum(gradients.values()),
         "optimizer": sum(optimizer.values()),
         "reference": sum(_storages(tensor for tensor in kept if tensor.device.type == device).values()),
         "kv": 0 if sampler is None else sampler.kv_bytes_held,

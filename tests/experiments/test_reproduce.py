@@ -159,7 +159,7 @@ def test_what_was_begun_otherwise_or_made_from_another_base_is_refused(folder: P
     (run / "kept.json").rename(run / "result.json")
     stage = out / "base" / "stage.json"
     stage.write_text(stage.read_text().replace('"elapsed": ', '"elapsed": 1'))
-    with pytest.raises(ConfigError, match="seed_1 was made from another base: remove it"):
+    with pytest.raises(ConfigError, match="elsewhere was made from another base: remove it"):
         reproduce(folder / "plan.toml", out, rows=["dpo"], seeds=[1])
     (run / "result.json").rename(run / "kept.json")
     with pytest.raises(ConfigError, match="seed_1 was begun from another base: remove it"):
@@ -196,7 +196,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_done(folder: Path) -> None:
     bad = folder / "bad.toml"
     text = (folder / "plan.toml").read_text().replace('name = "dpo"', 'name = "lost"')
     bad.write_text(text.replace("rollouts = 2 }] }", 'rollouts = 2 }], init = "made/nowhere" }'))
-    with pytest.raises(RowsFailedError, match=r"1 of 3 jobs failed, first lost, seed 1: .*nowhere"):
+    with pytest.raises(RowsFailedError, match=r"1 of 4 jobs failed, first lost, seed 1: .*nowhere"):
         reproduce(bad, folder / "out", seeds=[1], jobs=1)
     assert not (folder / "out" / "rows" / "lost" / "seed_1" / "result.json").exists()
     assert "nowhere" in (folder / "out" / "bad.html").read_text()
