@@ -157,9 +157,10 @@ def test_what_was_begun_otherwise_or_made_from_another_base_is_refused(folder: P
     with pytest.raises(ConfigError, match=r"dpo/seed_1 was begun with other settings .*'rollouts': 3"):
         reproduce(other, out, rows=["dpo"], seeds=[1])
     (run / "kept.json").rename(run / "result.json")
+    shutil.rmtree(out / "elsewhere")  # it, too, is made from the base, and would be named first
     stage = out / "base" / "stage.json"
     stage.write_text(stage.read_text().replace('"elapsed": ', '"elapsed": 1'))
-    with pytest.raises(ConfigError, match="elsewhere was made from another base: remove it"):
+    with pytest.raises(ConfigError, match="seed_1 was made from another base: remove it"):
         reproduce(folder / "plan.toml", out, rows=["dpo"], seeds=[1])
     (run / "result.json").rename(run / "kept.json")
     with pytest.raises(ConfigError, match="seed_1 was begun from another base: remove it"):
