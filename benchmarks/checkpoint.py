@@ -1,7 +1,8 @@
 """How long the training stands still for a checkpoint: written at once, and beside the updates that follow.
 
 Rows: mode "blocking" or "asynchronous"; stall is what `save` (and the commit by a later `poll`) takes of the loop,
-save the time until the checkpoint is there, update an update's seconds without and with a save beside it.
+save the time until the checkpoint is there, update an update's seconds without and with a save beside it, host_copy
+the memory that the copy of the tensors takes, the same for every save.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def measure(training: Training, folder: Path, asynchronous: bool, repeats: int) 
         "update_alone_s": statistics.median(alone[1:]),
         "update_beside_s": statistics.median(beside) if beside else float("nan"),
         "checkpoint_mb": size / 1e6,
+        "host_copy_mb": writer.host_bytes / 1e6,
     }
 
 

@@ -10,18 +10,43 @@ import base64
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tokenizers
+from pydantic import AfterValidator, Base64Bytes, BaseModel, Field, ValidationError
 
 from sip_engine.data.sentencepiece import LOSSLESS_PROBE, SentencePieceBackend
-from sip_engine.utils.errors import DataError
+from sip_engine.utils.errors import DataError, first_fault
+from sip_engine.utils.names import is_file_name
 
 _FORMAT = "sip-engine tokenizer bundle 1"
 SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
 _SPACE = "\u2581"
+
+
+def _checked_name(value: str) -> str:
+    if not is_file_name(value):
+        raise ValueError(f"{value!r} is no name of a file")
+    return value
+
+
+_Id = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Bundle(BaseModel, strict=True):
+    """The file's content, checked."""
+
+    format: Literal["sip-engine tokenizer bundle 1"]
+    vocab_size: _Id
+    bos_id: _Id
+    eos_id: _Id
+    eos_ids: list[_Id] = Field(default_factory=list)
+    adds_bos: bool = True
+    named_bos_id: _Id | None = None
+    named_eos_id: _Id | list[_Id] | None = None
+    files: dict[Annotated[str, AfterValidator(_checked_name)], Base64Bytes]
 
 
 def write_bundle(
@@ -53,7 +78,7 @@ def is_bundle(model: bytes) -> bool:
 
 def bundled_files(model: bytes, name: str) -> dict[str, bytes]:
     """The files of a bundle. Raises DataError when it is damaged."""
-    return {file: base64.b64decode(data) for file, data in _read(model, name)["files"].items()}
+    return dict(_read(model, name).files)
 
 
 class BundledTokenizer:
@@ -73,13 +98,14 @@ class BundledTokenizer:
             backend = FastBackend(files[FAST_FILE], name)
         else:
             raise DataError(f"{name}: this bundle has no tokenizer; import the model again")
-        self.bos_id, self.eos_id = int(head["bos_id"]), int(head["eos_id"])
-        self.eos_ids = tuple(int(token) for token in head.get("eos_ids", [self.eos_id]))
-        self.adds_bos = bool(head.get("adds_bos", True))
-        self.named_bos_id: int | None = head.get("named_bos_id", self.bos_id)
+        self.bos_id, self.eos_id = head.bos_id, head.eos_id
+        self.eos_ids = tuple(head.eos_ids or [self.eos_id])
+        self.adds_bos = head.adds_bos
+        says_bos = "named_bos_id" in head.model_fields_set
+        self.named_bos_id: int | None = head.named_bos_id if says_bos else self.bos_id
         ends = list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_id
-        self.named_eos_id: int | list[int] = head.get("named_eos_id") or ends
-        rows, table = int(head["vocab_size"]), backend.token_bytes
+        self.named_eos_id: int | list[int] = head.named_eos_id or ends
+        rows, table = head.vocab_size, backend.token_bytes
         unrowed = next((token for token in range(rows, len(table)) if table[token]), None)
         if unrowed is not None:
             raise DataError(
@@ -102,7 +128,7 @@ class BundledTokenizer:
                 backend.encode_with_special,
             )
         else:
-            self.special_tokens = _special_of_settings(files)
+            self.special_tokens = _special_of_settings(files, name)
         self.special_tokens = {name: token for name, token in self.special_tokens.items() if token < rows}
 
 
@@ -179,10 +205,24 @@ class FastBackend:
         return table
 
 
-def _special_of_settings(files: Mapping[str, bytes]) -> dict[str, int]:
+class _Added(BaseModel):
+    content: str
+    special: bool = False
+
+
+class _Settings(BaseModel):
+    added_tokens_decoder: dict[int, _Added] = Field(default_factory=dict)
+
+
+def _special_of_settings(files: Mapping[str, bytes], name: str) -> dict[str, int]:
     """Special tokens that the settings add to a sentencepiece model."""
-    decoder = json.loads(files.get("tokenizer_config.json", b"{}")).get("added_tokens_decoder", {})
-    return {one["content"]: int(token) for token, one in decoder.items() if one.get("special")}
+    try:
+        settings = _Settings.model_validate_json(files.get("tokenizer_config.json", b"{}"))
+    except ValidationError as error:
+        raise DataError(
+            f"{name}: tokenizer_config.json: {first_fault(error)}; import the model again"
+        ) from None
+    return {one.content: token for token, one in settings.added_tokens_decoder.items() if one.special}
 
 
 class _Unsupported(Exception):
@@ -218,11 +258,8 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
-def _read(model: bytes, name: str) -> dict[str, Any]:
+def _read(model: bytes, name: str) -> _Bundle:
     try:
-        value = json.loads(model)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: a damaged tokenizer bundle ({error}); copy it anew") from None
-    if not isinstance(value, dict) or value.get("format") != _FORMAT:
-        raise DataError(f"{name}: not a tokenizer of ours; `sip import` makes one of a model's folder")
-    return value
+        return _Bundle.model_validate_json(model)
+    except ValidationError as error:
+        raise DataError(f"{name}: {first_fault(error)}; copy it anew, or import its model again") from None

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from sip_engine.config.schema import ParallelConfig
-from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import start_alone
 from sip_engine.huggingface.families import config_json
 from sip_engine.huggingface.shards import write_shards
 from sip_engine.huggingface.staging import check_free, new_folder
 from sip_engine.huggingface.tensors import tensor_shapes, tensor_views
 from sip_engine.huggingface.tokenizer_files import tokenizer_files
-from sip_engine.policy.checkpoint import checkpoint_tokenizer, load_weights, read_state, resolve_checkpoint
+from sip_engine.policy.checkpoint import (
+    checkpoint_tokenizer,
+    load_weights,
+    read_state,
+    resolve_checkpoint,
+    stored_dtype,
+)
 from sip_engine.policy.model import build_model
 from sip_engine.policy.weights import weight_views
 from sip_engine.utils.errors import ConfigError
@@ -39,7 +42,7 @@ def export_model(checkpoint: Path, out: Path, *, max_shard_bytes: int = _MAX_SHA
     """
     path = resolve_checkpoint(checkpoint)
     state, tokenizer = read_state(path), checkpoint_tokenizer(path)
-    dtype = _stored_dtype(path)
+    dtype = stored_dtype(path)
     files = tokenizer_files(tokenizer)
     config = config_json(
         state.model,
@@ -68,10 +71,3 @@ def export_model(checkpoint: Path, out: Path, *, max_shard_bytes: int = _MAX_SHA
             (folder / name).write_bytes(content)
         write_json(folder / "config.json", config)
     return out
-
-
-def _stored_dtype(path: Path) -> torch.dtype:
-    """The type of a checkpoint's weights, which the settings leave open when precision is "auto"."""
-    with megatron_device():
-        stored: Any = dist_checkpointing.load_tensors_metadata(str(path / "sharded"))
-    return stored["model.embedding.word_embeddings.weight"].dtype

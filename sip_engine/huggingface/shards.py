@@ -17,6 +17,7 @@ from torch import Tensor
 from sip_engine.huggingface.families import read_json
 from sip_engine.utils.errors import CheckpointError
 from sip_engine.utils.files import write_json
+from sip_engine.utils.names import is_file_name
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -126,7 +127,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder / _INDEX}: has no weight_map; copy the file anew")
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
+            if not is_file_name(name) or not (folder / name).is_file():
                 raise CheckpointError(
                     f"{folder / name}: named by {_INDEX} but not there; copy the model anew"
                 )

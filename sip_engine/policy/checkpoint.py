@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -47,7 +48,13 @@ from sip_engine.policy.checkpoint_state import (
     state_of,
     write_state,
 )
-from sip_engine.policy.checkpoint_tensors import HostCopies, TensorSave, cause_of, load_tensors
+from sip_engine.policy.checkpoint_tensors import (
+    HostCopies,
+    TensorSave,
+    cause_of,
+    dtype_in_index,
+    load_tensors,
+)
 from sip_engine.policy.model import PolicyModel
 from sip_engine.policy.policy import Policy
 from sip_engine.policy.reference import Reference
@@ -66,6 +73,7 @@ __all__ = [
     "resolve_checkpoint",
     "save_checkpoint",
     "sharded_model",
+    "stored_dtype",
 ]
 
 _EXTRA_STATE = "_extra_state"
@@ -99,6 +107,11 @@ class CheckpointWriter:
         self._keep, self._keep_every = keep, keep_every
         self._copies = HostCopies() if asynchronous else None
         self._begun: _Save | None = None
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the host that this process keeps for its copy of the tensors."""
+        return self._copies.num_bytes if self._copies is not None else 0
 
     def save(
         self, policy: Policy, reference: Reference | None, state: CheckpointState, tokenizer: Tokenizer
@@ -222,8 +235,14 @@ def load_checkpoint(
     loaded = _load(path, _sharded(policy, reference, loading=True))
     with megatron_device():
         _load_into(policy.model, loaded["model"])
-        load_optimizer(policy.optimizer, loaded["optimizer"])
-        policy.scheduler.load_state_dict(loaded["scheduler"])
+        try:
+            load_optimizer(policy.optimizer, loaded["optimizer"])
+            policy.scheduler.load_state_dict(loaded["scheduler"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise CheckpointError(
+                f"{path}: its optimizer's state is not what it should be ({reason}); use an older checkpoint"
+            ) from error
         if reference is not None:
             _load_into(reference.model, loaded["reference"])
         for name, tensor in (averaged.average or {}).items() if averaged is not None else ():
@@ -250,6 +269,11 @@ def load_weights(path: Path, model: PolicyModel, config: ModelConfig, vocab_size
 def model_of(path: Path) -> ModelConfig:
     """A checkpoint's model, its files not verified. Raises CheckpointError where it cannot be read."""
     return read_state_file(path).model
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The type that a checkpoint's weights are stored in, which the settings leave open when precision is "auto"."""
+    return dtype_in_index(path / "sharded", _listed(path), "model.embedding.word_embeddings.weight")
 
 
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
@@ -292,9 +316,13 @@ def _sharded_average(model: PolicyModel, average: dict[str, Any]) -> dict[str, A
 
 
 def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    listed = {n.removeprefix("sharded/") for n in read_manifest(path) if n.startswith("sharded/")}
-    loaded = load_tensors(path / "sharded", wanted, listed)
+    loaded = load_tensors(path / "sharded", wanted, _listed(path))
     return {part: _strip(part, tensors) for part, tensors in loaded.items()}
+
+
+def _listed(path: Path) -> set[str]:
+    """The files of the tensors that a checkpoint's manifest lists."""
+    return {n.removeprefix("sharded/") for n in read_manifest(path) if n.startswith("sharded/")}
 
 
 def _load_into(model: PolicyModel, tensors: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.utils.errors import CheckpointError
 from sip_engine.utils.files import sha256_of, sync, write_json
+from sip_engine.utils.names import stays_inside
 from sip_engine.utils.regular import read_text
 
 MANIFEST = "manifest.json"
@@ -109,7 +110,7 @@ def read_manifest(path: Path) -> dict[str, FileEntry]:
             f"{path / MANIFEST}: not a checkpoint's manifest ({_first_line(error)}); use an older checkpoint "
             "or copy it anew"
         ) from None
-    outside = [name for name in entries if not _stays_inside(name)]
+    outside = [name for name in entries if not stays_inside(name)]
     if outside:
         raise CheckpointError(
             f"{path / MANIFEST}: {outside[0]!r} is no name inside the folder; do not trust it"
@@ -232,11 +233,6 @@ def _set_aside(path: Path) -> None:
     )
     with suppress(OSError):  # on a folder that cannot be written it stays, and is passed over again
         path.rename(next(p for p in taken if not p.exists()))
-
-
-def _stays_inside(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return bool(parts) and name == "/".join(parts) and ".." not in parts and not name.startswith("/")
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ import inspect
 import io
 import logging
 import pickle
+import pickletools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.policy.checkpoint_files import FileEntry
 from sip_engine.utils.errors import CheckpointError
 from sip_engine.utils.files import sync
-from sip_engine.utils.regular import open_regular
+from sip_engine.utils.regular import open_regular, read_bytes
 
 _ADMITTED: dict[str, frozenset[str]] = {
     "torch": frozenset(
@@ -69,6 +70,13 @@ _PLANNED_HERE: dict[str, Any] = (
 """Megatron-core from 0.17 on would leave an asynchronous save to another package, which starts processes."""
 
 
+_NUMBERED = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_REFUSED = frozenset(
+    {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
+)
+"""Operations of pickles that take memory before it is needed, or go to tables outside of the file."""
+
+
 class HostCopies:
     """Tensors copied to memory of the host, into the same buffers each time: there is one copy at most.
 
@@ -85,6 +93,11 @@ class HostCopies:
             buffer = tensor.new_empty(tensor.shape, device="cpu", pin_memory=tensor.is_cuda)
             self._buffers[key] = buffer
         return buffer.copy_(tensor.detach(), non_blocking=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the host that the copy takes, for as long as the run goes on."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def wait(self) -> None:
         """Wait until all copies are whole."""
@@ -218,9 +231,28 @@ def load_tensors(path: Path, wanted: dict[str, Any], files: set[str]) -> dict[st
         ):
             return dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RAISE_UNEXPECTED)  # type: ignore
     except (Exception, CheckpointException) as error:  # many types for one cause: an unreadable file
-        found = cause_of(error)
-        reason = f"{type(found).__name__}: {found}".split("\n")[0]
-        raise CheckpointError(f"{path.parent}: cannot be loaded ({reason})") from error
+        raise _not_loaded(path, cause_of(error)) from error
+
+
+def dtype_in_index(path: Path, files: set[str], name: str) -> torch.dtype:
+    """The type of the tensor `name` of a checkpoint's `sharded` folder, as its index has it.
+
+    Raises:
+        CheckpointError: the index cannot be read, or holds no such tensor.
+    """
+    try:
+        found = _CheckedReader(str(path), files).read_metadata().state_dict_metadata[name]
+        dtype = getattr(getattr(found, "properties", None), "dtype", None)
+        if not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"{name} has no type")
+    except Exception as error:  # a damaged pickle raises many types
+        raise _not_loaded(path, error) from error
+    return dtype
+
+
+def _not_loaded(path: Path, error: BaseException) -> CheckpointError:
+    reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    return CheckpointError(f"{path.parent}: cannot be loaded ({reason})")
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -247,6 +279,18 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the index asks for {module_name}.{global_name}, which no index needs")
 
 
+def _read_index(content: bytes) -> Any:
+    """What an index says; refused where it asks for a class that none has, or for memory as it likes."""
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in _NUMBERED and argument > len(content):
+            raise pickle.UnpicklingError(
+                f"the index asks for place {argument} of a memory that has no such place"
+            )
+        if operation.name in _REFUSED:
+            raise pickle.UnpicklingError(f"the index holds {operation.name}, which no index needs")
+    return _IndexUnpickler(io.BytesIO(content)).load()
+
+
 class _CheckedReader(FileSystemReader):
     """Reads an index by the unpickler above, and follows it to files of the manifest only."""
 
@@ -257,8 +301,7 @@ class _CheckedReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._index is None:
-            with open_regular(Path(self.path) / ".metadata") as file:
-                self._index = self._checked(_IndexUnpickler(file).load())
+            self._index = self._checked(_read_index(read_bytes(Path(self.path) / ".metadata")))
         return self._index
 
     def _checked(self, index: Any) -> Metadata:

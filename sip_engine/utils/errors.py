@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SipError(Exception):
@@ -95,6 +99,14 @@ EXIT_CODES: dict[int, str] = {
     130: "interrupted (Ctrl-C): saved; the same command goes on",
 }
 """Every exit code of `sip`, and what it means."""
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first of pydantic's faults in one line: where, and what."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    message = " ".join(fault["msg"].removeprefix("Value error, ").split())
+    return f"{where}: {message}" if where else message
 
 
 def exit_code_of(signum: int) -> int:

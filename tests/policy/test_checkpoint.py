@@ -26,7 +26,7 @@ from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.objectives.base import open_objective
 from sip_engine.objectives.update import update
-from sip_engine.policy import checkpoint_files, checkpoint_tensors
+from sip_engine.policy import checkpoint_tensors
 from sip_engine.policy.checkpoint import (
     CheckpointState,
     CheckpointWriter,
@@ -34,6 +34,7 @@ from sip_engine.policy.checkpoint import (
     load_weights,
     read_state,
     save_checkpoint,
+    stored_dtype,
 )
 from sip_engine.policy.checkpoint_files import (
     DamagedCheckpoint,
@@ -241,15 +242,6 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(copy: Path) -> None:
         read_state(copy)
 
 
-@given(name=st.text(st.sampled_from("./\\a\x00~é"), min_size=1, max_size=12) | st.just("../state.json"))
-@settings(max_examples=60)
-def test_names_stay_inside(name: str) -> None:
-    inside = checkpoint_files._stays_inside(name)
-    place = os.path.normpath(os.path.join("/base", name))
-    if inside:
-        assert place.startswith("/base/") and place == f"/base/{name}"
-
-
 def test_a_manifest_that_leaves_the_folder_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["../other/state.json"] = manifest["state.json"]
@@ -391,6 +383,8 @@ def test_nothing_runs_when_a_checkpoint_is_read(
     write_manifest(copy)
     loaders = [lambda: load_checkpoint(copy, policy, None, CFG.model, VOCAB)]
     loaders.append(lambda: load_weights(copy, policy.model, CFG.model, VOCAB))
+    if file == "sharded/.metadata":
+        loaders.append(lambda: stored_dtype(copy))
     for load in loaders:
         with pytest.raises(CheckpointError, match=words) as seen:
             load()
@@ -544,3 +538,5 @@ def test_the_copy_in_memory_is_one(policy: Policy, tokenizer: Tokenizer, mesh: M
         assert writer._copies is not None
         places.append({key: buffer.data_ptr() for key, buffer in writer._copies._buffers.items()})
     assert places[0] == places[1] and places[0]
+    parameters = sum(p.nbytes for p in policy.model.parameters())
+    assert 2.9 * parameters < writer.host_bytes < 4.1 * parameters, "weights, masters and Adam's two moments"
