@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,6 @@ from sip_engine.utils.progress import console
 
 _APPLICATION_ID = 0x51BE7A11
 _WAIT_SECONDS = 60.0
-_FLUSH_EVERY = 64
 
 
 def request_key(url: str, body: Mapping[str, Any], seed: int) -> str:
@@ -32,9 +32,10 @@ def request_key(url: str, body: Mapping[str, Any], seed: int) -> str:
 class ReplyCache:
     """A SQLite file of reply texts by `request_key`; several processes may use it at once.
 
-    Replies are written in transactions of `_FLUSH_EVERY` and on leaving the context. When the file stops working
-    in mid-run (full disk, damage), that is said once and the run goes on without it. Locks must work where it
-    lies: a local disk, or a network file system with POSIX locks.
+    A thread writes replies as soon as they come, those of the meantime in one transaction, so that a process that is
+    killed loses no more than the disk was still writing. When the file stops working in mid-run (full disk, damage),
+    that is said once and the run goes on without it. Locks must work where it lies: a local disk, or a network file
+    system with POSIX locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,6 +46,10 @@ class ReplyCache:
         """
         self._path = path
         self._new: list[tuple[str, str]] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._writer: threading.Thread | None = None
+        self._in_use = threading.Lock()
         self._failed = False
         self._db: sqlite3.Connection | None = None
         check_writable(path)
@@ -84,7 +89,12 @@ class ReplyCache:
 
     def close(self) -> None:
         """Write what is new and close the file."""
-        self._flush()
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
         if self._db is not None:
             self._db.close()
             self._db = None
@@ -96,24 +106,37 @@ class ReplyCache:
 
     def get(self, key: str) -> str | None:
         """The reply to a request, if it is kept."""
-        if self._db is None:
-            return None
-        try:
-            row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
-            self._give_up(error)
-            return None
+        with self._in_use:
+            if self._db is None:
+                return None
+            try:
+                row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+            except sqlite3.Error as error:
+                self._give_up(error)
+                return None
         return row[0] if row and isinstance(row[0], str) else None
 
     def put(self, key: str, reply: str) -> None:
         """Keep a reply; one already there is replaced."""
-        self._new.append((key, reply))
-        if len(self._new) >= _FLUSH_EVERY:
-            self._flush()
+        with self._changed:
+            self._new.append((key, reply))
+            self._changed.notify()
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write, name="replies", daemon=True)
+            self._writer.start()
 
-    def _flush(self) -> None:
-        rows, self._new = self._new, []
-        if self._db is None or not rows:
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._new or self._closing)
+                rows, self._new = self._new, []
+            if not rows:
+                return
+            with self._in_use:
+                self._insert(rows)
+
+    def _insert(self, rows: list[tuple[str, str]]) -> None:
+        if self._db is None:
             return
         try:
             self._db.execute("BEGIN IMMEDIATE")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +121,46 @@ def test_a_cache_that_fails_while_open_is_given_up(
             assert cache.get("x") is None and cache.failed
         for n in range(100):
             cache.put(str(n), "reply")
-        assert cache.failed and cache.get("x") is None
+        assert cache.get("x") is None
+    assert cache.failed
     assert capfd.readouterr().err.count("going on without it") == 1
+
+
+JUDGE = """
+import sys
+sys.path[:0] = sys.argv[3:]
+from server_judges import JudgeServerConfig, ServerJudge, several
+settings = {"url": sys.argv[1], "model": "rule", "concurrency": 1, "cache": sys.argv[2]}
+print(len(ServerJudge(JudgeServerConfig.model_validate(settings)).judge(several(20))))
+"""
+
+
+def test_what_was_paid_for_before_a_kill_is_not_asked_again(tmp_path: Path) -> None:
+    """Killed when the 13th request arrives, by when the 12 replies are in the file; the next process asks for 8."""
+    cache = tmp_path / "replies.sqlite"
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def count() -> int:
+        with closing(sqlite3.connect(cache)) as db:
+            return int(db.execute("SELECT count(*) FROM replies").fetchone()[0])
+
+    def kill_in_the_13th(body: dict[str, Any]) -> None:
+        if len(server.bodies) == 13 and processes[0].poll() is None:
+            until = time.monotonic() + 20
+            while count() < 12 and time.monotonic() < until:
+                time.sleep(0.01)
+            processes[0].kill()
+            processes[0].wait()
+
+    with FaultServer(rule_judge, before=kill_in_the_13th) as server:
+        command = [sys.executable, "-c", JUDGE, server.url, str(cache), str(Path(__file__).parents[1])]
+        processes.append(subprocess.Popen(command))
+        assert processes[0].wait(timeout=100) == -signal.SIGKILL
+        assert count() == 12 and server.calls == 13
+        assert subprocess.check_output(command, timeout=100) == b"20\n"
+        assert server.calls == 13 + 8
+    paid = [json.dumps(body, sort_keys=True) for body in server.bodies]
+    assert len(set(paid)) == 20 and paid.count(paid[12]) == 2, "only what was on its way is asked twice"
 
 
 WRITER = """
