@@ -19,13 +19,13 @@ from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus, open_corpus
 from sip_engine.distributed.agreement import raise_agreed_stop, stop_flag
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.evaluation.files import read_baseline, write_evaluation
+from sip_engine.evaluation.files import baseline_hash, read_baseline, write_evaluation
 from sip_engine.evaluation.ground_truth import open_measure
 from sip_engine.evaluation.held_out import Evaluation, Measure, evaluate
 from sip_engine.judges.open import open_judge
 from sip_engine.monitoring.metrics import flatten
 from sip_engine.monitoring.monitors import Monitors
-from sip_engine.monitoring.records import Records
+from sip_engine.monitoring.records import Mark, Records
 from sip_engine.monitoring.sessions import session
 from sip_engine.monitoring.slow import PHASES, SlowRanks
 from sip_engine.monitoring.thresholds import Thresholds
@@ -187,6 +187,8 @@ class Run:
                 "config": self.cfg.model_dump(mode="json"),
                 "elapsed": self.elapsed,
                 "evaluated": not self.owes_evaluation,
+                "baseline": baseline_hash(self.cfg.out) if self.mesh.is_main else None,
+                "records": {name: mark.model_dump() for name, mark in self.records.marks().items()},
             },
         )
         return self.writer.save(self.policy, self.reference, state, self.corpus.tokenizer)
@@ -290,6 +292,7 @@ def _build(cfg: RunConfig, mesh: Mesh) -> Run:
         enabled=mesh.is_main,
         mesh=mesh,
         cfg=cfg,
+        marks=start.marks,
     )
     run = Run(
         cfg=cfg,
@@ -338,6 +341,8 @@ class _Start:
     """Those that the checkpoint was written under."""
     owes_evaluation: bool = False
     baseline: list[str] | None = None
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+    """What the records held then."""
 
 
 def _restore(
@@ -354,7 +359,8 @@ def _restore(
         elapsed=going_on.elapsed,
         settings=going_on.config,
         owes_evaluation=not going_on.evaluated,
-        baseline=read_baseline(cfg.out, corpus.held_out, policy.mesh),
+        baseline=read_baseline(cfg.out, corpus.held_out, policy.mesh, going_on.baseline),
+        marks=going_on.records,
     )
 
 
@@ -414,6 +420,10 @@ class _RunState(BaseModel, strict=True):
     elapsed: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     evaluated: bool = True
     """False where an evaluation of its step is still to be made."""
+    baseline: str | None = None
+    """SHA-256 of the first evaluation's continuations, to which all later ones are compared."""
+    records: dict[str, Mark] = Field(default_factory=dict)
+    """What each file of records held."""
 
 
 def _run_state(checkpoint: Path, state: CheckpointState) -> _RunState:

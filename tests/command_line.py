@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,20 @@ def sip(
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Whatever waits for a minute is interrupted; `signal.alarm(60)` begins another one."""
+
+    def too_long(signum: int, frame: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def write_texts(folder: Path, count: int = 60) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 import link_benchmarks  # noqa: F401  # before any test module imports them
 import pytest
-from command_line import sip  # noqa: F401  # a fixture of every test
+from command_line import no_waiting, sip  # noqa: F401  # fixtures of every test
 from hypothesis import settings
 
 from sip_engine.config.model import ModelConfig

@@ -15,7 +15,7 @@ from sip_engine.data.formats import kind_of
 from sip_engine.data.identity import Identities, total_bytes
 from sip_engine.data.inventory import take_inventory
 from sip_engine.data.shards import Shard, tokenize_shards
-from sip_engine.data.token_files import SHARDS, TokenFiles, read_manifest, write_manifest
+from sip_engine.data.token_files import SHARDS, TokenFiles, is_whole, read_manifest, write_manifest
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import atomic_folder
@@ -70,7 +70,7 @@ def build_token_files(
     hashes = corpus.identify(corpus.inventory.files, work)
     key = corpus.key(hashes)
     entry = corpus.cache / key
-    if read_manifest(entry / "tokens") is None:  # such as of layout 1, which has no shards
+    if not is_whole(entry / "tokens"):  # such as of layout 1, which has no shards
         shards = corpus.shards(corpus.inventory.files, hashes)
         corpus.tokenize(shards, work)
         corpus.write(entry, key, shards)
@@ -154,7 +154,7 @@ class _Corpus:
         facts[SHARDS] = [shard.entry.name for shard in shards]
         with (
             _writing(self.cache),
-            atomic_folder(entry, keep=lambda found: read_manifest(found / "tokens") is not None) as folder,
+            atomic_folder(entry, keep=lambda found: is_whole(found / "tokens")) as folder,
         ):
             write_manifest(folder / "tokens", facts)
 

@@ -34,7 +34,7 @@ SAMPLE_BYTES, SAMPLES = 2**16, 16
 
 
 class IndexedTokens:
-    """Token ids of documents on disk. Memory-mapped: opening it reads its header only."""
+    """Token ids of documents on disk. Memory-mapped: opening it reads the index once, and no ids."""
 
     def __init__(self, prefix: Path) -> None:
         """prefix: the path without .bin and .idx. Raises DataError: missing, damaged, or not of this format."""
@@ -59,8 +59,7 @@ class IndexedTokens:
         lengths = raw[at : (at := at + 4 * num_sequences)].view(np.int32)
         pointers = raw[at : (at := at + 8 * num_sequences)].view(np.int64)
         bounds = raw[at : at + 8 * num_bounds].view(np.int64)
-        if num_sequences and int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize > size_ids:
-            raise DataError(f"{ids}: cut off: its index knows of more tokens; make the files anew")
+        _check_index(ids, lengths, pointers, bounds, dtype.itemsize, size_ids)
         if num_bounds != num_sequences + 1:  # a document of several sequences is read as one
             first = bounds[:-1][np.diff(bounds) > 0]
             lengths = np.add.reduceat(lengths, first) if len(first) else lengths[:0]
@@ -87,6 +86,22 @@ class IndexedTokens:
         ids = self._ids[: len(self._ids) // self._dtype.itemsize * self._dtype.itemsize].view(self._dtype)
         step = max(1, len(ids) // _SAMPLED_IDS)
         return int(ids[::step].max(initial=0))
+
+
+def _check_index(
+    ids: Path, lengths: np.ndarray, pointers: np.ndarray, bounds: np.ndarray, itemsize: int, size_ids: int
+) -> None:
+    """Raise DataError unless all sequences lie within the file of ids, and all bounds among the sequences."""
+    for size, start in zip(chunks_of(lengths), chunks_of(pointers), strict=True):
+        if size.min(initial=0) < 0 or start.min(initial=0) < 0:
+            raise DataError(
+                f"{ids}: its index is damaged: no sequence begins or ends there; make the files anew"
+            )
+        if len(size) and int((start + size.astype(np.int64) * itemsize).max()) > size_ids:
+            raise DataError(f"{ids}: cut off: its index knows of more tokens; make the files anew")
+    for part in chunks_of(bounds):
+        if part.min(initial=0) < 0 or int(part.max(initial=0)) > len(lengths) or (np.diff(part) < 0).any():
+            raise DataError(f"{ids}: its index is damaged: no documents end there; make the files anew")
 
 
 class IndexedWriter:

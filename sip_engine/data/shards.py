@@ -19,7 +19,7 @@ import numpy as np
 
 from sip_engine.data.documents import SkipCounts, read_files
 from sip_engine.data.indexed import IndexedWriter
-from sip_engine.data.token_files import read_manifest, write_manifest
+from sip_engine.data.token_files import is_whole, write_manifest
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.files import atomic_folder
@@ -52,7 +52,7 @@ class Shard:
 
     @property
     def is_done(self) -> bool:
-        return read_manifest(self.entry / "tokens") is not None
+        return is_whole(self.entry / "tokens")
 
 
 def tokenize_shards(shards: Sequence[Shard], tokenizer: Tokenizer, jobs: int | None, bar: Transfer) -> None:
@@ -121,7 +121,7 @@ def _tokenize(shard: Shard, tokenizer: Tokenizer, encode: _Encode, on_bytes: Cal
         max_bytes=shard.max_bytes,
         on_bytes=on_bytes,
     )
-    with atomic_folder(shard.entry, keep=lambda found: read_manifest(found / "tokens") is not None) as folder:
+    with atomic_folder(shard.entry, keep=lambda found: is_whole(found / "tokens")) as folder:
         writer = IndexedWriter(folder / "tokens", tokenizer.vocab_size)
         with closing(writer):
             for ids, lengths in encode(_batches(documents)):

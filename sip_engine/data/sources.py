@@ -11,9 +11,11 @@ from sip_engine.config.schema import RunConfig
 from sip_engine.data.documents import read_documents
 from sip_engine.data.indexed import find_token_files
 from sip_engine.data.tokenizer import Tokenizer
+from sip_engine.data.world_files import world_documents
 from sip_engine.utils.errors import ConfigError, DataError
-from sip_engine.utils.files import write_jsonl
-from sip_engine.world import World, write_documents
+from sip_engine.utils.files import write_atomic
+from sip_engine.utils.regular import read_bytes
+from sip_engine.world import World
 
 if TYPE_CHECKING:
     from sip_engine.distributed.mesh import Mesh
@@ -53,31 +55,12 @@ def document_sources(cfg: RunConfig, mesh: Mesh | None = None) -> tuple[list[Doc
 
 def _world_paths(cfg: RunConfig, mesh: Mesh | None) -> tuple[Path, Path]:
     """The synthetic world's documents, written where they are not yet."""
-    world, spec = open_world(cfg), cfg.world
-    assert world is not None and spec is not None
-    numbers = (
-        spec.seed,
-        spec.num_people,
-        spec.people_per_document,
-        spec.train_documents,
-        spec.test_documents,
-    )
-    name = "-".join(["world", *map(str, numbers)])
-    folder = cfg.data.cache / (name if spec.split == "train" else f"{name}-{spec.split}")
-    # The rewriter's documents are more of the judge's kind, drawn with another seed.
-    split, seed = ("judge", spec.seed + 1) if spec.split == "rewriter" else (spec.split, spec.seed)
-    train, test = folder / "train.jsonl", folder / "test.jsonl"
-    if mesh is None or mesh.is_main:
-        for path, part, count in (
-            (train, split, spec.train_documents),
-            (test, "test", spec.test_documents),
-        ):
-            if not path.is_file():
-                documents = write_documents(world, part, count, seed)
-                write_jsonl(path, ({"text": d.text, "style": d.style} for d in documents))
+    world = open_world(cfg)
+    assert world is not None and cfg.world is not None
+    paths = world_documents(world, cfg.world, cfg.data.cache, write=mesh is None or mesh.is_main)
     if mesh is not None:
         mesh.barrier()
-    return train, test
+    return paths
 
 
 def tokenizer_of(cfg: RunConfig, sources: Sequence[DocumentSource], carried: Tokenizer | None) -> Tokenizer:
@@ -97,8 +80,8 @@ def tokenizer_of(cfg: RunConfig, sources: Sequence[DocumentSource], carried: Tok
     if given is not None:
         return given
     saved = cfg.out / "tokenizer.model"
-    if saved.is_file():
-        return Tokenizer.load(saved)
+    if saved.exists():
+        return _trained_before(saved)
     where = ", ".join(str(source.path) for source in sources)
     if any(find_token_files(source.path) for source in sources):
         raise ConfigError(
@@ -106,9 +89,23 @@ def tokenizer_of(cfg: RunConfig, sources: Sequence[DocumentSource], carried: Tok
         )
     try:
         texts = in_turn([read_documents(source.path, source.text_column) for source in sources])
-        return Tokenizer.train(texts, cfg.data.vocab_size, saved)
+        tokenizer = Tokenizer.train(texts, cfg.data.vocab_size, saved)
+        write_atomic(_fingerprint_of(saved), f"{tokenizer.fingerprint}\n")
+        return tokenizer
     except (ConfigError, DataError) as error:
         raise error if where in str(error) else type(error)(f"{where}: {error}") from None
+
+
+def _trained_before(saved: Path) -> Tokenizer:
+    """The tokenizer of a run that has no checkpoint yet. Raises DataError where it is not what was trained."""
+    tokenizer, beside = Tokenizer.load(saved), _fingerprint_of(saved)
+    if beside.is_file() and read_bytes(beside).strip() != tokenizer.fingerprint.encode():
+        raise DataError(f"{saved}: damaged (not what {beside.name} says); remove both, they are made anew")
+    return tokenizer
+
+
+def _fingerprint_of(tokenizer: Path) -> Path:
+    return tokenizer.with_suffix(".sha256")
 
 
 def in_turn(readers: list[Iterator[str]]) -> Iterator[str]:

@@ -24,6 +24,9 @@ LAYOUT = 2
 """Of the cache: 2 has token files for each file of a corpus; 1, which is read as well, one pair for all."""
 SHARDS = "shards"
 """Folder of these, in the cache."""
+_SUFFIXES = (".bin", ".idx")
+_CHECK = "check"
+"""Key of a manifest: SHA-256 of the rest of it."""
 _MAPPED_AT_A_TIME = 128
 """Pairs of token files: a process may have a thousand files open, and a corpus more."""
 
@@ -150,7 +153,7 @@ def read_manifest(prefix_path: Path) -> dict[str, Any] | None:
         manifest = json.loads(read_text(f"{prefix_path}.json"))
     except (OSError, ValueError):
         return None
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or manifest.pop(_CHECK, None) not in (None, _check_of(manifest)):
         return None
     if manifest.get("layout", 1) > LAYOUT:
         raise DataError(
@@ -168,10 +171,29 @@ def read_manifest(prefix_path: Path) -> dict[str, Any] | None:
 
 def write_manifest(prefix_path: Path, manifest: dict[str, Any]) -> None:
     """The manifest of a pair of token files, or, with `shards`, of several pairs."""
-    own = {} if SHARDS in manifest else {"sizes": _sizes(prefix_path)}
+    own = {} if SHARDS in manifest else {"sizes": _sizes(prefix_path), "samples": _samples(prefix_path)}
+    whole = {"layout": LAYOUT, **manifest, **own}
     with open_regular(f"{prefix_path}.json", "wb") as file:
-        file.write(json.dumps({"layout": LAYOUT, **manifest, **own}, indent=1).encode())
+        file.write(json.dumps({**whole, _CHECK: _check_of(whole)}, indent=1).encode())
+
+
+def is_whole(prefix_path: Path) -> bool:
+    """Whether token files are there and, by samples of them, what was written; files of old know no samples."""
+    manifest = read_manifest(prefix_path)
+    if manifest is None:
+        return False
+    if SHARDS in manifest:
+        return all(is_whole(shard) for shard in shard_paths(prefix_path, manifest))
+    return manifest.get("samples") in (None, _samples(prefix_path))
+
+
+def _check_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _samples(prefix_path: Path) -> dict[str, str]:
+    return {suffix: sampled_hash(Path(f"{prefix_path}{suffix}")) for suffix in _SUFFIXES}
 
 
 def _sizes(prefix_path: Path) -> dict[str, int]:
-    return {suffix: os.path.getsize(f"{prefix_path}{suffix}") for suffix in (".bin", ".idx")}
+    return {suffix: os.path.getsize(f"{prefix_path}{suffix}") for suffix in _SUFFIXES}

@@ -9,8 +9,8 @@ from typing import Any
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.held_out import Evaluation
 from sip_engine.types import Sample
-from sip_engine.utils.errors import ConfigError
-from sip_engine.utils.files import write_jsonl
+from sip_engine.utils.errors import ConfigError, DataError
+from sip_engine.utils.files import sha256_of, write_jsonl
 from sip_engine.utils.jsonl import read_jsonl
 
 BASELINE = "baseline.jsonl"
@@ -27,11 +27,30 @@ def write_evaluation(folder: Path, step: int, result: Evaluation, samples: Seque
         write_jsonl(folder / BASELINE, rows)
 
 
-def read_baseline(folder: Path, samples: Sequence[Sample], mesh: Mesh) -> list[str] | None:
-    """The first evaluation's continuations of the same held-out samples; ConfigError if they are of others."""
+def baseline_hash(folder: Path) -> str | None:
+    """SHA-256 of the first evaluation's continuations, if there are any."""
+    path = folder / BASELINE
+    return sha256_of(path) if path.is_file() else None
+
+
+def read_baseline(
+    folder: Path, samples: Sequence[Sample], mesh: Mesh, expected: str | None = None
+) -> list[str] | None:
+    """The first evaluation's continuations of the same held-out samples; None where there are none.
+
+    expected: their SHA-256, if it is known.
+
+    Raises:
+        ConfigError: they are of other samples. DataError: damaged.
+    """
     rows: list[dict[str, Any]] | None = None
     if mesh.is_main:
         path = folder / BASELINE
+        if expected and baseline_hash(folder) not in (expected, None):
+            raise DataError(
+                f"{path}: damaged (not what the checkpoint knows); copy it anew, or remove it: then the next "
+                "evaluation is what the later ones are compared to"
+            )
         rows = [row for _, row in read_jsonl(path)] if path.exists() else []
     rows = mesh.broadcast(rows)
     prefixes = [s.prefix for s in samples if s.labels is None]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+from pydantic import BaseModel, Field
 
 from sip_engine.distributed.sharing import interleave
 from sip_engine.monitoring.curves import LATEST_POOLS, Curves, short_floats
@@ -25,6 +29,14 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 POOLS = "pools.jsonl"
 GENERATIONS = "generations.jsonl"
+_BLOCK = 2**22
+
+
+class Mark(BaseModel, strict=True, frozen=True):
+    """How far a file went at some moment, and what it held."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
 
 
 class Records:
@@ -43,10 +55,14 @@ class Records:
         pools_every: int = 1,
         mesh: Mesh | None = None,
         cfg: RunConfig | None = None,
+        marks: Mapping[str, Mark] | None = None,
     ) -> None:
         """mesh: the processes whose shares the first one writes; None where there is one only.
 
-        cfg: names the trackers; None has none.
+        cfg: names the trackers; None has none. marks: of the checkpoint that the run goes on from.
+
+        Raises:
+            DataError: a file does not hold what it held at the mark.
         """
         self._mesh = mesh
         self._held: list[tuple[str, list[dict[str, Any]]]] = []
@@ -55,18 +71,28 @@ class Records:
         self.latest_pools: deque[dict[str, Any]] = deque(maxlen=LATEST_POOLS)
         self._pools_every = pools_every
         self._files: dict[str, TextIO] = {}
+        self._hashes: dict[str, Any] = {}
         self._trackers: Trackers | None = None
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, POOLS, GENERATIONS):
+            _check_mark(folder / name, (marks or {}).get(name))
             _drop_from_step(folder / name, from_step)
+            self._hashes[name] = _hash_of(folder / name)
             self._files[name] = open_regular(folder / name, "a", encoding="utf-8", buffering=1)
         for row in read_records(folder / METRICS):
             self.curves.add(row.pop("step"), row)
         self.latest_pools.extend(_latest_pools(folder / POOLS))
         if cfg is not None:
             self._trackers = Trackers(cfg, from_step)
+
+    def marks(self) -> dict[str, Mark]:
+        """What the files hold by now, for a checkpoint to know. Empty on processes that write none."""
+        return {
+            name: Mark(bytes=os.fstat(file.fileno()).st_size, sha256=self._hashes[name].hexdigest())
+            for name, file in self._files.items()
+        }
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line a step; nested names use `/`. Values must be finite numbers."""
@@ -140,8 +166,10 @@ class Records:
         """Raises DataError: it cannot be written; what was written before stays, cut at the last whole line."""
         if name not in self._files:
             return
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        self._hashes[name].update(line.encode())
         try:
-            self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._files[name].write(line)
         except OSError as error:
             raise DataError(
                 f"{self._files[name].name}: cannot be written ({error.strerror}); free space there, then run the "
@@ -213,6 +241,29 @@ def _pool_entry(
         "chosen": None if choice is None else choice.chosen,
         "rejected": None if choice is None else choice.rejected,
     }
+
+
+def _hash_of(path: Path, size: int | None = None) -> Any:
+    """A SHA-256 of the first `size` bytes of a file, or of all, that goes on with what is added."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if size is None and path.exists() else size or 0
+    if left:
+        with open_regular(path) as file:
+            while block := file.read(min(left, _BLOCK)):
+                digest.update(block)
+                left -= len(block)
+    return digest
+
+
+def _check_mark(path: Path, mark: Mark | None) -> None:
+    """Raise DataError where a file that is there does not begin with what the checkpoint knows it to begin with."""
+    if mark is None or not path.is_file():
+        return
+    if path.stat().st_size < mark.bytes or _hash_of(path, mark.bytes).hexdigest() != mark.sha256:
+        raise DataError(
+            f"{path}: damaged or changed (not what the checkpoint knows); copy it anew, or remove it: the run "
+            "then goes on without its records so far"
+        )
 
 
 def _drop_from_step(path: Path, step: int) -> None:

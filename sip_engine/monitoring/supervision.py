@@ -21,7 +21,7 @@ from sip_engine.utils.progress import console
 
 @contextmanager
 def supervised(cfg: RunConfig) -> Iterator[None]:
-    """Join the processes, and see to it that all of them end well, or soon and with a line.
+    """Join the processes if they have not met, and see to it that all of them end well, or soon and with a line.
 
     Raises:
         ConfigError: the processes do not find each other, or were started with different settings.

@@ -6,10 +6,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -153,20 +152,6 @@ def made(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mix").mkdir()
     (folder / "mix" / "eval.jsonl").write_text("")
     return folder
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Whatever waits is interrupted: a test of waiting must not wait."""
-
-    def too_long(signum: int, frame: object) -> None:
-        raise AssertionError("it waits")
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("name", INPUTS)
