@@ -15,6 +15,7 @@ from sip_engine.tasks.commands import add_spec_commands
 from sip_engine.tasks.document_commands import add_document_commands
 from sip_engine.utils.errors import EXIT_CODES, AloneError, ConfigError, PeerError, SipError, Stopped
 from sip_engine.utils.quiet import quiet_libraries
+from sip_engine.utils.stopping import catch_signals, set_grace
 
 if TYPE_CHECKING:
     from sip_engine.config.schema import RunConfig
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     from sip_engine.utils.progress import console
 
     try:
-        code = app(argv, standalone_mode=False, prog_name="sip")
+        with catch_signals():
+            code = app(argv, standalone_mode=False, prog_name="sip")
         if code == _INTERRUPTED:  # typer turns KeyboardInterrupt into this
             raise KeyboardInterrupt
     except SipError as error:
@@ -183,10 +185,7 @@ def train(
     if dry_run:
         typer.echo(cfg.model_dump_json(indent=2))
         return
-    from sip_engine.utils.stopping import catch_signals
-
-    with catch_signals(cfg.faults.grace_s):
-        _train(cfg, profile)
+    _train(cfg, profile)
 
 
 def _train(cfg: RunConfig, profile: int | None) -> None:
@@ -197,6 +196,7 @@ def _train(cfg: RunConfig, profile: int | None) -> None:
     from sip_engine.train import train as run_training
     from sip_engine.utils.progress import console
 
+    set_grace(cfg.faults.grace_s)
     check_precision(cfg.model, cfg.parallel)
     with supervised(cfg):
         mesh = start_mesh(

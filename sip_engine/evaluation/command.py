@@ -20,13 +20,16 @@ from sip_engine.evaluation.held_out import Measure, evaluate, interleave
 from sip_engine.evaluation.results import PolicyResults, comparison_table, to_json
 from sip_engine.evaluation.sets import EvalSet, load_set
 from sip_engine.judges.open import open_judge
+from sip_engine.monitoring.supervision import supervised
 from sip_engine.policy.checkpoint import checkpoint_tokenizer, read_state, resolve_checkpoint
 from sip_engine.sampler.frozen import FrozenPolicy
 from sip_engine.sampler.requests import SamplingParams, check_params
 from sip_engine.types import Failure, Judge, Judgment, Question, SafetyQuestion, Sample
+from sip_engine.utils import heartbeat
 from sip_engine.utils.errors import CheckpointError, ConfigError
 from sip_engine.utils.files import check_writable, write_json, write_jsonl
 from sip_engine.utils.progress import console
+from sip_engine.utils.stopping import set_grace
 
 RESULTS, CONTINUATIONS = "eval.json", "continuations.jsonl"
 
@@ -111,26 +114,35 @@ def evaluate_checkpoint(
     length = cfg.data.suffix_tokens if max_new_tokens is None else max_new_tokens
     check_params(SamplingParams(length, greedy=True))
     loaded = _load_sets(sets, limit)
-    mesh = start_mesh(tensor_parallel)
-    if tasks:
-        check_harness(mesh)
-    corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(path))
-    judge, measure = CountedJudge(open_judge(cfg, corpus, mesh)), open_measure(cfg)
-    asked = Questions(cfg, corpus.held_out, judge, measure, loaded, tasks, task_path, limit, length)
-    base = _ask_baseline(other, asked, mesh, kept) if other is not None else None
-    ours = _ask(path, asked, mesh, base)
-    safe = _safe_prefixes(judge, corpus.held_out, mesh)
-    results = to_json(ours, base, judge.name, safe, knows_coherence=measure is not None)
-    results["notes"] += judge.notes(mesh)
-    if mesh.is_main:
-        write_jsonl(out / CONTINUATIONS, _rows(asked, ours, base))
-        write_json(out / RESULTS, results)
-        console.print(comparison_table(results))
-        for note in results["notes"]:
-            console.print(note, soft_wrap=True, markup=False)
-        console.print(f"results       {out / RESULTS}\ncontinuations {out / CONTINUATIONS}", soft_wrap=True)
-    mesh.barrier()
+    set_grace(cfg.faults.grace_s)
+    with supervised(cfg.model_copy(update={"out": out})):
+        mesh = start_mesh(tensor_parallel)
+        if tasks:
+            check_harness(mesh)
+        with heartbeat.waiting():  # one process may read and tokenize for hours
+            corpus = open_corpus(cfg, mesh, checkpoint_tokenizer(path))
+        judge, measure = CountedJudge(open_judge(cfg, corpus, mesh)), open_measure(cfg)
+        asked = Questions(cfg, corpus.held_out, judge, measure, loaded, tasks, task_path, limit, length)
+        with heartbeat.phase("evaluation"):
+            base = _ask_baseline(other, asked, mesh, kept) if other is not None else None
+            ours = _ask(path, asked, mesh, base)
+            safe = _safe_prefixes(judge, corpus.held_out, mesh)
+        results = to_json(ours, base, judge.name, safe, knows_coherence=measure is not None)
+        results["notes"] += judge.notes(mesh)
+        if mesh.is_main:
+            _write(out, results, _rows(asked, ours, base))
+        mesh.barrier()
     return results
+
+
+def _write(out: Path, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write both files, and show what is in the first."""
+    write_jsonl(out / CONTINUATIONS, rows)
+    write_json(out / RESULTS, results)
+    console.print(comparison_table(results))
+    for note in results["notes"]:
+        console.print(note, soft_wrap=True, markup=False)
+    console.print(f"results       {out / RESULTS}\ncontinuations {out / CONTINUATIONS}", soft_wrap=True)
 
 
 def recorded_settings(checkpoint: Path) -> tuple[dict[str, Any], str]:
@@ -209,7 +221,8 @@ def _ask(checkpoint: Path, asked: Questions, mesh: Mesh, base: PolicyResults | N
     ]
     tasks = {}
     if asked.tasks:
-        tasks = run_tasks(policy, sampler, asked.tasks, limit=asked.limit, task_path=asked.task_path)
+        with heartbeat.waiting():  # lm-eval does not say how it gets on
+            tasks = run_tasks(policy, sampler, asked.tasks, limit=asked.limit, task_path=asked.task_path)
     return PolicyResults(checkpoint, state.step, held_out, sets, tasks)
 
 

@@ -14,6 +14,7 @@ from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import start_alone
 from sip_engine.experiments.scale import check_scale, shortened
 from sip_engine.monitoring.records import METRICS, read_records
+from sip_engine.monitoring.supervision import supervised
 from sip_engine.report.html import write_report
 from sip_engine.train import train
 from sip_engine.utils.files import write_json
@@ -55,7 +56,9 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
     check_scale(scale)
     mesh = start_alone()
     for stage in STAGES:
-        train(stage_config(stage, out, scale), mesh)
+        cfg = stage_config(stage, out, scale)
+        with supervised(cfg):
+            train(cfg, mesh)
     summary = summarise(out)
     if mesh.is_main:
         write_json(out / "summary.json", summary)

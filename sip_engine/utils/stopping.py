@@ -30,7 +30,10 @@ _requested: int | None = None
 _deferred = 0
 _acknowledged = False
 """The main thread knows of the request: nothing is raised out of the blue any more."""
-_grace_s = 120.0
+_raised: int | None = None
+"""The signal that `Stopped` was raised for, out of the blue: whatever is raised after it comes of that."""
+GRACE_S = 120.0
+_grace_s = GRACE_S
 _listening = False
 _callbacks: weakref.WeakSet[Stoppable] = weakref.WeakSet()
 
@@ -72,18 +75,20 @@ def request_stop(signum: int, *, here: bool = True) -> None:
 
 
 @contextmanager
-def catch_signals(grace_s: float) -> Iterator[None]:
+def catch_signals(grace_s: float = GRACE_S) -> Iterator[None]:
     """Within it, SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C raise `Stopped`, at once or, inside `deferred`, where it says.
+
+    What a library, or a `try` around it, makes of a `Stopped` in its midst leaves the context as `Stopped` again.
 
     Args:
         grace_s: Seconds from the first signal to the end of the process, whatever it is doing then. After a signal,
             further ones end the process with the first one's code, also outside of the context.
     """
-    global _grace_s, _requested, _listening, _acknowledged
+    global _grace_s, _requested, _listening, _acknowledged, _raised
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _grace_s, _requested, _acknowledged = grace_s, None, False
+    _grace_s, _requested, _acknowledged, _raised = grace_s, None, False, None
     listener, teller = socket.socketpair()
     listener.setblocking(True)
     teller.setblocking(False)
@@ -94,6 +99,10 @@ def catch_signals(grace_s: float) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except Exception as error:
+        if _raised is None or isinstance(error, Stopped):
+            raise
+        raise Stopped(_raised) from error
     finally:
         _listening = False
         signal.set_wakeup_fd(fd_before)
@@ -104,6 +113,12 @@ def catch_signals(grace_s: float) -> Iterator[None]:
         for signum, handler in before.items():
             # A launcher passes signals on, late too: they must not change the code that this process leaves with.
             signal.signal(signum, _leave_silently if ending else handler)
+
+
+def set_grace(grace_s: float) -> None:
+    """Change the deadline of `catch_signals`: a command knows it when its settings are read."""
+    global _grace_s
+    _grace_s = grace_s
 
 
 @contextmanager
@@ -125,10 +140,10 @@ def acknowledge(signum: int) -> None:
 
 
 def _raise_unless_deferred(signum: int, frame: FrameType | None) -> None:
-    global _acknowledged
+    global _acknowledged, _raised
     del frame
     if not _deferred and not _acknowledged:
-        _acknowledged = True
+        _acknowledged, _raised = True, signum
         raise Stopped(signum)
 
 

@@ -27,6 +27,7 @@ from sip_engine.experiments.real.results import (
     to_json,
 )
 from sip_engine.experiments.real.texts import gather
+from sip_engine.monitoring.supervision import supervised
 from sip_engine.policy.checkpoint import latest_checkpoint, read_state
 from sip_engine.train import train
 from sip_engine.utils.errors import ConfigError
@@ -76,7 +77,8 @@ class Experiments:
     def do(self, job: Job) -> None:
         """Train and measure; the weights of all but the first seed go when they are measured."""
         if job.cfg is not None and not _is_trained(job.cfg):
-            train(job.cfg, self._mesh)
+            with supervised(job.cfg):
+                train(job.cfg, self._mesh)
             gc.collect()
         self._embed = self._embed or self._make_embed()
         first = self.plan.form.seeds[0]

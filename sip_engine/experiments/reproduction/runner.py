@@ -129,7 +129,7 @@ def _reproduce(plan: Plan, every: list[Job], page: Path, jobs: int, lock: int) -
 
 @contextmanager
 def _alone(out: Path) -> Iterator[int]:
-    """Two at once would write to the same runs; and an end from outside (SIGTERM) ends the jobs too.
+    """Two at once would write to the same runs.
 
     Gives the lock's file descriptor. A process that inherits it keeps the folder locked, so that jobs that outlive
     this process (SIGKILL) are not started twice.
@@ -140,11 +140,7 @@ def _alone(out: Path) -> Iterator[int]:
             f"{out}: another `sip reproduce`, or a job that it left, is at work there; wait for it, or stop it"
         )
     with lock:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            yield lock.fileno()
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        yield lock.fileno()
 
 
 def _chosen(plan: Plan, seeds: Sequence[int], rows: Sequence[str]) -> Plan:

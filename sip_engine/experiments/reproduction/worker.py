@@ -30,9 +30,13 @@ from sip_engine.experiments.reproduction.plan import (
 from sip_engine.experiments.reproduction.provenance import RESULT, STAGE_RESULT, begin
 from sip_engine.monitoring.meters import EnergyMeter, peak_memory_mb
 from sip_engine.monitoring.records import METRICS, read_records
+from sip_engine.monitoring.supervision import supervised
 from sip_engine.policy.checkpoint import latest_checkpoint, read_state
 from sip_engine.train import train
+from sip_engine.utils.errors import Stopped
 from sip_engine.utils.files import sha256_of, write_json
+from sip_engine.utils.progress import console
+from sip_engine.utils.stopping import catch_signals, set_grace
 
 BASELINES = "baselines"
 """Folder of the baseline's evaluations."""
@@ -97,7 +101,9 @@ def _train(cfg: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """Train; returns seconds of a step and of its parts, peak memory, joules of a step and what judging took."""
     meter, newest = EnergyMeter(), latest_checkpoint(cfg.out / "checkpoints")
     made = cfg.steps - (read_state(newest).step if newest else 0)
-    train(cfg, mesh)
+    set_grace(cfg.faults.grace_s)
+    with supervised(cfg):
+        train(cfg, mesh)
     steps, joules = _steps(cfg), meter.joules()
     parts = {
         name.removeprefix("seconds/"): float(np.mean([s.get(name, 0.0) for s in steps]))
@@ -136,16 +142,24 @@ def _figures(policy: dict[str, Any]) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    """Run the job that the arguments name."""
-    path, out, scale, name, *seed = argv
-    plan = scaled(load_plan(Path(path)), float(scale))
+    """Run the job that the arguments name; a signal ends it with a line and the exit code that it has in `sip`."""
     try:
-        if seed:
-            run_arm(plan, next(row for row in plan.rows if row.name == name), int(seed[0]), Path(out))
-        else:
-            make_stage(plan, next(s for s in plan.stages if s.name == name), Path(path).parent, Path(out))
+        with catch_signals():
+            _work(argv)
+    except Stopped as stopped:
+        console.print(str(stopped), soft_wrap=True, markup=False)
+        sys.exit(stopped.exit_code)
     finally:
         stop_mesh()  # nccl warns at the end of a process that did not, below the reason of a failure
+
+
+def _work(argv: list[str]) -> None:
+    path, out, scale, name, *seed = argv
+    plan = scaled(load_plan(Path(path)), float(scale))
+    if seed:
+        run_arm(plan, next(row for row in plan.rows if row.name == name), int(seed[0]), Path(out))
+    else:
+        make_stage(plan, next(s for s in plan.stages if s.name == name), Path(path).parent, Path(out))
 
 
 if __name__ == "__main__":
