@@ -58,6 +58,7 @@ FILES: dict[str, tuple[Outcome, Outcome]] = {
     "cache/shards/*/tokens.idx": (SAME, SAME),
     "cache/shards/*/tokens.json": (SAME, SAME),
     "cache/[0-9a-f]*/tokens.json": (SAME, SAME),
+    "cache/identities/*": (SAME, SAME),
 }
 """Records and the baseline that were deleted are gone, and the run goes on without what they held."""
 SAMPLE = {
