@@ -282,7 +282,7 @@ class _IndexUnpickler(pickle.Unpickler):
 def _read_index(content: bytes) -> Any:
     """What an index says; refused where it asks for a class that none has, or for memory as it likes."""
     for operation, argument, _ in pickletools.genops(content):
-        if operation.name in _NUMBERED and argument > len(content):
+        if operation.name in _NUMBERED and isinstance(argument, int) and argument > len(content):
             raise pickle.UnpicklingError(
                 f"the index asks for place {argument} of a memory that has no such place"
             )

@@ -381,7 +381,7 @@ def test_nothing_runs_when_a_checkpoint_is_read(
     file, content, words = MALICIOUS[case]
     (copy / file).write_bytes(content(copy, tmp_path / "ran"))
     write_manifest(copy)
-    loaders = [lambda: load_checkpoint(copy, policy, None, CFG.model, VOCAB)]
+    loaders: list[Callable[[], object]] = [lambda: load_checkpoint(copy, policy, None, CFG.model, VOCAB)]
     loaders.append(lambda: load_weights(copy, policy.model, CFG.model, VOCAB))
     if file == "sharded/.metadata":
         loaders.append(lambda: stored_dtype(copy))
