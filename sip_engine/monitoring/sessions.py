@@ -142,7 +142,7 @@ def _crash_reason(out: Path) -> str:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with suppress(OSError), path.open("a", encoding="utf-8") as file:
+    with suppress(OSError), open_regular(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -23,6 +23,7 @@ from sip_engine.utils import heartbeat
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.jsonl import read_jsonl, tail_jsonl
 from sip_engine.utils.progress import console
+from sip_engine.utils.regular import open_regular
 
 FOLDER = "timeline"
 Span = tuple[str, float, float]
@@ -51,7 +52,7 @@ class Timeline:
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("a", encoding="utf-8", buffering=1)
+                self._file = open_regular(self._path, "a", encoding="utf-8", buffering=1)
                 line["host"] = socket.gethostname()
             self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         except OSError as error:

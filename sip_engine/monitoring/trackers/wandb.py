@@ -8,6 +8,7 @@ from typing import Any
 
 from sip_engine.config.schema import RunConfig
 from sip_engine.utils.files import write_atomic
+from sip_engine.utils.regular import read_text
 
 ID = "wandb_id.txt"
 
@@ -23,7 +24,7 @@ class Wandb:
         import wandb
 
         path, section = cfg.out / ID, cfg.tracking.wandb
-        known = path.read_text().strip() if path.is_file() and from_step else ""
+        known = read_text(path).strip() if path.is_file() and from_step else ""
         name = known or uuid.uuid4().hex[:12]
         write_atomic(path, name + "\n")
         # Its own files go under the run's folder; the console is left to us.
