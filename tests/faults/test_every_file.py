@@ -51,6 +51,8 @@ FILES: dict[str, tuple[Outcome, Outcome]] = {
     "run/tokenizer.sha256": (SAME, SAME),
     "run/eval/step_00000002.jsonl": (SAME, SAME),
     "run/report.html": (SAME, SAME),
+    "run/timeline/rank_0.jsonl": (SAME, SAME),
+    "run/sessions.jsonl": (SAME, SAME),
     "cache/world-*/train.jsonl": (SAME, SAME),
     "cache/world-*/test.jsonl": (SAME, SAME),
     "cache/world-*/sha256.json": (SAME, SAME),
