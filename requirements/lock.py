@@ -18,7 +18,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 CONSTRAINTS = FOLDER.parent / "constraints.txt"
-CUDA = re.compile(r"(nvidia|cuda)-|torch==")
+CUDA = re.compile(r"nvidia-(?!ml-py)|cuda-|torch==")
 CPU_BUILDS = {"2.13.0+cpu": ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",)}
 """By version, SHA-256 of wheels without CUDA (CPython 3.11, Linux x86_64): PyPI, which uv resolves from, has none."""
 _ENTRY = re.compile(r"^(?=[a-z0-9])", re.MULTILINE)

@@ -153,13 +153,15 @@ def read_manifest(prefix_path: Path) -> dict[str, Any] | None:
         manifest = json.loads(read_text(f"{prefix_path}.json"))
     except (OSError, ValueError):
         return None
-    if not isinstance(manifest, dict) or manifest.pop(_CHECK, None) not in (None, _check_of(manifest)):
+    if not isinstance(manifest, dict):
         return None
     if manifest.get("layout", 1) > LAYOUT:
         raise DataError(
             f"{prefix_path}: token files of layout {manifest['layout']}, written by a later version; this one knows "
             f"{LAYOUT}: name another data.cache, or use that version"
         )
+    if manifest.pop(_CHECK, None) not in (None, _check_of(manifest)):
+        return None
     if SHARDS in manifest:
         shards = shard_paths(prefix_path, manifest)
         return manifest if all(read_manifest(shard) is not None for shard in shards) else None
