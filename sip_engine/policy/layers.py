@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -48,6 +49,11 @@ class SharedPrefixAttention(MegatronModule):
         return out.flatten(1).unsqueeze(1)
 
 
+def submodules_of(part: Any) -> Any:
+    """What a part of a layer is made of: Megatron-core gives a spec of it up to 0.16, a partial call later."""
+    return part.keywords["submodules"] if isinstance(part, partial) else part.submodules
+
+
 def block_spec(
     config: TransformerConfig, num_local_layers: int, attention: str = "auto"
 ) -> TransformerBlockSubmodules:
@@ -60,14 +66,14 @@ def block_spec(
     parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
-    inner = parts.self_attention.submodules
+    inner = submodules_of(parts.self_attention)
     inner.core_attention = ModuleSpec(SharedPrefixAttention, params={"attention": attention})
     if config.qk_layernorm:
         inner.q_layernorm = inner.k_layernorm = RMSNorm
     if config.fp8:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
-        mlp = parts.mlp.submodules
+        mlp = submodules_of(parts.mlp)
         inner.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
         inner.linear_proj = mlp.linear_fc2 = TERowParallelLinear
     norm: Any = RMSNorm

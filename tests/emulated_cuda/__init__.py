@@ -161,6 +161,8 @@ def _patches(device: Device, calls: CallsOfTorch, own_weights: bool) -> dict[Any
     return {
         torch.cuda: cuda,
         initialise: {} if own_weights else {"draws_on": lambda _: False},
+        # Optimizers ask through it where torch is built for CUDA.
+        torch.accelerator: {"current_stream": lambda *_: device.stream, "current_device_index": lambda: 0},
         torch.cuda.nvtx: {"range_push": nothing, "range_pop": nothing},
         megatron_random: {
             "_get_cuda_rng_state": _random_state,

@@ -13,7 +13,7 @@ from sip_engine.config.schema import ParallelConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy import precision
 from sip_engine.policy.checkpoint import sharded_model
-from sip_engine.policy.layers import SharedPrefixAttention, block_spec
+from sip_engine.policy.layers import SharedPrefixAttention, block_spec, submodules_of
 from sip_engine.policy.model import build_model, transformer_config
 from sip_engine.policy.precision import check_precision, fp8_settings, parameter_dtype
 from sip_engine.utils.errors import ConfigError
@@ -87,8 +87,8 @@ def test_matrices_are_transformer_engines_in_fp8_only() -> None:
     for chosen, column in (("fp8", te.TEColumnParallelLinear), ("bf16", ColumnParallelLinear)):
         config = transformer_config(fp8_model(precision=chosen), ParallelConfig())
         block: Any = block_spec(config, 2)
-        layer = block.layer_specs[0]
-        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        layer = block.layer_specs[0].submodules
+        attention, mlp = submodules_of(layer.self_attention), submodules_of(layer.mlp)
         assert attention.linear_qkv is mlp.linear_fc1 is column
         assert attention.linear_proj is mlp.linear_fc2
         assert attention.core_attention.module is SharedPrefixAttention
