@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from sip_engine.monitoring.metrics import (
     source_means,
     update_metrics,
 )
-from sip_engine.monitoring.profile import profiled
+from sip_engine.monitoring.profile import Profiler
 from sip_engine.monitoring.step import Step
 from sip_engine.monitoring.throughput import StepWork
 from sip_engine.objectives.base import rows_of_choices
@@ -32,7 +31,7 @@ from sip_engine.policy.weights import assert_shared
 from sip_engine.run import Run, open_run
 from sip_engine.types import Candidate, Cost, Kind, Sample, Verdict
 from sip_engine.utils.errors import ConfigError
-from sip_engine.utils.progress import console, steps
+from sip_engine.utils.progress import steps
 
 
 def train(cfg: RunConfig, mesh: Mesh | None = None, *, profile: int | None = None) -> Path:
@@ -65,18 +64,11 @@ def train(cfg: RunConfig, mesh: Mesh | None = None, *, profile: int | None = Non
             run.evaluate()
             if run.step == cfg.steps:
                 run.save()
-        if profile is not None and profile <= run.step and mesh.is_main:
-            console.print(
-                f"--profile {profile}: that step was made before; nothing is profiled", soft_wrap=True
-            )
+        profiler = Profiler(cfg.out, profile, mesh, done=run.step)
         alone: dict[str, float] = {}
         while run.step < cfg.steps:
             run.meet(alone)
-            with (
-                profiled(cfg.out, profile, mesh)
-                if profile is not None and profile == run.step + 1
-                else nullcontext()
-            ):
+            with profiler.around(run.step + 1):
                 metrics, alone = one_step(run, empty_steps)
             run.step += 1
             run.mark()

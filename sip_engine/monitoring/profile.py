@@ -8,7 +8,7 @@ profile/step_00000012/
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,8 +21,22 @@ _EVENTS = 200_000
 """Allocations and frees that a snapshot tells of."""
 
 
+class Profiler:
+    """Profiles the one step that was asked for, if any."""
+
+    def __init__(self, out: Path, step: int | None, mesh: Mesh, done: int) -> None:
+        """done: steps that the run has made before, of which none can be profiled any more; that is said."""
+        self._out, self._step, self._mesh = out, step, mesh
+        if step is not None and step <= done and mesh.is_main:
+            console.print(f"--profile {step}: that step was made before; nothing is profiled", soft_wrap=True)
+
+    def around(self, step: int) -> AbstractContextManager[None]:
+        """The context in which to make a step."""
+        return _profiled(self._out, step, self._mesh) if step == self._step else nullcontext()
+
+
 @contextmanager
-def profiled(out: Path, step: int, mesh: Mesh) -> Iterator[None]:
+def _profiled(out: Path, step: int, mesh: Mesh) -> Iterator[None]:
     """Profile what is done within as step number `step`, on every process; what cannot be written is said."""
     folder, on_cuda = out / FOLDER / f"step_{step:08d}", mesh.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU]

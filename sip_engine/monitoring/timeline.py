@@ -50,11 +50,12 @@ class Timeline:
         shifts = [[name, round(start - begin, 4), round(end - start, 4)] for name, start, end in spans]
         line: dict[str, Any] = {"step": step, "at": round(self._epoch + begin, 4), "spans": shifts}
         try:
-            if self._file is None:
+            file = self._file
+            if file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open_regular(self._path, "a", encoding="utf-8", buffering=1)
+                file = self._file = open_regular(self._path, "a", encoding="utf-8", buffering=1)
                 line["host"] = socket.gethostname()
-            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
         except OSError as error:
             self._every = 0
             console.print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from chi_square import chi_square_score
@@ -101,8 +103,9 @@ def test_nothing_is_sorted_by_default():
             return func(*args, **(kwargs or {}))
 
     logits = torch.randn(4, 3000)
+    every: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_k": 40}, {"top_k": 40, "top_p": 0.9}]
     with Sorts():
-        for options in ({"top_p": 0.9}, {"top_k": 40}, {"top_k": 40, "top_p": 0.9}):
+        for options in every:
             filtered_sample(logits, *make_keys(4), **options)
         with pytest.raises(AssertionError, match="sorted"):
             filtered_sample(logits, *make_keys(4), top_p=0.9, impl="reference")

@@ -308,8 +308,8 @@ def test_flash_is_refused_where_it_cannot_run(monkeypatch):
 
     def attend(number: int = 16) -> torch.Tensor:
         packages.find_flash.cache_clear()
-        heads = (x[..., :number] for x in (q, k, v))
-        return shared_prefix_attention(*heads, layout, scale=0.2, impl="flash")
+        q_heads, k_heads, v_heads = (x[..., :number] for x in (q, k, v))
+        return shared_prefix_attention(q_heads, k_heads, v_heads, layout, scale=0.2, impl="flash")
 
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ValueError, match="flash-attn cannot be imported"):

@@ -79,5 +79,5 @@ def test_nothing_is_drawn_on_the_host(mesh: Mesh, own_weights: bool) -> None:
         with cuda.watch() as seen:
             model = build_model(SMALL_MODEL, ParallelConfig(), VOCAB, device, seed=1)
         assert any("initialise" in place for place in seen.places["upload"]) != own_weights
-        weight = model.decoder.layers[0].mlp.linear_fc1.weight
+        weight = model.get_parameter("decoder.layers.0.mlp.linear_fc1.weight")
         assert 0.9 < float(weight.detach().std()) / SMALL_MODEL.init_std < 1.1
