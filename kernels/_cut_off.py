@@ -22,7 +22,7 @@ from sip_engine.kernels.compile_report import CompileCase
 
 CANDIDATES = 256
 """Largest logits that the CPU looks at first."""
-BLOCK_V, NUM_WARPS = 2048, 8
+BLOCK_V, NUM_WARPS = 1024, 8
 
 
 def masses(logits: Tensor, largest: Tensor, temperature: float, num_columns: int) -> Tensor:
