@@ -45,17 +45,22 @@ class Identities:
             before = file.stat()
             memory = self._folder / f"{sampled_hash(file)}-{before.st_mtime_ns}"
             if not self._verify:
-                with suppress(OSError):
-                    digest = read_text(memory)
-                    if len(digest) == 64:
+                with suppress(OSError, ValueError):
+                    digest, _, check = read_text(memory).partition(" ")
+                    if check == _check(digest):
                         on_bytes(before.st_size)
                         return digest
             digest, after = _sha256(file, on_bytes), file.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise DataError(f"{file}: changes while it is read; wait until it is written, and start again")
         with suppress(DataError):  # where the cache can only be read, nothing is remembered
-            write_atomic(memory, digest)
+            write_atomic(memory, f"{digest} {_check(digest)}")
         return digest
+
+
+def _check(digest: str) -> str:
+    """What stands behind a remembered digest, so that a damaged one is not believed."""
+    return hashlib.sha256(digest.encode()).hexdigest()[:16]
 
 
 def _sha256(file: Path, on_bytes: OnBytes) -> str:
