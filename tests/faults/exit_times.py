@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import saved, start
+from small_runs import saved, start
 
 PHASES = ("data", "generate", "judge", "update", "evaluation")
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import CONFIG, INJECT, STEPS, metrics, saved, start, train, wait
+from small_runs import CONFIG, INJECT, STEPS, metrics, saved, start, train, wait
 
 from sip_engine.monitoring.records import METRICS, Records
 from sip_engine.utils.crash import write_crash

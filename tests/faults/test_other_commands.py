@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import CONFIG, INJECT, train
+from small_runs import CONFIG, INJECT, train
 
 PLAN = """
 root = "made"

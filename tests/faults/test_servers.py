@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from fault_server import FaultServer, rule_judge
-from runs import STEPS, Ended, saved, start, train, wait
 from server_judges import Waits, failure, judge, several, value
+from small_runs import STEPS, Ended, saved, start, train, wait
 
 
 def test_a_server_that_has_answered_is_waited_for(capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import INJECT, STEPS, metrics, saved, start, train, wait
+from small_runs import INJECT, STEPS, metrics, saved, start, train, wait
 
 from sip_engine import cli
 from sip_engine.utils import heartbeat, stopping
@@ -98,7 +98,7 @@ def test_ranks_leave_together(name: str, phase: str, rank: int | None, tmp_path:
 @pytest.mark.faults
 def test_torchruns_agent_passes_a_signal_on(tmp_path: Path) -> None:
     """It sends what it gets to all ranks, and again when the first has left."""
-    from runs import CONFIG
+    from small_runs import CONFIG
 
     (tmp_path / "run.toml").write_text(CONFIG)
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import metrics, saved, start, wait
+from small_runs import metrics, saved, start, wait
 
 from sip_engine.monitoring.sessions import read_sessions
 from sip_engine.monitoring.timeline import read_timeline

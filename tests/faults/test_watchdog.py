@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import saved, start, train, wait
+from small_runs import saved, start, train, wait
 
 from sip_engine.distributed.watchdog import Beat, Observer
 from sip_engine.monitoring.slow import PHASES, SlowRanks
