@@ -6,6 +6,7 @@ import hashlib
 import json
 import sqlite3
 import threading
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +30,14 @@ def request_key(url: str, body: Mapping[str, Any], seed: int) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
+def _checksum(key: str, reply: str) -> int:
+    return zlib.crc32((key + reply).encode("utf-8", "surrogatepass"))
+
+
 class ReplyCache:
     """A SQLite file of reply texts by `request_key`; several processes may use it at once.
+
+    A reply carries a checksum, which SQLite's pages do not; one that does not fit it is asked for again.
 
     A thread writes replies as soon as they come, those of the meantime in one transaction, so that a process that is
     killed loses no more than the disk was still writing. When the file stops working in mid-run (full disk, damage),
@@ -74,10 +81,22 @@ class ReplyCache:
             raise sqlite3.DatabaseError("it is a database of another program")
         if ours != _APPLICATION_ID:
             db.execute("BEGIN IMMEDIATE")
-            db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, checksum INTEGER) "
+                "WITHOUT ROWID"
+            )
             db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             db.execute("COMMIT")
-        db.execute("SELECT key, reply FROM replies LIMIT 1").fetchone()
+        if "checksum" not in {column[1] for column in db.execute("PRAGMA table_info(replies)")}:
+            self._add_checksums(db)
+        db.execute("SELECT key, reply, checksum FROM replies LIMIT 1").fetchone()
+
+    def _add_checksums(self, db: sqlite3.Connection) -> None:
+        """A file of before: replies that are there are believed as they are."""
+        with suppress(
+            sqlite3.OperationalError
+        ):  # another process was faster; what else is wrong shows in the next
+            db.execute("ALTER TABLE replies ADD COLUMN checksum INTEGER")
 
     def __enter__(self) -> ReplyCache:
         return self
@@ -110,11 +129,13 @@ class ReplyCache:
             if self._db is None:
                 return None
             try:
-                row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+                row = self._db.execute("SELECT reply, checksum FROM replies WHERE key = ?", (key,)).fetchone()
             except sqlite3.Error as error:
                 self._give_up(error)
                 return None
-        return row[0] if row and isinstance(row[0], str) else None
+        if not row or not isinstance(row[0], str):
+            return None
+        return row[0] if row[1] in (None, _checksum(key, row[0])) else None
 
     def put(self, key: str, reply: str) -> None:
         """Keep a reply; one already there is replaced."""
@@ -133,14 +154,14 @@ class ReplyCache:
             if not rows:
                 return
             with self._in_use:
-                self._insert(rows)
+                self._insert([(key, reply, _checksum(key, reply)) for key, reply in rows])
 
-    def _insert(self, rows: list[tuple[str, str]]) -> None:
+    def _insert(self, rows: list[tuple[str, str, int]]) -> None:
         if self._db is None:
             return
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
+            self._db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", rows)
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             self._give_up(error)

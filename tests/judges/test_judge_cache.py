@@ -92,6 +92,32 @@ def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> No
             assert (path.read_bytes() if path.is_file() else b"") == before
 
 
+def test_a_reply_changed_on_disk_is_asked_for_again(tmp_path: Path) -> None:
+    path = tmp_path / "replies.sqlite"
+    with ReplyCache(path) as cache:
+        cache.put("key", "score: 71")
+    path.write_bytes(path.read_bytes().replace(b"score: 71", b"score: 17"))
+    with ReplyCache(path) as cache:
+        assert cache.get("key") is None
+        cache.put("key", "score: 71")
+    with ReplyCache(path) as cache:
+        assert cache.get("key") == "score: 71"
+
+
+def test_a_cache_without_checksums_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "replies.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(
+            "CREATE TABLE replies (key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID;"
+            f"PRAGMA application_id = {0x51BE7A11}; INSERT INTO replies VALUES ('old', 'paid for');"
+        )
+    with ReplyCache(path) as cache:
+        assert cache.get("old") == "paid for"
+        cache.put("new", "too")
+    with ReplyCache(path) as cache:
+        assert (cache.get("old"), cache.get("new")) == ("paid for", "too")
+
+
 def test_a_cache_damaged_in_mid_run_does_not_stop_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
