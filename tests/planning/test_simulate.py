@@ -87,7 +87,10 @@ def test_a_step_waits_for_its_slowest_node() -> None:
 )
 def test_what_a_step_takes_by_hand(changes: dict[str, float], seconds: float) -> None:
     step = replace(CALM, **{"judge_s": 8.0, "update_s": 2.0, "save_every": 10**6} | changes)
-    assert simulate(step, seconds=seconds * 100 + 1e-6).steps == 100
+    found = simulate(step, seconds=seconds * 100 + 1e-6)
+    assert found.steps == 100 and step.step_s == pytest.approx(seconds)
+    waited = 0.0 if step.judge_shared else found.seconds["judge"] / found.elapsed
+    assert found.goodput + waited == pytest.approx(1.0, rel=1e-6)
 
 
 def test_scales_and_where_it_breaks() -> None:

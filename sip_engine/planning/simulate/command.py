@@ -113,7 +113,7 @@ def _table(scales: list[AtScale]) -> Table:
         s, o = one.scenario, one.outcome
         table.add_row(
             f"{s.gpus:,}",
-            f"{s.ideal_s:.2f}",
+            f"{s.step_s:.2f}",
             f"{o.goodput:.1%}",
             str(o.failures),
             f"{s.mtbf / 3600:,.1f} h",

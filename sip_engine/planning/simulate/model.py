@@ -25,12 +25,12 @@ class Outcome:
     """Made and lost again in failures."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By what the loop did: generate, judge (waiting), update, save (stalled), restart, lost."""
-    ideal_s: float = 0.0
+    work_s: float = 0.0
 
     @property
     def goodput(self) -> float:
-        """Share of the time that an undisturbed run would have needed for the kept steps."""
-        return self.steps * self.ideal_s / self.elapsed if self.elapsed else 0.0
+        """Share of the time in which the policy's GPUs did the work of the kept steps."""
+        return self.steps * self.work_s / self.elapsed if self.elapsed else 0.0
 
 
 def simulate(scenario: Scenario, *, seconds: float, seed: int = 0) -> Outcome:
@@ -40,7 +40,7 @@ def simulate(scenario: Scenario, *, seconds: float, seed: int = 0) -> Outcome:
     run = _Run(env, scenario, np.random.default_rng(seed))
     env.run(until=seconds)
     outcome = run.outcome
-    outcome.elapsed, outcome.steps, outcome.ideal_s = seconds, run.step, scenario.ideal_s
+    outcome.elapsed, outcome.steps, outcome.work_s = seconds, run.step, scenario.work_s
     return outcome
 
 

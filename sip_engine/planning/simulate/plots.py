@@ -51,6 +51,7 @@ def draw_all(
         bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
     below.set_xlabel("GPUs of the policy")
     below.set_ylabel("time, % (lost steps included)")
+    below.set_ylim(0, 105)
     below.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.13))
     save("goodput_by_scale")
 
@@ -71,11 +72,12 @@ def draw_all(
     plt.legend()
     save("goodput_by_interval")
 
-    known = {name: number for name, number in judges.items() if number}
-    if known:
+    if judges:
         plt.figure(figsize=(6, 3.5))
-        plt.bar(list(known), [float(n) for n in known.values()])
-        plt.ylabel("judge GPUs for a wait of a third of a step")
-        plt.yscale("log", base=2)
+        bars = plt.bar(list(judges), [float(number or 0) for number in judges.values()])
+        plt.bar_label(bars, [f"{number:,}" if number else "none is enough" for number in judges.values()])
+        plt.margins(y=0.15)
+        plt.xlabel("parameters of the policy")
+        plt.ylabel("judge GPUs that keep the wait\nunder a third of a step")
         save("judge_gpus")
     return written

@@ -64,10 +64,19 @@ class Scenario:
         return 1 / rate if rate else float("inf")
 
     @property
-    def ideal_s(self) -> float:
-        """A step without stragglers, failures, saves or a judge that is late."""
-        judged = self.judge_s if self.judge_shared or self.chunks == 1 else self.judge_s / self.chunks
-        return self.generate_s + judged + self.update_s
+    def work_s(self) -> float:
+        """What a step needs of the policy's GPUs: all but waiting for a judge that stands elsewhere."""
+        return self.generate_s + self.update_s + (self.judge_s if self.judge_shared else 0.0)
+
+    @property
+    def step_s(self) -> float:
+        """A step without stragglers, failures and saves; of chunks that generator and judge pass on to each other."""
+        if self.judge_shared or not self.judge_s:
+            return self.work_s
+        limit = self.calls / self.rate_limit if self.rate_limit else 0.0
+        generate, judge = self.generate_s / self.chunks, max(self.judge_s, limit) / self.chunks
+        last = generate + (self.chunks - 1) * max(generate, judge) + judge
+        return max(last, self.generate_s + self.judge_latency_s) + self.update_s
 
     def check(self) -> None:
         """Raise ConfigError for numbers that cannot be."""
@@ -82,7 +91,7 @@ class Scenario:
             raise ConfigError(f"--rate-limit {self.rate_limit:g}: calls a second must be above 0")
         if min(self.gpus, self.gpus_per_node, self.chunks, self.save_every) < 1:
             raise ConfigError("gpus, chunks and steps between saves must be 1 or more")
-        if not self.ideal_s:
+        if not self.work_s:
             raise ConfigError("a step takes no time: nothing to simulate")
 
 

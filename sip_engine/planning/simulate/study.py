@@ -56,10 +56,10 @@ def at_scales(
             continue
         best = best_interval(plain)
         tuned = (
-            replace(plain, save_every=max(1, round(best / plain.ideal_s))) if math.isfinite(best) else plain
+            replace(plain, save_every=max(1, round(best / plain.step_s))) if math.isfinite(best) else plain
         )
-        steps = max(MANY_STEPS, min(MOST_STEPS, FAILURES * tuned.mtbf / tuned.ideal_s))
-        outcome = simulate(tuned, seconds=min(seconds, steps * tuned.ideal_s), seed=seed)
+        steps = max(MANY_STEPS, min(MOST_STEPS, FAILURES * tuned.mtbf / tuned.step_s))
+        outcome = simulate(tuned, seconds=min(seconds, steps * tuned.step_s), seed=seed)
         found.append(AtScale(tuned, outcome, best))
     return found
 
@@ -71,7 +71,7 @@ def best_interval(scenario: Scenario) -> float:
     """
     if not math.isfinite(scenario.mtbf):
         return math.inf
-    return max(daly_interval(scenario.save_stall_s, scenario.mtbf), scenario.save_write_s, scenario.ideal_s)
+    return max(daly_interval(scenario.save_stall_s, scenario.mtbf), scenario.save_write_s, scenario.step_s)
 
 
 def by_interval(scenario: Scenario, *, seed: int) -> list[tuple[float, float, float]]:
@@ -98,7 +98,7 @@ def breaks_at(found: Sequence[AtScale], least: float = 0.5) -> str:
     for one in found:
         if one.outcome.goodput < least:
             waste = {k: v for k, v in one.outcome.seconds.items() if k in ("judge", "save", "restart")}
-            lost = one.outcome.lost_steps * one.scenario.ideal_s
+            lost = one.outcome.lost_steps * one.scenario.step_s
             cause, spent = max([*waste.items(), ("lost steps", lost)], key=lambda item: item[1])
             share = spent / one.outcome.elapsed
             return f"{one.scenario.gpus} GPUs: goodput {one.outcome.goodput:.0%}; {cause} {share:.0%} of the time"
