@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def mutate_json(text: str, rng: random.Random) -> bytes:
     value = json.loads(text)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         place = rng.choice(places(value))
-        odd = rng.choice(ODD)
+        odd = copy.deepcopy(rng.choice(ODD))  # a later change may reach into it
         if not place:
             value = odd if rng.random() < 0.2 else value
             continue
