@@ -7,7 +7,8 @@ A roofline with three ceilings (memory, tensor cores, other arithmetic), lowered
                         max(memory, tensor + other) where one has it alone: its softmax waits for its products
     last wave         = programs that do not fill the multiprocessors leave the rest idle
 
-It is a prediction. Two ceilings were measured, by a device copy and a matrix product; the others are data sheets'.
+It is a prediction. Two ceilings (`gpus.toml`) were measured, by a device copy and a matrix product; the others are
+data sheets'.
 Nothing in it has been fitted to our kernels.
 """
 
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from sip_engine.kernels._gpus import GPU
 
 LATENCY_S = 0.8e-6
 """From a load to its data in a busy memory; assumed."""
@@ -26,34 +29,8 @@ TF32X3_SHARE = 1 / 6
 """Of the bf16 rate: three products for one, each at half of it."""
 
 
-@dataclass(frozen=True)
-class GPU:
-    """Ceilings of one GPU. Of both kinds here a multiprocessor has the same limits (CUDA C++ Programming Guide)."""
-
-    name: str
-    copy_bytes_s: float
-    """Reads and writes together, of a large device copy; measured."""
-    bf16_flops_s: float
-    """Of a large bf16 matrix product; measured."""
-    num_sms: int = 132
-    clock_hz: float = 1.7e9
-    registers: int = 65_536
-    shared_bytes: int = 233_472
-    warps: int = 64
-    blocks: int = 32
-
-    @property
-    def scalar_ops_s(self) -> float:
-        """128 lanes of a multiprocessor, an operation a cycle."""
-        return 128 * self.num_sms * self.clock_hz
-
-    @property
-    def special_ops_s(self) -> float:
-        """16 exponentials or logarithms a cycle."""
-        return 16 * self.num_sms * self.clock_hz
-
-
-GPUS = {"H100": GPU("H100", 3.0e12, 798e12), "H200": GPU("H200", 4.3e12, 784e12)}
+REGISTERS, SHARED_BYTES, WARPS, BLOCKS = 65_536, 233_472, 64, 32
+"""Of a multiprocessor at compute capability 9.0 (CUDA C++ Programming Guide, technical specifications)."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +60,19 @@ class Prediction:
     seconds: float
 
 
-def blocks_per_sm(num_registers: int, shared_bytes: int, num_warps: int, gpu: GPU) -> int:
+def blocks_per_sm(num_registers: int, shared_bytes: int, num_warps: int) -> int:
     """Blocks that fit on a multiprocessor: registers go by 256 a warp, shared memory costs 1 KiB more a block."""
     a_warp = math.ceil(max(1, num_registers) * 32 / 256) * 256
-    by_registers = gpu.registers // a_warp // num_warps
-    by_shared = gpu.shared_bytes // (shared_bytes + 1024)
-    return min(by_registers, by_shared, gpu.warps // num_warps, gpu.blocks)
+    by_registers = REGISTERS // a_warp // num_warps
+    by_shared = SHARED_BYTES // (shared_bytes + 1024)
+    return min(by_registers, by_shared, WARPS // num_warps, BLOCKS)
 
 
 def predict(
     work: Work, gpu: GPU, *, num_registers: int, shared_bytes: int, num_warps: int, tensor_share: float
 ) -> Prediction:
     """Time of `work`; `tensor_share` is that of the bf16 matrix rate the kernel's instructions reach."""
-    blocks = max(1, blocks_per_sm(num_registers, shared_bytes, num_warps, gpu))
+    blocks = max(1, blocks_per_sm(num_registers, shared_bytes, num_warps))
     slots = gpu.num_sms * blocks
     running = min(work.programs, slots)
     fed = running * work.in_flight / LATENCY_S

@@ -1,11 +1,12 @@
 """Compile every kernel for sm_90 without a GPU: registers, spills, shared memory, wgmma, and what time to expect.
 
-Run `python -m sip_engine.kernels.compile_report [WORD ...] [--json FILE]`: all cases, or those whose name has one of
-the words in it. Behind what the compiler says stand the blocks that a multiprocessor holds, bytes and operations of
-a program, what bounds the kernel, and its time on an H100 and an H200 at the reference shapes (`_work.py`): predicted
-by the formulas of `_predict.py`, not measured. It exits with 1 if a kernel spills registers, needs more shared memory
-than a block can have, or should use wgmma and does not. A kernel file takes part by having a function
-`compile_cases() -> list[CompileCase]`, and its kernel an entry in `_work.py`.
+Run `python -m sip_engine.kernels.compile_report [WORD ...] [--json FILE] [--rates FILE]`: all cases, or those whose
+name has one of the words in it. Behind what the compiler says stand the blocks that a multiprocessor holds, bytes and
+operations of a program, what bounds the kernel, and its time on an H100 and an H200 at the reference shapes
+(`_work.py`): predicted by the formulas of `_predict.py` from the rates of `gpus.toml`, or a file's, and not measured.
+It exits with 1 if a kernel spills registers, needs more shared memory than a block can have, or should use wgmma and
+does not. A kernel file takes part by having a function `compile_cases() -> list[CompileCase]`, and its kernel an
+entry in `_work.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import sip_engine.kernels
-from sip_engine.kernels._predict import GPUS, MMA_SHARE, TF32X3_SHARE, Prediction, Work, predict
+from sip_engine.kernels._gpus import GPU, MEASURED, load_gpus
+from sip_engine.kernels._predict import MMA_SHARE, TF32X3_SHARE, Prediction, Work, predict
 from sip_engine.kernels._triton import HAS_TRITON, INTERPRETED
 from sip_engine.kernels._work import work_of
 
@@ -76,23 +78,23 @@ class CompileResult:
         """Of the kernel at the reference shape."""
         return work_of(self.case)
 
-    def predicted(self, gpu: str) -> Prediction:
-        """For the reference shape on "H100" or "H200"."""
+    def predicted(self, gpu: GPU) -> Prediction:
+        """For the reference shape, on a GPU of compute capability 9.0."""
         wide = any(
             kind.startswith("*fp32") for name, kind in self.case.signature.items() if name in _OPERANDS
         )
         return predict(
             self.work,
-            GPUS[gpu],
+            gpu,
             num_registers=self.num_registers,
             shared_bytes=self.shared_bytes,
             num_warps=self.case.num_warps,
             tensor_share=TF32X3_SHARE if wide else 1.0 if self.uses_wgmma else MMA_SHARE,
         )
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, gpus: Sequence[GPU]) -> dict[str, Any]:
         """All that the report says of the case."""
-        times = {gpu: self.predicted(gpu) for gpu in GPUS}
+        times = {gpu.machine: self.predicted(gpu) for gpu in gpus}
         return {
             "kernel": self.case.name,
             "shape": self.work.shape,
@@ -105,7 +107,7 @@ class CompileResult:
             "programs": self.work.programs,
             "bytes": self.work.num_bytes,
             "tensor_flops": self.work.tensor_flops,
-            "blocks_per_sm": times["H100"].blocks_per_sm,
+            "blocks_per_sm": next(iter(times.values())).blocks_per_sm,
             "bound": {gpu: found.bound for gpu, found in times.items()},
             "predicted_us": {gpu: round(found.seconds * 1e6, 2) for gpu, found in times.items()},
         }
@@ -165,9 +167,16 @@ def compile_case(case: CompileCase) -> CompileResult:
     )
 
 
-def _line(result: CompileResult) -> str:
+def _gpus(rates: Path | None) -> list[GPU]:
+    """Those that the cases are compiled for, with measured rates where a file has some."""
+    path = rates or MEASURED
+    text = path.read_text(encoding="utf-8") if rates or path.exists() else ""
+    return [gpu for gpu in load_gpus(text).values() if gpu.compute_capability == NUM_COMPUTE_CAPABILITY]
+
+
+def _line(result: CompileResult, gpus: Sequence[GPU]) -> str:
     case, work = result.case, result.work
-    times = [result.predicted(gpu) for gpu in GPUS]
+    times = [result.predicted(gpu) for gpu in gpus]
     tensor = work.tensor_flops / work.programs / 1e6
     return (
         f"{case.name:<58}{case.num_warps:>6}{case.num_stages:>7}{result.num_registers:>10}"
@@ -183,9 +192,15 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m sip_engine.kernels.compile_report", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD", help="cases with one of these in their name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there, too")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help=f"measured rates; default: {MEASURED}")
     args = parser.parse_args(arguments)
     if not HAS_TRITON or INTERPRETED:
         print("compile_report needs the triton package, and TRITON_INTERPRET unset", file=sys.stderr)
+        return 2
+    try:
+        gpus = _gpus(args.rates)
+    except (OSError, ValueError) as error:
+        print(f"{args.rates or MEASURED}: {error}", file=sys.stderr)
         return 2
     cases = [case for case in all_cases() if not args.words or any(word in case.name for word in args.words)]
     if not cases:
@@ -194,15 +209,15 @@ def main(arguments: Sequence[str]) -> int:
     print(
         f"{'kernel':<58}{'warps':>6}{'stages':>7}{'registers':>10}{'spill B':>8}{'shared B':>9}  wgmma"
         f"{'blk/SM':>7}{'kB/tile':>9}{'Mop/tile':>9}"
-        + "".join(f"  {gpu + ' bound':<10}{'us':>9}" for gpu in GPUS)
+        + "".join(f"  {gpu.machine + ' bound':<10}{'us':>9}" for gpu in gpus)
         + "  at (predicted, not measured)"
     )
     results = []
     for case in cases:
         results.append(compile_case(case))
-        print(_line(results[-1]), flush=True)
+        print(_line(results[-1], gpus), flush=True)
     if args.json is not None:
-        args.json.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n")
+        args.json.write_text(json.dumps([result.as_json(gpus) for result in results], indent=1) + "\n")
     num_bad = sum(not result.ok for result in results)
     if num_bad:
         print(f"{num_bad} kernels spill registers or miss wgmma", file=sys.stderr)

@@ -6,9 +6,12 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from sip_engine.kernels._gpus import COLUMNS, GPU, MEASURED, gpu_of
 
 PREDICTED = Path(__file__).with_name("predicted.json")
 """What `compile_report --json` wrote; made anew on any machine with Triton, no GPU needed."""
@@ -52,12 +55,36 @@ class Context:
         self.say(name, "ok" if right else "WRONG", ok=right, note=note, **more)
 
     @cached_property
-    def gpu(self) -> str:
-        """ "H100" or "H200", or what the device calls itself."""
+    def device(self) -> str:
+        """What the device calls itself."""
         import torch
 
-        name = torch.cuda.get_device_name()
-        return next((known for known in ("H100", "H200") if known in name), name)
+        return torch.cuda.get_device_name()
+
+    @property
+    def rates(self) -> Path:
+        """Rates that this run has measured, as `sip plan` and the compile report take them."""
+        return self.out.parent / MEASURED.name
+
+    def measured_rate(self, rate: str, value: float) -> None:
+        """Write a rate of `gpus.toml` or `rates.toml` down; a rehearsal measures none."""
+        if self.rehearse:
+            return
+        head = "" if self.rates.exists() else ",".join(COLUMNS) + "\n"
+        row = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}", self.device.replace(",", " "), rate, f"{value:.4g}"
+        with self.rates.open("a", encoding="utf-8") as file:
+            file.write(head + ",".join(row) + "\n")
+
+    @property
+    def usual(self) -> GPU | None:
+        """Ceilings of this kind of GPU by the tables; None if it is in none."""
+        return gpu_of(self.device, MEASURED.read_text() if MEASURED.exists() else "")
+
+    @property
+    def ceilings(self) -> GPU | None:
+        """The same, with what this run has measured before in place of the tables'."""
+        path = self.rates if self.rates.exists() else MEASURED
+        return gpu_of(self.device, path.read_text() if path.exists() else "")
 
     @cached_property
     def _predictions(self) -> dict[str, dict[str, float]]:
@@ -70,7 +97,7 @@ class Context:
 
         In a rehearsal an H200's; None where some kernel, or this GPU, is not in the report.
         """
-        gpu = "H200" if self.rehearse else self.gpu
+        gpu = "H200" if self.rehearse else self.usual.machine if self.usual else self.device
         times = [self._predictions.get(kernel, {}).get(gpu) for kernel in parts]
         if not times or None in times:
             return None

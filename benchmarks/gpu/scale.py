@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.figures import Context
-from benchmarks.gpu.machine import CEILINGS
 from benchmarks.gpu.models import model_config, rows, run_config, sampler_of, vocab
 from benchmarks.record import timed
 from sip_engine.config.schema import ModelConfig, ObjectiveConfig
@@ -66,14 +65,13 @@ def _floor_ms(
     context: Context, model: ModelConfig, prompts: int, n: int, prefix: int, seen: float
 ) -> float | None:
     """Weights once, each group's prefix once, each suffix once, over the measured copy rate."""
-    copy, _ = CEILINGS.get(context.gpu, (None, None))
-    if copy is None:
+    if context.ceilings is None:
         return None
     a_token = 2 * model.num_layers * model.num_kv_heads * model.kv_channels * 2
     layer = model.hidden_size * (2 * model.num_heads * model.kv_channels + 3 * model.ffn_size)
     layer += 2 * model.hidden_size * model.num_kv_heads * model.kv_channels
     weights = 2 * (model.num_layers * layer + vocab(context) * model.hidden_size)
-    return round((weights + prompts * a_token * (prefix + n * seen)) / copy / 1e9, 2)
+    return round((weights + prompts * a_token * (prefix + n * seen)) / context.ceilings.copy_bytes_s * 1e3, 2)
 
 
 def _launches(context: Context, policy: Policy, request: Request) -> None:

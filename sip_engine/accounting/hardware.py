@@ -1,23 +1,20 @@
-"""Rates of GPUs: the table in the tree, and the measurements that take the place of its numbers."""
+"""Rates of GPUs: the tables in the tree, and the measurements that take the place of their numbers."""
 
 from __future__ import annotations
 
-import csv
 import tomllib
 from dataclasses import dataclass
-from functools import cache
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sip_engine.kernels._gpus import MEASURED, RATES, gpu_of, load_gpus, newest
 from sip_engine.utils.errors import ConfigError, DataError
 from sip_engine.utils.regular import read_text
 
 TABLE = Path(__file__).with_name("rates.toml")
-MEASURED = Path("benchmarks/results/gpu_rates.csv")
-"""Rows `date, machine, rate, value` of a GPU run, under the working directory."""
+"""What is around GPUs, and shares of their ceilings; the ceilings are a table of `kernels/`, which goes by it too."""
 
 
 class _Table(BaseModel):
@@ -124,13 +121,17 @@ def load_hardware(name: str, *, gpus_per_node: int | None = None, measured: Path
         raise ConfigError(f"--gpu {name}: not in the table of rates; known: {', '.join(sorted(gpus))}")
     if gpus_per_node is not None and gpus_per_node < 1:
         raise ConfigError(f"--gpus-per-node {gpus_per_node}: must be 1 or more")
-    gpu = dict(gpus[name]) | ({} if gpus_per_node is None else {"gpus_per_node": gpus_per_node})
+    ceilings = load_gpus()[name]
+    gpu = {"machine": ceilings.machine, **{rate: getattr(ceilings, rate) for rate in RATES}, **gpus[name]}
+    gpu |= {} if gpus_per_node is None else {"gpus_per_node": gpus_per_node}
     sections = {"gpu": gpu, "shares": dict(table["shares"]), "overheads": dict(table["overheads"])}
-    found = _measurements(measured, str(gpu["machine"]))
+    found = _measurements(measured, ceilings.machine)
     for rate, value in found.items():
         home = next((section for section in sections.values() if rate in section and rate != "machine"), None)
         if home is None:
-            raise DataError(f"{measured}: no rate is called {rate!r}; names are those of {TABLE.name}")
+            raise DataError(
+                f"{measured}: no rate is called {rate!r}; names are those of {TABLE.name} and gpus.toml"
+            )
         home[rate] = value
     try:
         return Hardware(
@@ -145,13 +146,10 @@ def load_hardware(name: str, *, gpus_per_node: int | None = None, measured: Path
         raise DataError(f"{measured}: {fault['loc'][-1]}: {fault['msg']}") from None
 
 
-@cache
 def peak_bf16(device: str) -> float | None:
     """Operations a second of the table's GPU whose name stands in what a device calls itself; None if none does."""
-    for gpu in _read_table()["gpus"].values():
-        if str(gpu["machine"]) in device:
-            return float(gpu["peak_bf16_tflop_s"]) * 1e12
-    return None
+    gpu = gpu_of(device)
+    return None if gpu is None else gpu.peak_bf16_tflop_s * 1e12
 
 
 def load_judge(name: str) -> JudgeModel:
@@ -170,19 +168,9 @@ def _measurements(path: Path, machine: str) -> dict[str, float]:
     """The newest value of each rate measured on a GPU whose name holds `machine`."""
     if not path.exists():
         return {}
-    newest: dict[str, tuple[str, float]] = {}
     try:
-        text = read_text(path)
+        return newest(read_text(path), machine)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); give a CSV file of measured rates") from None
-    reader = csv.DictReader(StringIO(text, newline=""))
-    try:
-        for row in reader:
-            date, on, rate, value = row["date"], row["machine"], row["rate"], float(row["value"])
-            if machine in on and (rate not in newest or date > newest[rate][0]):
-                newest[rate] = date, value
-    except (KeyError, TypeError, ValueError, csv.Error):
-        raise DataError(
-            f"{path}: line {reader.line_num} is not date, machine, rate and a number as value"
-        ) from None
-    return {rate: value for rate, (_, value) in newest.items()}
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None

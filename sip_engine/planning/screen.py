@@ -23,7 +23,7 @@ def plan_screen(plan: Plan, hardware: Hardware, title: str) -> RenderableType:
     head = Text(
         f"{title} on {plan.gpus} x {plan.gpu}"
         + (f" and {plan.judge_gpus} for the judge" if plan.judge_gpus else "")
-        + f": a prediction, not a measurement (rates of planning/rates.toml; {rates})\n{layout}"
+        + f": a prediction, not a measurement (rates of rates.toml and gpus.toml; {rates})\n{layout}"
     )
     rows = Table.grid(padding=(0, 4))
     rows.add_row(memory_table(plan), phase_table(plan))

@@ -9,12 +9,13 @@ import torch
 from interpreter import DEVICE  # noqa: F401  (chooses the interpreter for the files that follow)
 
 from sip_engine.kernels import _work
-from sip_engine.kernels._predict import GPUS, LATENCY_S, LAUNCH_S, Work, blocks_per_sm, predict
+from sip_engine.kernels._gpus import gpu_of, load_gpus
+from sip_engine.kernels._predict import LATENCY_S, LAUNCH_S, Work, blocks_per_sm, predict
 from sip_engine.kernels._work import work_of
 from sip_engine.kernels.compile_report import all_cases
 from sip_engine.kernels.shared_prefix_attention import RowLayout, attention_cost
 
-H100 = GPUS["H100"]
+H100 = load_gpus()["h100"]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ H100 = GPUS["H100"]
 )
 def test_blocks_on_a_multiprocessor(registers: int, shared: int, warps: int, blocks: int) -> None:
     """As NVIDIA's occupancy calculator has them for compute capability 9.0."""
-    assert blocks_per_sm(registers, shared, warps, H100) == blocks
+    assert blocks_per_sm(registers, shared, warps) == blocks
 
 
 def seconds(work: Work, registers: int = 64, **options) -> tuple[str, float]:
@@ -43,12 +44,12 @@ def seconds(work: Work, registers: int = 64, **options) -> tuple[str, float]:
 
 def test_each_ceiling_by_hand() -> None:
     full = 132 * 8 * 10  # ten whole waves of eight blocks
-    copy = Work("", full, 3.0e9, in_flight=1e6)
+    copy = Work("", full, H100.copy_bytes_s * 1e-3, in_flight=1e6)
     assert seconds(copy) == ("memory", pytest.approx(1e-3))
     # 1,056 programs that wait for 100 bytes each get 100 bytes a latency each.
     starved = replace(copy, in_flight=100)
-    assert seconds(starved) == ("latency", pytest.approx(3.0e9 / (1056 * 100 / LATENCY_S)))
-    product = replace(copy, tensor_flops=798e9 * 5)
+    assert seconds(starved) == ("latency", pytest.approx(copy.num_bytes / (1056 * 100 / LATENCY_S)))
+    product = replace(copy, tensor_flops=H100.bf16_flops_s * 5e-3)
     assert seconds(product) == ("tensor", pytest.approx(5e-3))
     both = replace(product, scalar=4e-3 * 128 * 132 * 1.7e9)
     assert seconds(both) == ("tensor", pytest.approx(5e-3))
@@ -59,6 +60,23 @@ def test_each_ceiling_by_hand() -> None:
     assert seconds(replace(product, programs=133), registers=512)[1] == pytest.approx(5e-3 * 2 / (133 / 132))
     assert seconds(replace(product, programs=66))[1] == pytest.approx(1e-2)
     assert seconds(Work("", 1, 1.0, 1.0))[1] == LAUNCH_S
+
+
+def test_a_measured_rate_takes_the_place_of_the_tables() -> None:
+    measured = (
+        "date,machine,rate,value\n"
+        "2026-01-02,NVIDIA H200,copy_tb_s,4.1\n2026-01-03,NVIDIA H200,copy_tb_s,4.2\n"
+        "2026-01-01,NVIDIA H200,copy_tb_s,4.0\n2026-01-01,NVIDIA H200,decode_attention,0.8\n"
+    )
+    before, after = load_gpus(), load_gpus(measured)
+    assert after["h200"] == replace(before["h200"], copy_tb_s=4.2)
+    assert after["h100"] == before["h100"] and gpu_of("NVIDIA H200", measured) == after["h200"]
+    work = Work("", 10_560, before["h200"].copy_bytes_s, in_flight=1e6)
+    options = {"num_registers": 64, "shared_bytes": 0, "num_warps": 4, "tensor_share": 1.0}
+    assert predict(work, after["h200"], **options).seconds == pytest.approx(4.3 / 4.2)
+    for line in ("2026-01-01,NVIDIA H200,copy_tb_s,fast", "2026-01-01,NVIDIA H200,copy_tb_s,0"):
+        with pytest.raises(ValueError):
+            load_gpus(f"date,machine,rate,value\n{line}\n")
 
 
 def test_work_is_what_the_tensors_hold() -> None:
