@@ -17,9 +17,9 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 all good, 1 an item failed, 2 it cannot run so."""
+    """Exit codes: 0 all good, 1 an item failed, 130 interrupted, others as those of `sip`: 2 it cannot run so."""
     from benchmarks.gpu.items import ITEMS
-    from benchmarks.gpu.runner import Options, run
+    from benchmarks.gpu.runner import Options, ended_by_signals, run
     from sip_engine.utils.errors import SipError
 
     parser = argparse.ArgumentParser(
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
+        if args.tune and (args.items or args.profile):
+            raise ValueError("--tune runs no items: leave out --items and --profile")
         if not 0 < args.minutes <= 24 * 60:
             raise ValueError(f"--minutes {args.minutes:g}: must be above 0 and at most a day")
         unknown = sorted(set(args.items) - {item.number for item in ITEMS})
@@ -47,11 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.tune:
             from benchmarks.gpu.tune import tune
 
-            return tune(args.out, args.minutes, rehearse=args.rehearse)
-        return run(Options(args.out, args.minutes, args.rehearse, args.profile, tuple(args.items)))
+            with ended_by_signals():
+                return tune(args.out, args.minutes, rehearse=args.rehearse)
+        with ended_by_signals():
+            return run(Options(args.out, args.minutes, args.rehearse, args.profile, tuple(args.items)))
     except (ValueError, SipError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 def _check_device() -> None:

@@ -87,10 +87,18 @@ class Context:
         return gpu_of(self.device, path.read_text() if path.exists() else "")
 
     @cached_property
-    def _predictions(self) -> dict[str, dict[str, float]]:
+    def _predictions(self) -> dict[str, dict[str, Any]]:
         with suppress(OSError, ValueError):
-            return {entry["kernel"]: entry["predicted_us"] for entry in json.loads(PREDICTED.read_text())}
+            return {entry["kernel"]: entry for entry in json.loads(PREDICTED.read_text())}
         return {}
+
+    def predicted_bytes(self, parts: Mapping[str, float]) -> float:
+        """What the compile report counts that kernels move, each so often; 0 where none of them is in it."""
+        return sum(
+            self._predictions[kernel]["bytes"] * n
+            for kernel, n in parts.items()
+            if kernel in self._predictions
+        )
 
     def predicted_us(self, parts: Mapping[str, float]) -> float | None:
         """The compile report's time of kernels at their reference shapes, each so often, on this GPU.
@@ -98,7 +106,7 @@ class Context:
         In a rehearsal an H200's; None where some kernel, or this GPU, is not in the report.
         """
         gpu = "H200" if self.rehearse else self.usual.machine if self.usual else self.device
-        times = [self._predictions.get(kernel, {}).get(gpu) for kernel in parts]
+        times = [self._predictions.get(kernel, {}).get("predicted_us", {}).get(gpu) for kernel in parts]
         if not times or None in times:
             return None
         return round(sum(time * count for time, count in zip(times, parts.values(), strict=True) if time), 1)

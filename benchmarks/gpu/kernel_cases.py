@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.cascade import CASCADE
+from benchmarks.gpu.case import ERROR, FP8, TINY, KernelCase, Sizes, random
+from benchmarks.gpu.head_peers import head_peers
+from benchmarks.gpu.peers import Beside, Tensors, floor
+from sip_engine.kernels._flash_attn import find_flash
 from sip_engine.kernels._logprob_triton import CHUNK_COLUMNS, CHUNK_ROWS
 from sip_engine.kernels.attention_choice import Shape
 from sip_engine.kernels.decode_attention import decode_attention, decode_attention_reference
+from sip_engine.kernels.kv_layout import gather_pages
 from sip_engine.kernels.kv_write import write_kv, write_kv_reference
 from sip_engine.kernels.logprob_head import logprob_head
 from sip_engine.kernels.prefill_attention import prefill_attention, prefill_attention_reference
@@ -28,61 +34,10 @@ from sip_engine.kernels.shared_prefix_attention import (
 from sip_engine.kernels.store_qkv import store_qkv, store_qkv_reference
 from sip_engine.kernels.swiglu import swiglu, swiglu_reference
 
-FP8 = torch.float8_e4m3fn
-Tensors = tuple[Tensor, ...]
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """A shape to run at; `REAL` is that of the compile report's predictions."""
-
-    sequences: int = 1024
-    group: int = 16
-    prefix: int = 1024
-    seen: int = 64
-    suffix: int = 128
-    heads: int = 16
-    ratio: int = 1
-    """Query heads a KV head."""
-    dim: int = 128
-    page: int = 16
-    hidden: int = 2048
-    ffn: int = 5632
-    vocab: int = 32_000
-    tokens: int = 16_384
-    rows: int = 5
-    """Of the shared-prefix stream: a prefix and `group` suffixes each."""
-    dtype: torch.dtype = torch.bfloat16
-    pages: torch.dtype = torch.bfloat16
-
-
-REAL = Sizes()
-SMALL = replace(REAL, sequences=64, prefix=600, tokens=512, rows=1, vocab=4096, hidden=512, ffn=1024)
-"""For float64, and for memcheck: every branch of a kernel, at a size that is quick."""
-TINY = Sizes(6, 3, 21, 5, 4, 2, 1, 64, 4, 64, 48, 130, 20, 2, torch.float32, torch.float32)
-ERROR = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
-"""Largest difference from float64 as a share of the largest value."""
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    name: str
-    make: Callable[[int], Any]  # seed -> inputs on the device
-    run: Callable[[Any], Tensors]
-    exact: Callable[[Any], Tensors]
-    error: float
-    peers: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
-    target: float | None = None
-    """Least times as fast as its first peer; negative: most times as slow."""
-    predicted: dict[str, float] = field(default_factory=dict)
-    """Names of the compile report that this runs at their reference shape -> how often each."""
-    choice: tuple[Shape, dict[str, str]] | None = None
-    """Of `attention_choice`: the shape, and peers that may be chosen at it -> their names there."""
-
-
-def _random(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to("cuda").to(dtype)
+def _no_flash() -> str:
+    found = find_flash()
+    return found if isinstance(found, str) else ""
 
 
 def _tables(start: int, rows: int, length: int, page: int) -> tuple[Tensor, int]:
@@ -95,7 +50,7 @@ def _tables(start: int, rows: int, length: int, page: int) -> tuple[Tensor, int]
 
 def _paged(s: Sizes, seed: int, num_pages: int) -> dict[str, Any]:
     kv_heads = s.heads // s.ratio
-    k, v = (_random(seed + i, num_pages, s.page, kv_heads, s.dim, dtype=torch.float32) for i in range(2))
+    k, v = (random(seed + i, num_pages, s.page, kv_heads, s.dim, dtype=torch.float32) for i in range(2))
     pages: dict[str, Any] = {"k_pages": k.to(s.pages), "v_pages": v.to(s.pages)}
     if s.pages == FP8:
         scale = torch.linspace(0.5, 2.0, kv_heads, device="cuda")
@@ -110,7 +65,7 @@ def decode_inputs(s: Sizes, seed: int) -> dict[str, Any]:
     suffix_tables, used = _tables(used, s.sequences, s.seen, s.page)
     ints = {"dtype": torch.int32, "device": "cuda"}
     return {
-        "q": _random(seed, s.sequences, s.heads, s.dim, dtype=s.dtype),
+        "q": random(seed, s.sequences, s.heads, s.dim, dtype=s.dtype),
         **_paged(s, seed + 1, used),
         "group_starts": torch.arange(0, s.sequences + 1, s.group, **ints),
         "prefix_tables": prefix_tables,
@@ -147,7 +102,8 @@ def _decode(s: Sizes, name: str) -> KernelCase:
         run,
         lambda inputs: (decode_attention_reference(**wide(inputs)),),
         ERROR[s.dtype],
-        {"our ungrouped kernel": lambda inputs: run(inputs, "triton_ungrouped")},
+        {"our ungrouped kernel": Beside(lambda inputs: lambda: run(inputs, "triton_ungrouped"))}
+        | ({} if s.pages == FP8 else {"FlashInfer's cascade": CASCADE}),
         5.0 if s.group * s.ratio == 16 and s.pages == torch.bfloat16 else None,
         predicted,
         (Shape("decode", s.dim, s.ratio, s.group, s.prefix), {"our ungrouped kernel": "triton_ungrouped"}),
@@ -161,25 +117,37 @@ def _prefill(s: Sizes, name: str) -> KernelCase:
         tables, used = _tables(0, prompts, s.prefix, s.page)
         ints = {"dtype": torch.int32, "device": "cuda"}
         return {
-            "q": _random(seed, prompts * s.prefix, s.heads, s.dim, dtype=s.dtype),
+            "q": random(seed, prompts * s.prefix, s.heads, s.dim, dtype=s.dtype),
             **_paged(s, seed + 1, used),
             "tables": tables,
             "cu_seqlens": torch.arange(0, prompts * s.prefix + 1, s.prefix, **ints),
             "context_lens": torch.full((prompts,), s.prefix, **ints),
         }
 
-    def dense(inputs: dict[str, Any]) -> Tensor:
-        """torch's own attention over dense keys, which it does not have to gather."""
-        q = inputs["q"].view(prompts, s.prefix, s.heads, s.dim).transpose(1, 2)
-        k = q[:, :: s.ratio]
-        return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=s.ratio > 1)
+    def dense(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Queries, and keys and values in one piece."""
+        k, v = (
+            gather_pages(
+                inputs[f"{x}_pages"], inputs["tables"], s.prefix, inputs.get(f"{x}_scale"), s.dtype
+            ).flatten(0, 1)
+            for x in "kv"
+        )
+        return inputs["q"], k, v
+
+    def torchs(inputs: dict[str, Any]) -> Callable[[], Tensors]:
+        q, k, v = (x.view(prompts, s.prefix, -1, s.dim).transpose(1, 2) for x in dense(inputs))
+
+        def call() -> Tensors:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=s.ratio > 1)
+            return (out.transpose(1, 2).flatten(0, 1),)
+
+        return call
 
     layout = RowLayout((s.prefix,) * prompts, ((),) * prompts, torch.device("cuda"))
 
-    def flash(inputs: dict[str, Any]) -> Tensor:
-        q = inputs["q"]
-        k = q[:, :: s.ratio].contiguous()
-        return shared_prefix_attention(q, k, k, layout, scale=s.dim**-0.5, impl="flash")
+    def flash(inputs: dict[str, Any]) -> Callable[[], Tensors]:
+        tensors = dense(inputs)
+        return lambda: (shared_prefix_attention(*tensors, layout, scale=s.dim**-0.5, impl="flash"),)
 
     return KernelCase(
         name,
@@ -187,9 +155,12 @@ def _prefill(s: Sizes, name: str) -> KernelCase:
         lambda inputs: (prefill_attention(**inputs, impl="triton"),),
         lambda inputs: (prefill_attention_reference(**wide(inputs)),),
         ERROR[s.dtype],
-        {"torch's attention, keys in one piece": dense, "flash-attn": flash},
+        {
+            "torch's attention, keys in one piece": Beside(torchs),
+            "flash-attn, keys in one piece": Beside(flash, _no_flash),
+        },
         predicted=dict.fromkeys(["prefill bf16 pages D=128 rows=128"] * (s.ratio == 2), 1),
-        choice=(Shape("prefill", s.dim, s.ratio, 0, s.prefix), {"flash-attn": "flash"}),
+        choice=(Shape("prefill", s.dim, s.ratio, 0, s.prefix), {"flash-attn, keys in one piece": "flash"}),
     )
 
 
@@ -201,7 +172,7 @@ def _shared_prefix(s: Sizes) -> KernelCase:
     def make(seed: int) -> dict[str, Any]:
         heads = (s.heads, kv_heads, kv_heads, s.heads)
         return {
-            name: _random(seed + i, total, n, s.dim, dtype=s.dtype)
+            name: random(seed + i, total, n, s.dim, dtype=s.dtype)
             for i, (name, n) in enumerate(zip(("q", "k", "v", "grad"), heads, strict=True))
         }
 
@@ -220,7 +191,7 @@ def _shared_prefix(s: Sizes) -> KernelCase:
         lambda inputs: both(inputs, "triton"),
         lambda inputs: both(wide(inputs), "reference"),
         ERROR[s.dtype],
-        {"flash-attn": lambda inputs: both(inputs, "flash")},
+        {"flash-attn": Beside(lambda inputs: lambda: both(inputs, "flash"), _no_flash)},
         predicted={f"shared_prefix {name} bf16 D=128": 1 for name in ("forward", "dq", "dkv")},
         choice=(Shape("training", s.dim, s.ratio, s.group, s.prefix), {"flash-attn": "flash"}),
     )
@@ -233,8 +204,8 @@ def _logprob(s: Sizes) -> KernelCase:
     def make(seed: int) -> dict[str, Any]:
         targets = torch.randint(0, s.vocab, (s.tokens,), generator=torch.Generator().manual_seed(seed))
         return {
-            "hidden": _random(seed, s.tokens, s.hidden, dtype=s.dtype),
-            "weight": _random(seed + 1, s.vocab, s.hidden, dtype=s.dtype) * s.hidden**-0.5,
+            "hidden": random(seed, s.tokens, s.hidden, dtype=s.dtype),
+            "weight": random(seed + 1, s.vocab, s.hidden, dtype=s.dtype) * s.hidden**-0.5,
             "targets": targets.to("cuda"),
         }
 
@@ -255,7 +226,7 @@ def _logprob(s: Sizes) -> KernelCase:
         lambda inputs: both(inputs, "triton"),
         lambda inputs: both(wide(inputs), "reference"),
         ERROR[s.dtype],
-        {"three bare products": bare},
+        {"three bare products": floor(bare), **head_peers()},
         -1.6,
         {"logprob stats bf16": 1}
         | {f"logprob {name} bf16": chunks for name in ("dlogits", "d hidden", "d weight")},
@@ -266,8 +237,8 @@ def _head_sample(s: Sizes) -> KernelCase:
     def make(seed: int) -> tuple[Tensor, ...]:
         rows = torch.arange(s.sequences)
         return (
-            _random(seed, s.sequences, s.hidden, dtype=s.dtype),
-            _random(seed + 1, s.vocab, s.hidden, dtype=s.dtype) * s.hidden**-0.5,
+            random(seed, s.sequences, s.hidden, dtype=s.dtype),
+            random(seed + 1, s.vocab, s.hidden, dtype=s.dtype) * s.hidden**-0.5,
             sequence_key(seed, 0, 0, rows).to("cuda"),
             rows.to("cuda"),
         )
@@ -283,7 +254,7 @@ def _head_sample(s: Sizes) -> KernelCase:
             sample_reference(inputs[0], inputs[1], inputs[2], inputs[3], 1.0, 0)
         ),  # float32: products of bfloat16 are exact there
         1e-3,
-        {"the bare product": lambda inputs: inputs[0] @ inputs[1].T},
+        {"the bare product": floor(lambda inputs: inputs[0] @ inputs[1].T)},
         -1.3,
         {"head_sample bf16": 1, "merge_tiles V=32000": 1},
     )
@@ -297,7 +268,7 @@ def _store_qkv(s: Sizes) -> KernelCase:
         num_pages = -(-s.sequences // s.page)
         pages = torch.zeros(num_pages, s.page, kv_heads, s.dim, dtype=s.dtype, device="cuda")
         return {
-            "mixed": _random(seed, s.sequences, kv_heads * (s.ratio + 2) * s.dim, dtype=s.dtype),
+            "mixed": random(seed, s.sequences, kv_heads * (s.ratio + 2) * s.dim, dtype=s.dtype),
             "cos": angles.cos().to("cuda"),
             "sin": angles.sin().to("cuda"),
             "positions": (torch.arange(s.sequences) % 64).to("cuda"),
@@ -324,8 +295,8 @@ def _small_ones(s: Sizes) -> Iterator[KernelCase]:
     error = ERROR[s.dtype]
 
     def norm(seed: int) -> dict[str, Any]:
-        x, residual = (_random(seed + i, s.sequences, s.hidden, dtype=s.dtype) for i in range(2))
-        return {"x": x, "residual": residual, "weight": _random(9, s.hidden, dtype=s.dtype), "eps": 1e-5}
+        x, residual = (random(seed + i, s.sequences, s.hidden, dtype=s.dtype) for i in range(2))
+        return {"x": x, "residual": residual, "weight": random(9, s.hidden, dtype=s.dtype), "eps": 1e-5}
 
     yield KernelCase(
         "residual and norm",
@@ -337,7 +308,7 @@ def _small_ones(s: Sizes) -> Iterator[KernelCase]:
     )
     yield KernelCase(
         "SwiGLU",
-        lambda seed: _random(seed, s.sequences, 2 * s.ffn, dtype=s.dtype),
+        lambda seed: random(seed, s.sequences, 2 * s.ffn, dtype=s.dtype),
         lambda x: (swiglu(x, impl="triton"),),
         lambda x: (swiglu_reference(x.double()),),
         error,
@@ -348,7 +319,7 @@ def _small_ones(s: Sizes) -> Iterator[KernelCase]:
     positions = (torch.arange(s.sequences) % 64).to("cuda")
     yield KernelCase(
         "rotary",
-        lambda seed: _random(seed, s.sequences, s.heads, s.dim, dtype=s.dtype),
+        lambda seed: random(seed, s.sequences, s.heads, s.dim, dtype=s.dtype),
         lambda x: (rotary(x, cos, sin, positions, impl="triton"),),
         lambda x: (rotary_reference(x.double(), cos.double(), sin.double(), positions),),
         error,
@@ -358,7 +329,7 @@ def _small_ones(s: Sizes) -> Iterator[KernelCase]:
     def cells(seed: int) -> dict[str, Any]:
         shape = (-(-s.sequences // s.page), s.page, s.heads, s.dim)
         pages = torch.zeros(shape, dtype=s.dtype, device="cuda")
-        k, v = (_random(seed + i, s.sequences, s.heads, s.dim, dtype=s.dtype) for i in range(2))
+        k, v = (random(seed + i, s.sequences, s.heads, s.dim, dtype=s.dtype) for i in range(2))
         slots = torch.arange(s.sequences).to("cuda")
         return {"k": k, "v": v, "k_pages": pages, "v_pages": pages.clone(), "slots": slots}
 

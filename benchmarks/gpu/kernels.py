@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.case import REAL, SMALL, TINY, KernelCase
 from benchmarks.gpu.figures import Context
-from benchmarks.gpu.kernel_cases import REAL, SMALL, TINY, KernelCase, kernel_cases
+from benchmarks.gpu.kernel_cases import kernel_cases
 from benchmarks.gpu.machine import seconds_of
+from benchmarks.gpu.peers import Beside, first_line, largest_gap
 from benchmarks.record import ROOT
-from sip_engine.kernels._flash_attn import find_flash
 from sip_engine.kernels.attention_choice import COLUMNS
 
 WARM_UP_PROCESSES = 12
@@ -118,7 +119,7 @@ def timings(context: Context) -> None:
         _profile(context, kernel_cases(sizes)[0])
 
 
-REHEARSED = ("decode", "SwiGLU")
+REHEARSED = ("decode", "SwiGLU", "logprob, forward and backward")
 
 
 def _time(context: Context, case: KernelCase) -> None:
@@ -126,21 +127,42 @@ def _time(context: Context, case: KernelCase) -> None:
     inputs = [case.make(seed) for seed in range(count)]
     capture = "backward" not in case.name  # autograd's own threads are not captured
     ours = seconds_of([lambda i=i: case.run(i) for i in inputs], graph=capture)
-    predicted = context.predicted_us(case.predicted)
-    beside, first, times = [], None, {}
+    beside, times = [], {}
     for name, peer in case.peers.items():
-        if name == "flash-attn" and (context.rehearse or isinstance(find_flash(), str)):
-            beside.append(f"{name}: not installed")
-            continue
-        theirs = seconds_of([lambda i=i, peer=peer: peer(i) for i in inputs], graph=capture)
-        first, times[name] = theirs if first is None else first, theirs
-        beside.append(f"{name}: {theirs * 1e6:.1f} us ({theirs / ours:.2f} x ours)")
+        found = _time_beside(case, peer, inputs, capture=capture)
+        if isinstance(found, str):
+            beside.append(f"{name}: {found}")
+        else:
+            times[name] = found
+            beside.append(f"{name}: {found * 1e6:.1f} us ({found / ours:.2f} x ours)")
     _note_choice(context, case, ours, times)
-    target, ok = _judged(case, ours, first)
+    _note_rate(context, case, ours)
+    target, ok = _judged(case, ours, times)
     context.say(
-        case.name, ours * 1e6, "us", predicted=predicted, target=target, peer="; ".join(beside),
+        case.name,
+        ours * 1e6,
+        "us",
+        predicted=context.predicted_us(case.predicted),
+        target=target,
+        peer="; ".join(beside),
         ok=ok or context.rehearse,
-    )  # fmt: skip
+    )
+
+
+def _time_beside(case: KernelCase, peer: Beside, inputs: list[Any], *, capture: bool) -> float | str:
+    """Seconds of a call, once its results have been found to be ours; or why there are none."""
+    missing = peer.missing()
+    if missing:
+        return missing
+    try:
+        calls = [peer.prepare(i) for i in inputs]
+        if peer.of_ours is not None:
+            gap = largest_gap(calls[0](), peer.of_ours(case.run(inputs[0])))
+            if not gap <= 2 * case.error:  # each is as far as that from float64
+                return f"differs by {gap:.2g} of the largest, not timed"
+        return seconds_of(calls, graph=capture and peer.capture)
+    except Exception as error:  # whatever another library raises, ours has been measured
+        return first_line(error)
 
 
 def _note_choice(context: Context, case: KernelCase, ours: float, peers: dict[str, float]) -> None:
@@ -160,7 +182,16 @@ def _note_choice(context: Context, case: KernelCase, ours: float, peers: dict[st
         )
 
 
-def _judged(case: KernelCase, ours: float, peer: float | None) -> tuple[str, bool]:
+def _note_rate(context: Context, case: KernelCase, ours: float) -> None:
+    """Grouped decode's share of the copy rate, which plans go by."""
+    if case.name == "decode" and context.ceilings is not None:
+        num_bytes = context.predicted_bytes(case.predicted)
+        context.measured_rate("decode_attention", num_bytes / ours / context.ceilings.copy_bytes_s)
+
+
+def _judged(case: KernelCase, ours: float, times: dict[str, float]) -> tuple[str, bool]:
+    """The target, which is held against the first peer, and whether it is met."""
+    peer = times.get(next(iter(case.peers), ""))
     if case.target is None or peer is None:
         return "", True
     if case.target > 0:

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from benchmarks.gpu.figures import Context
-from benchmarks.gpu.peers import PEERS, why_missing
+from benchmarks.gpu.peers import LIBRARIES, why_missing
 from benchmarks.record import timed
 
 
@@ -43,9 +43,8 @@ def ceilings(context: Context) -> None:
             context.say(package, "not installed", ok=False)
     context.say("python", platform.python_version())
     context.say("device", torch.cuda.get_device_name())
-    for peer in PEERS:
-        missing = why_missing(peer)
-        context.say(f"peer {peer.name}", "not installed" if missing else metadata.version(peer.package))
+    for library in LIBRARIES.values():
+        context.say(f"peer {library.name}", why_missing(library.name) or metadata.version(library.package))
     context.check("Triton compiles", HAS_TRITON and (context.rehearse or not INTERPRETED))
     usual = context.usual
     size = 2**12 if context.rehearse else 2**30

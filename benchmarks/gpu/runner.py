@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
+from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.items import ITEMS, Item
 from benchmarks.gpu.table import write_table
 from benchmarks.gpu.worker import FIGURES
@@ -47,13 +49,7 @@ def run(options: Options) -> int:
     Raises:
         ConfigError: the folder holds another kind of run, or another one is at work in it.
     """
-    check_writable(options.out, folder=True)
-    lock = lock_folder(options.out)
-    if lock is None:
-        raise ConfigError(
-            f"{options.out}: another run is at work there; wait for it, or choose another --out"
-        )
-    with lock:
+    with own_folder(options.out):
         ends = _earlier(options)
         begun, failed = time.monotonic(), []
         chosen = [item for item in ITEMS if not options.items or item.number in options.items]
@@ -71,6 +67,31 @@ def run(options: Options) -> int:
             f"{len(failed)} of {len(chosen)} items failed: {', '.join(map(str, failed))}; see {options.out}/NN/{LOG}"
         )
     return 1 if failed else 0
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP become an exit, so that the item at work is ended too and holds no GPU."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def own_folder(out: Path) -> IO[str]:
+    """Make the folder, and keep others out of it until what is returned is closed.
+
+    Raises:
+        ConfigError: another run is at work in it. DataError: it cannot be written.
+    """
+    check_writable(out, folder=True)
+    lock = lock_folder(out)
+    if lock is None:
+        raise ConfigError(f"{out}: another run is at work there; wait for it, or choose another --out")
+    return lock
 
 
 def _with_deadlines(options: Options, items: Sequence[Item], begun: float) -> Iterator[tuple[Item, float]]:
@@ -109,13 +130,9 @@ def _run_item(item: Item, options: Options, seconds: float) -> dict[str, Any]:
         except psutil.TimeoutExpired:
             code = None
         finally:
-            _end(process)
+            end_process(process)
     status = "timeout" if code is None else "done" if code == 0 else "failed"
-    found = (
-        [json.loads(line) for line in (folder / FIGURES).read_text().splitlines()]
-        if (folder / FIGURES).exists()
-        else []
-    )
+    found, _ = json_lines(folder / FIGURES)  # the last may be cut off where the deadline came
     return {
         "item": item.number,
         "title": item.title,
@@ -128,7 +145,20 @@ def _run_item(item: Item, options: Options, seconds: float) -> dict[str, Any]:
     }
 
 
-def _end(process: psutil.Process) -> None:
+def json_lines(path: Path) -> tuple[list[Any], list[int]]:
+    """What the lines of a file hold, and the numbers of those that are no JSON; nothing if there is no file."""
+    if not path.exists():
+        return [], []
+    found, damaged = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            damaged.append(number)
+    return found, damaged
+
+
+def end_process(process: psutil.Process) -> None:
     """The process and all that it started."""
     with suppress(psutil.NoSuchProcess):
         family = [*process.children(recursive=True), process]
@@ -146,17 +176,27 @@ def _last_line(log: Path) -> str:
 def _earlier(options: Options) -> dict[int, dict[str, Any]]:
     """Ends of items that are done in the folder already."""
     path = options.out / RESULTS_FILE
-    if not path.exists():
-        return {}
+    ends, damaged = json_lines(path)
     try:
-        ends = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         kinds = {end["kind"] for end in ends}
-        done = {end["item"]: end for end in ends if end["status"] == "done"}
+        done = {int(end["item"]): end for end in ends if end["status"] == "done" and _is_whole(end)}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: not results of this benchmark; choose another --out") from None
+    if damaged and not ends:
+        raise ConfigError(f"{path}: not results of this benchmark; choose another --out")
+    if damaged:
+        print(f"{path}: line {damaged[0]} is cut off or damaged; what it held is done again")
     if kinds - {options.kind}:
         raise ConfigError(f"{path}: holds figures of another kind ({', '.join(kinds)}); choose another --out")
     return done
+
+
+def _is_whole(end: dict[str, Any]) -> bool:
+    """Whether the table can show it; what an older version wrote is done again."""
+    names = {field.name for field in fields(Figure)}
+    return {"title", "seconds", "commit", "reason", "figures"} <= end.keys() and all(
+        names <= figure.keys() for figure in end["figures"]
+    )
 
 
 def _write(options: Options, ends: dict[int, dict[str, Any]]) -> None:

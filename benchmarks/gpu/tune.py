@@ -18,8 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.gpu.kernel_cases import REAL, SMALL, TINY, KernelCase, kernel_cases
+from benchmarks.gpu.case import REAL, SMALL, TINY, KernelCase
+from benchmarks.gpu.kernel_cases import kernel_cases
 from benchmarks.gpu.machine import seconds_of
+from benchmarks.gpu.runner import end_process, json_lines, own_folder
 from benchmarks.gpu.worker import emulated
 from benchmarks.record import ROOT
 from sip_engine.kernels import _tiles
@@ -67,9 +69,13 @@ def neighbours(key: TileKey, tile: Tile) -> Iterator[Tile]:
 
 def tune(out: Path, minutes: float, *, rehearse: bool = False) -> int:
     """Try every key; write `out`/tiles.csv and, unless rehearsing, the table in the tree. 0 if any was tried."""
+    with own_folder(out):
+        return _tune(out, minutes, rehearse)
+
+
+def _tune(out: Path, minutes: float, rehearse: bool) -> int:
     import torch
 
-    out.mkdir(parents=True, exist_ok=True)
     keys, entries = (
         list(REHEARSED if rehearse else CASES),
         {key: (key, tile, by) for key, tile, by in read_tiles(TABLE)},
@@ -126,9 +132,9 @@ def _try(out: Path, key: TileKey, seconds: float, rehearse: bool) -> list[tuple[
         except psutil.TimeoutExpired:
             pass
         finally:
-            process.kill() if process.is_running() else None
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [(Tile(**entry["tile"]), entry["seconds"]) for entry in map(json.loads, lines)]
+            end_process(process)
+    tried, _ = json_lines(path)  # the last may be cut off where the deadline came
+    found = [(Tile(**entry["tile"]), entry["seconds"]) for entry in tried]
     return found if found and found[0][0] == _tiles.tile_table()[key] else []
 
 

@@ -85,7 +85,11 @@ def test_tuning_is_rehearsed_and_leaves_the_tree_alone(tmp_path: Path) -> None:
     [
         ([], "there is no CUDA device: --rehearse"),
         (["--minutes", "0"], "--minutes 0: must be above 0"),
+        (["--minutes", "nan"], "--minutes nan: must be above 0"),
+        (["--minutes", "-1"], "--minutes -1: must be above 0"),
+        (["--minutes", "1e9"], "--minutes 1e+09: must be above 0 and at most a day"),
         (["--items", "3", "14"], "--items 14: there are 1 to 13"),
+        (["--tune", "--items", "3"], "--tune runs no items"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str, capsys) -> None:
@@ -95,10 +99,52 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", [["--rehearse"], ["--rehearse", "--tune"]])
+def test_a_folder_that_cannot_be_had_is_one_line(tmp_path: Path, command: list[str], capsys) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        assert main(["--out", str(out), *command]) != 0
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {out}: ") and error.count("\n") == 1 and file.read_text() == "mine"
+    with runner.own_folder(tmp_path / "out"):
+        assert main(["--out", str(tmp_path / "out"), *command]) == 2
+        assert "another run is at work there" in capsys.readouterr().err
+
+
+def test_what_is_cut_off_or_of_an_older_version_is_done_again(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(runner, "ITEMS", ITEMS[:2])
+    ran: list[int] = []
+
+    def end_of(item: Item, options: Options, seconds: float) -> dict:
+        ran.append(item.number)
+        whole = {"title": item.title, "seconds": 1.0, "commit": "c", "reason": "", "figures": []}
+        return {"item": item.number, "kind": "rehearsal", "status": "done", **whole}
+
+    monkeypatch.setattr(runner, "_run_item", end_of)
+    options = Options(tmp_path, rehearse=True)
+    assert run(options) == 0 and ran == [1, 2]
+    results = tmp_path / "results.jsonl"
+    whole = results.read_text()
+    results.write_text(whole[:-20])
+    assert run(options) == 0 and ran == [1, 2, 2] and results.read_text() == whole
+    assert "results.jsonl: line 2 is cut off" in capsys.readouterr().out
+    results.write_text(whole.replace('"commit": "c", ', "", 1))
+    assert run(options) == 0 and ran == [1, 2, 2, 1] and results.read_text() == whole
+
+
+def test_figures_of_an_item_that_was_ended_within_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "figures.jsonl"
+    path.write_text('{"name": "a"}\n{"na')
+    assert runner.json_lines(path) == ([{"name": "a"}], [2])
+    assert runner.json_lines(tmp_path / "none") == ([], [])
+
+
 def test_results_of_another_kind_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text('{"item": 1, "kind": "measured", "status": "done"}\n')
     with pytest.raises(ConfigError, match="another kind"):
         run(Options(tmp_path, rehearse=True))
-    (tmp_path / "results.jsonl").write_text("[1]\n")
-    with pytest.raises(ConfigError, match="not results of this benchmark"):
-        run(Options(tmp_path, rehearse=True))
+    for text in ("[1]\n", "free text\n", "\x00\n"):
+        (tmp_path / "results.jsonl").write_text(text)
+        with pytest.raises(ConfigError, match="not results of this benchmark"):
+            run(Options(tmp_path, rehearse=True))
