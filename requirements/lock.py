@@ -3,6 +3,7 @@
     dev.lock         all that the tests need, but for torch
     torch-cuda.lock  torch as PyPI has it, and what that needs besides
     torch-cpu.lock   its build without CUDA, which PyTorch's own index and some mirrors have
+    gpu-image.lock   of dev.lock, what an image with torch, triton and numpy lacks for `python -m benchmarks gpu`
     real.lock        the two packages whose models `sip real` reads
     tools.lock       what makes and audits these files
 
@@ -21,6 +22,30 @@ CONSTRAINTS = FOLDER.parent / "constraints.txt"
 CUDA = re.compile(r"nvidia-(?!ml-py)|cuda-|torch==")
 CPU_BUILDS = {"2.13.0+cpu": ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",)}
 """By version, SHA-256 of wheels without CUDA (CPython 3.11, Linux x86_64): PyPI, which uv resolves from, has none."""
+GPU_IMAGE = {
+    *(
+        "megatron-core",
+        "pydantic",
+        "pydantic-core",
+        "annotated-types",
+        "typing-inspection",
+        "tenacity",
+        "scipy",
+    ),
+    *(
+        "backports-zstd",
+        "ijson",
+        "simpy",
+        "psutil",
+        "typer",
+        "click",
+        "shellingham",
+        "rich",
+        "markdown-it-py",
+    ),
+    *("mdurl", "pygments", "tokenizers", "sentencepiece", "pyarrow", "safetensors", "nvidia-ml-py"),
+}
+"""What an image with torch, triton and numpy lacks for `python -m benchmarks gpu`."""
 _ENTRY = re.compile(r"^(?=[a-z0-9])", re.MULTILINE)
 
 
@@ -47,6 +72,7 @@ def main() -> None:
         uv, str(FOLDER.parent / "pyproject.toml"), "--extra", "dev", "--constraint", str(CONSTRAINTS)
     )
     write("dev.lock", [entry for entry in everything if not CUDA.match(entry)])
+    write("gpu-image.lock", [entry for entry in everything if entry.partition("==")[0] in GPU_IMAGE])
     write("torch-cuda.lock", [entry for entry in everything if CUDA.match(entry)])
     hashes = {
         version: "".join(f" --hash=sha256:{one}" for one in files) for version, files in CPU_BUILDS.items()

@@ -46,4 +46,5 @@ def test_the_versions_are_those_of_the_constraints() -> None:
     for pin in map(Requirement, pins):
         found = versions.get(canonicalize_name(pin.name), set())
         assert found and all(pin.specifier.contains(one) for one in found), f"{pin}: run `make lock`"
+    assert locked("gpu-image.lock").items() <= locked("dev.lock").items()
     assert {"uv", "pip-audit"} <= locked("tools.lock").keys()

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,63 +60,91 @@ class Models:
         return found
 
 
-@dataclass
+@dataclass(frozen=True)
+class Task:
+    """Samples of prompts that are all equally long, at temperature 1 without cut-off."""
+
+    prompts: list[list[int]]
+    n: int
+    """Samples a prompt."""
+    new: int
+    """Tokens a sample."""
+
+    @property
+    def sequences(self) -> int:
+        return len(self.prompts) * self.n
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [np.array(prompt, np.int32) for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
 class Side:
-    """One library's way to draw `n` samples of `new` tokens for each prompt, at temperature 1 without cut-off."""
+    """One library's way to do a task: what it sets up first is not timed."""
 
     name: str
     libraries: tuple[str, ...]
-    start: Callable[[Models, int], Callable[[list[list[int]], int, int], Drawn]]
-    """(models, the most sequences at a time) -> the call."""
+    start: Callable[[Models, Task], AbstractContextManager[Callable[[], Drawn]]]
     prompts: int = 16
 
 
-def with_generate(models: Models, _: int) -> Callable[[list[list[int]], int, int], Drawn]:
-    """transformers' `generate`: one batch, every sequence with a copy of its prefix's keys and values."""
+@contextmanager
+def with_generate(models: Models, task: Task) -> Iterator[Callable[[], Drawn]]:
+    """transformers' `generate`: one batch, every sequence with a copy of its prefix's keys and values. Its log-probs
+    are those that the others' are compared with."""
 
-    def draw(prompts: list[list[int]], n: int, new: int) -> Drawn:
-        arrays = [np.array(prompt) for prompt in prompts]
-        ids = peer(models.llama, arrays, n, new)
-        tokens = ids[:, len(prompts[0]) :].tolist()
-        return [(one, []) for one in tokens]
+    def draw() -> Drawn:
+        ids = peer(models.llama, task.arrays, task.n, task.new)
+        return [(tokens, []) for tokens in ids[:, len(task.prompts[0]) :].tolist()]
 
-    return draw
+    yield draw
 
 
-def with_continuous_batching(models: Models, _: int) -> Callable[[list[list[int]], int, int], Drawn]:
-    """transformers' `generate_batch`: paged keys and values, whose prefix blocks the samples of a prompt share."""
+@contextmanager
+def with_continuous_batching(models: Models, task: Task) -> Iterator[Callable[[], Drawn]]:
+    """transformers' continuous batching: paged keys and values, whose prefix blocks the samples of a prompt share."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    how = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=task.n,
+        max_new_tokens=task.new, eos_token_id=-1, pad_token_id=0,
+    )  # fmt: skip
     on_cpu = {} if torch.cuda.is_available() else {"num_blocks": 16, "max_batch_tokens": 64}
-    batching = ContinuousBatchingConfig(return_logprobs=True, **on_cpu)
+    batching = ContinuousBatchingConfig(return_logprobs=True, max_memory_percent=0.5, **on_cpu)
+    with models.llama.continuous_batching_context_manager(
+        how, continuous_batching_config=batching
+    ) as manager:
 
-    def draw(prompts: list[list[int]], n: int, new: int) -> Drawn:
-        how = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n, max_new_tokens=new,
-            eos_token_id=-1, pad_token_id=0,
-        )  # fmt: skip
-        found = models.llama.generate_batch(
-            prompts, how, continuous_batching_config=batching, progress_bar=False, persistent_manager=True
-        )
-        return [(one.generated_tokens, one.logprobs) for one in found.values()]
+        def draw() -> Drawn:
+            asked = manager.add_requests(task.prompts, max_new_tokens=task.new)
+            done: dict[str, Any] = {}
+            while len(done) < task.sequences:
+                found = manager.get_result(timeout=1)
+                if found is not None and found.is_finished():
+                    done[found.request_id] = found
+                elif found is None and not manager.is_running():
+                    raise RuntimeError("the thread that generates has ended")
+            samples = [[one, *(f"{one}__child#{i}" for i in range(task.n - 1))] for one in asked]
+            return [(done[s].generated_tokens, done[s].logprobs) for group in samples for s in group]
 
-    return draw
+        yield draw
 
 
-def with_megatron(models: Models, most: int) -> Callable[[list[list[int]], int, int], Drawn]:
+@contextmanager
+def with_megatron(models: Models, task: Task) -> Iterator[Callable[[], Drawn]]:
     """Megatron-core's dynamic inference; a sample is a request, since it knows no samples of one prompt."""
     from benchmarks.gpu.megatron_peer import engine_of, sampling_of
 
-    engine = engine_of(models.policy, models.config, models.vocab, most)
+    engine = engine_of(models.policy, models.config, models.vocab, task.sequences)
 
-    def draw(prompts: list[list[int]], n: int, new: int) -> Drawn:
-        asked = [prompt for prompt in prompts for _ in range(n)]
+    def draw() -> Drawn:
         with torch.no_grad():
-            records = engine.generate(asked, sampling_of(new))
-        merged = [record.merge() for record in records]
+            records = engine.generate([p for p in task.prompts for _ in range(task.n)], sampling_of(task.new))  # pyright: ignore
+        merged = [record.merge() for record in records]  # pyright: ignore
         return [(list(one.generated_tokens), list(one.generated_log_probs)) for one in merged]
 
-    return draw
+    yield draw
 
 
 SIDES = (
@@ -125,10 +154,10 @@ SIDES = (
 )
 
 
-def difference(llama: Any, prompts: list[list[int]], n: int, drawn: Drawn) -> float:
+def difference(llama: Any, task: Task, drawn: Drawn) -> float:
     """Mean |log-prob given - that of transformers' forward pass| over each prompt's first sample, nats a token."""
     gaps = []
-    for prompt, (tokens, given) in zip(prompts, drawn[::n], strict=True):
+    for prompt, (tokens, given) in zip(task.prompts, drawn[:: task.n], strict=True):
         ids = torch.tensor([prompt + tokens], device=llama.device)
         with torch.no_grad():
             logits = llama(ids).logits[0, len(prompt) - 1 : -1].float()
@@ -137,42 +166,43 @@ def difference(llama: Any, prompts: list[list[int]], n: int, drawn: Drawn) -> fl
     return float(torch.cat(gaps).mean())
 
 
+def check(models: Models, task: Task, name: str, drawn: Drawn) -> None:
+    """ValueError unless all samples are there, with the log-probs that transformers' forward pass has for them."""
+    if [len(tokens) for tokens, _ in drawn] != [task.new] * task.sequences:
+        raise ValueError(f"{name}: not {task.sequences} samples of {task.new} tokens")
+    limit = 1e-4 if models.config.precision == "fp32" else drift_limit("auto", "bf16", "auto")
+    gap = difference(models.llama, task, drawn) if drawn[0][1] else 0.0
+    if not gap <= limit:
+        raise ValueError(f"{name}: log-probs are {gap:.2g} nats off, not timed")
+
+
 def compare(context: Context, models: Models, side: Side) -> None:
     """One line of JSON: seconds of both sides, or why there are none."""
-    count, n, length, new = (2, 2, 9, 3) if context.rehearse else (side.prompts, 16, 1024, 64)
-    missing = next(filter(None, map(why_missing, side.libraries)), "")
+    missing = {name: why_missing(name) for name in side.libraries if why_missing(name)}
     if missing:
-        report(side.name, why=missing)
+        report(side.name, why="; ".join(f"{name} {why}" for name, why in missing.items()))
         return
+    count, n, length, new = (2, 2, 9, 3) if context.rehearse else (side.prompts, 16, 1024, 64)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, models.vocab, length).tolist() for _ in range(count)]
-    arrays = [np.array(prompt, np.int32) for prompt in prompts]
-    limit = 1e-4 if models.config.precision == "fp32" else drift_limit("auto", "bf16", "auto")
+    task = Task([rng.integers(0, models.vocab, length).tolist() for _ in range(count)], n, new)
+    sampler = sampler_of(context, models.policy, models.mesh, kv_memory_mb=1 if context.rehearse else 16_384)
+
+    def draw() -> Drawn:
+        done = ours(sampler, task.arrays, n, new)
+        return [(c.ids.tolist(), c.logprobs.tolist()) for group in done for c in group]
+
     try:
-        sampler = sampler_of(
-            context, models.policy, models.mesh, kv_memory_mb=1 if context.rehearse else 16_384
-        )
-        draw = side.start(models, count * n)
-        drawn = draw(prompts, n, new)
-        mine = [(c.ids.tolist(), c.logprobs.tolist()) for g in ours(sampler, arrays, n, new) for c in g]
-        for name, found in (("ours", mine), (side.name, drawn)):
-            if [len(tokens) for tokens, _ in found] != [new] * (count * n):
-                raise ValueError(f"{name}: not {count * n} samples of {new} tokens")
-            gap = difference(models.llama, prompts, n, found) if found[0][1] else 0.0
-            if not gap <= limit:
-                raise ValueError(f"{name}: log-probs are {gap:.2g} nats off, not timed")
-        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for _ in range(2 if context.rehearse else 3):
-            seconds["ours"].append(timed(lambda: ours(sampler, arrays, n, new)))
-            seconds["theirs"].append(timed(lambda: draw(prompts, n, new)))
-        report(
-            side.name,
-            shape=f"{count} x {n} x {new}, P = {length}",
-            **{k: median(v) for k, v in seconds.items()},
-        )
+        with side.start(models, task) as theirs:
+            check(models, task, "ours", draw())
+            check(models, task, side.name, theirs())
+            turns = [(timed(draw), timed(theirs)) for _ in range(2 if context.rehearse else 3)]
     except Exception as error:  # whatever another library raises, the next one is measured
         report(side.name, why=first_line(error))
-    torch.cuda.empty_cache()
+        return
+    seconds = {
+        who: median(times) for who, times in zip(("ours", "theirs"), zip(*turns, strict=True), strict=True)
+    }
+    report(side.name, shape=f"{count} x {n} x {new}, P = {length}", **seconds)
 
 
 def report(name: str, **found: Any) -> None:
@@ -191,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = Models(config, policy, mesh, vocab(context))
     for side in SIDES:
         compare(context, models, side)
+        torch.cuda.empty_cache()
     return 0
 
 

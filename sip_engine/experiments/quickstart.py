@@ -15,7 +15,6 @@ from sip_engine.distributed.mesh import start_alone
 from sip_engine.experiments.scale import check_scale, shortened
 from sip_engine.monitoring.records import METRICS, read_records
 from sip_engine.monitoring.supervision import supervised
-from sip_engine.report.html import write_report
 from sip_engine.train import train
 from sip_engine.utils.files import write_json
 from sip_engine.utils.progress import console
@@ -62,6 +61,9 @@ def quickstart(out: Path, scale: float = 1.0) -> dict[str, Any]:
     summary = summarise(out)
     if mesh.is_main:
         write_json(out / "summary.json", summary)
+        # Needs matplotlib, which the GPU benchmark runs the stages without.
+        from sip_engine.report.html import write_report
+
         report = write_report(
             [out / stage for stage in STAGES], out / "report.html", title="Quickstart", summary=summary
         )
