@@ -49,9 +49,12 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with -dirty if files have changed since."""
+    """Short hash of the checked-out commit, with -dirty if files have changed since; "none" without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "none"
     return result.stdout.strip() or "none"
 
 
