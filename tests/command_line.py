@@ -39,13 +39,13 @@ def sip(
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """Whatever waits for a minute is interrupted; `signal.alarm(60)` begins another one."""
+    """Whatever waits for three minutes is interrupted; `signal.alarm(180)` begins them anew."""
 
     def too_long(signum: int, frame: object) -> None:
         raise AssertionError("it waits")
 
     before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(60)
+    signal.alarm(180)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

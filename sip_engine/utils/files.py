@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sip_engine.utils.errors import DataError
+from sip_engine.utils.jsonl import parse_json
 from sip_engine.utils.regular import open_regular, read_text
 
 
@@ -156,7 +157,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file of ours holds. Raises DataError."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); remove it and make it anew") from None
 

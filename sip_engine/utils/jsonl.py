@@ -10,6 +10,7 @@ from typing import Any
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.regular import open_regular
 
+_LARGEST_FLOAT_DIGITS = 308
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -53,7 +54,7 @@ def tail_jsonl(path: Path, num_bytes: int = 1 << 18) -> list[dict[str, Any]]:
 def parse_object(line: bytes | str, where: str) -> dict[str, Any]:
     """The JSON object that a line holds. Raises DataError, which begins with `where`."""
     try:
-        value = json.loads(line.decode() if isinstance(line, bytes) else line)
+        value = parse_json(line.decode() if isinstance(line, bytes) else line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; write it as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -61,6 +62,15 @@ def parse_object(line: bytes | str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: a {type(value).__name__}, must be a JSON object")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, but an integer that no float can hold is an infinite one, as 1e400 is: figures are floats."""
+    return json.loads(text, parse_int=_parse_int)
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits.lstrip("-")) <= _LARGEST_FLOAT_DIGITS else float(digits)
 
 
 def json_fault(error: ValueError | RecursionError) -> str:

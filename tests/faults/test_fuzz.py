@@ -142,7 +142,7 @@ def test_odd_files_are_one_line(
         if target.file.startswith(CHECKPOINT) and not target.file.endswith(MANIFEST):
             write_manifest(tmp_path / CHECKPOINT)
         os.chdir(tmp_path)
-        signal.alarm(60)
+        signal.alarm(180)
         found = fault(sip, target)
         if found:
             faults.setdefault(found, []).append(number)
