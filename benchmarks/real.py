@@ -3,7 +3,8 @@
     sip real --minutes 10 && python -m benchmarks real --run runs/real
 
 A row a figure and arm, with its 95 % interval over held-out prefixes; `gain` rows are self-improving less next-token
-training, prefix by prefix.
+training, prefix by prefix. Of a judge that was trained, a row for every exam and stage; there `gain` is trained less
+as it comes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ _ROWS = {
 
 
 def rows_of(summary: dict[str, Any]) -> Iterator[dict[str, object]]:
-    """A row for every figure and arm of every experiment in a summary."""
+    """A row for every figure and arm of every experiment in a summary, and for every exam of a trained judge."""
+    spent = {
+        "minutes": summary["minutes"],
+        "wall_s": round(summary["wall_seconds"]),
+        "cpu_s": round(summary["cpu_seconds"]),
+    }
     for experiment, found in summary["experiments"].items():
         for figure, values in found["figures"].items():
             for arm, key in _ROWS.items():
@@ -40,10 +46,20 @@ def rows_of(summary: dict[str, Any]) -> Iterator[dict[str, object]]:
                     **{name: ends.get(name, "") for name in ("value", "low", "high", "n")},
                     "against_standard": values["against_standard"] if arm == "gain" else "",
                     "seeds": len(values["by_seed"]["self_improving"]),
-                    "minutes": summary["minutes"],
-                    "wall_s": round(summary["wall_seconds"]),
-                    "cpu_s": round(summary["cpu_seconds"]),
+                    **spent,
                 }
+    judge = summary.get("judge", {"accuracy": {}})
+    for name, accuracy in judge["accuracy"].items():
+        for who, ends in {**accuracy, "gain": judge["trained_less_before"][name]}.items():
+            yield {
+                "experiment": "judge",
+                "figure": f"accuracy, {name}",
+                "arm": who,
+                **{end: ends[end] for end in ("value", "low", "high", "n")},
+                "against_standard": "",
+                "seeds": 1,
+                **spent,
+            }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

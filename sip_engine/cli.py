@@ -146,8 +146,12 @@ def reproduce(
 def real(
     out: Annotated[Path, typer.Option(help="Folder of everything made.")] = Path("runs/real"),
     minutes: Annotated[
-        float, typer.Option(help="Of two idle cores; from 30 on three seeds, else one.")
+        float, typer.Option(help="Of two idle cores, for all; from 30 on three seeds, else one.")
     ] = 10.0,
+    judge_minutes: Annotated[
+        float | None,
+        typer.Option(help="Of these, for training a judge; 0: none. Default: a sixth from 30 on, else 0."),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Your own documents; default: documentation that this machine has.")
     ] = None,
@@ -162,7 +166,7 @@ def real(
     """
     from sip_engine.experiments.real.runner import run_real
 
-    run_real(out, minutes, text=text, model=model)
+    run_real(out, minutes, judge_minutes=judge_minutes, text=text, model=model)
 
 
 @app.command(context_settings=_OVERRIDES)

@@ -58,7 +58,7 @@ def train(cfg: RunConfig, mesh: Mesh | None = None, *, profile: int | None = Non
         steps(str(cfg.out), cfg.steps, done=run.step, quiet=not mesh.is_main) as bar,
         run.leaving_well(),
     ):
-        empty_steps = EmptySteps(run.records, mesh)
+        empty_steps = EmptySteps(run.records, mesh, run.objective.learns_from)
         run.mark()
         if run.step == 0 or run.owes_evaluation:
             run.evaluate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from command_line import Sip, fails, read_jsonl, write_jsonl, write_texts
 from world_runs import run_config
 
 from sip_engine.distributed.mesh import Mesh
+from sip_engine.policy.checkpoint import checkpoint_tokenizer, resolve_checkpoint
 from sip_engine.train import train
 
 TINY = """
@@ -124,6 +126,24 @@ def test_damaged_documents_are_counted_and_skipped(sip: Sip, config: Path) -> No
     code, out, err = sip("data", "inspect", config, "--data.path", texts)
     assert code == 0
     assert "60" in out + err and "3" in out + err
+
+
+def test_documents_are_inspected_with_the_tokenizer_of_the_checkpoint_that_a_run_starts_from(
+    sip: Sip, config: Path, checkpoint: Path
+) -> None:
+    texts = write_texts(config.parent / "texts")
+    code, out, err = sip("data", "inspect", config, "--data.path", texts, "--init", checkpoint)
+    assert code == 0, err
+    tokenizer = checkpoint_tokenizer(resolve_checkpoint(checkpoint))
+    (vocabulary,) = re.findall(r"vocabulary\W+([\d,]+)", out + err)
+    (tokens,) = re.findall(r"\btokens\W+([\d,]+)", out + err)
+    files = [json.loads(line)["text"] for path in texts.rglob("*.jsonl") for line in path.open()]
+    files += [path.read_text() for path in texts.rglob("*.txt")]
+    counts = [len(tokenizer.encode(text)) + 2 for text in files]  # with what begins and ends a document
+    assert int(vocabulary.replace(",", "")) == tokenizer.vocab_size != 300
+    assert int(tokens.replace(",", "")) == sum(counts)
+    assert not list(config.parent.rglob("tokenizer.model")), "none is trained"
+    fails(sip("data", "inspect", config, "--data.path", texts, "--init", "nowhere"), 4, "nowhere")
 
 
 def test_generated_log_probs_are_those_that_score_gives(sip: Sip, checkpoint: Path) -> None:

@@ -52,6 +52,7 @@ CORRUPTORS: Registry[Any] = Registry(
     "sip_engine.corruptors",
     {
         "rules": "sip_engine.tasks.corruptors.rules:open_corruptor",
+        "edits": "sip_engine.tasks.corruptors.edits:open_corruptor",
         "world": "sip_engine.tasks.corruptors.world:open_corruptor",
         "server": "sip_engine.tasks.corruptors.server:open_corruptor",
     },

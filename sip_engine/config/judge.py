@@ -241,8 +241,8 @@ class CorruptorConfig(Section):
     """Who writes the worse copies of suffixes in a judge's training data (`sip data judge-pairs`)."""
 
     backend: Annotated[str, AfterValidator(CORRUPTORS.check)] = "rules"
-    """rules: for any text, no model; world: the synthetic world's own rules; server: a model behind a URL; or the
-    name of another package's."""
+    """rules and edits: for any text, no model, and no way in common, so that one tests what the other taught; world:
+    the synthetic world's own rules; server: a model behind a URL; or the name of another package's."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of another package's corruptor."""
     server: ServerConfig = ServerConfig()

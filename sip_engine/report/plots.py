@@ -247,6 +247,7 @@ def health(runs: Sequence[RunRecords]) -> Plot:
         ("lr", "learning rate", "linear"),
         ("pairs/margin", "reward of chosen − reward of rejected", "linear"),
         ("pairs/dropped", "prefixes without a pair", "percent"),
+        ("groups/dropped", "prompts whose replies earn the same", "percent"),
         ("judge/failure_rate", "judgments that failed", "percent"),
         ("rewriter/failure_rate", "rewrites that failed", "percent"),
     )
@@ -257,7 +258,8 @@ def health(runs: Sequence[RunRecords]) -> Plot:
     ]
     return Plot(
         "Health of the runs" if len(runs) > 1 else "Health of the run",
-        "A gradient norm that jumps, many prefixes without a pair or many failed judgments weaken every other curve.",
+        "A gradient norm that jumps, many prefixes without a pair, prompts whose replies earn the same or many "
+        "failed judgments weaken every other curve.",
         _run_keys(runs, *(name for name, _, _ in shown)),
         tuple(panels),
     )

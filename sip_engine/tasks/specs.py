@@ -67,7 +67,7 @@ class JudgePairs(DataSpec):
     held_out: int = Field(default=200, ge=2)
     """Most prompts of each kind in eval.jsonl."""
     corruptor: str | None = None
-    """rules (for any text), world (its own) or server (a model); default: the config's corruptor.backend."""
+    """rules or edits (for any text), world (its own) or server (a model); default: the config's corruptor.backend."""
     max_prefix_chars: int | None = Field(default=None, ge=1)
     """A longer prefix keeps its end."""
 

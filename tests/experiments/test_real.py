@@ -18,7 +18,7 @@ from sip_engine.config.parse import parse_config
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.evaluation.intervals import Estimate
-from sip_engine.experiments.real import packages, plan, runner, texts
+from sip_engine.experiments.real import exam, job, judge, packages, plan, runner, texts
 from sip_engine.experiments.real.measures import (
     HIGHER_IS_BETTER,
     Measured,
@@ -213,8 +213,14 @@ def test_measurements_come_back_from_their_file(tmp_path: Path) -> None:
 
 def test_forms() -> None:
     assert form_of(10) == plan.Form(10, (1,), 1.0, 32)
-    hour = form_of(60)
+    hour = form_of(60, 0)
     assert (hour.seeds, hour.scale, hour.num_prefixes) == ((1, 2, 3), 2.0, 64)
+    judged = form_of(60)
+    assert (judged.minutes, judged.judge_minutes, judged.judge_scale) == (50, 10, 1.0)
+    assert judged.scale == pytest.approx(5 / 3) and form_of(20, 5) == plan.Form(15, (1,), 1.5, 48, 5)
+    for of_the_judge in (-1, 9.5, float("nan")):
+        with pytest.raises(ConfigError, match="--judge-minutes"):
+            form_of(10, of_the_judge)
     for minutes in (0, -5, 601, float("nan")):
         with pytest.raises(ConfigError, match="--minutes"):
             form_of(minutes)
@@ -233,6 +239,90 @@ def test_both_arms_see_the_same_documents_and_the_judge_is_never_trained_on_what
             weights = ours.judge.weights
             assert (weights.quality, weights.safety, weights.factuality) == (1.0, 0.0, 0.0)
     assert len({made.folder(*run) for run in made.runs()}) == 12
+
+
+def test_a_folder_goes_on_as_it_was_begun_and_a_judge_may_join_later(tmp_path: Path) -> None:
+    path = tmp_path / "real.json"
+    path.write_text('{"minutes": 60, "text": null, "model": "m"}')  # of a version that trained no judge
+    assert runner._begun_judge_minutes(path) == 0.0
+    runner._begin(path, {"minutes": 60, "text": None, "model": "m", "judge_minutes": 0.0})
+    with pytest.raises(
+        ConfigError, match=r"begun with --minutes 70:"
+    ):  # sip real --minutes 60 --judge-minutes 10
+        runner._begin(path, {"minutes": 50, "text": None, "model": "m", "judge_minutes": 10.0})
+    runner._begin(path, {"minutes": 60, "text": None, "model": "m", "judge_minutes": 10.0})
+    assert runner._begun_judge_minutes(path) == 10.0
+    with pytest.raises(ConfigError, match=r"begun with judge_minutes 10\.0:"):
+        runner._begin(path, {"minutes": 60, "text": None, "model": "m", "judge_minutes": 5.0})
+    with pytest.raises(ConfigError, match="begun with model m:"):
+        runner._begin(path, {"minutes": 60, "text": None, "model": "other", "judge_minutes": 10.0})
+    for damaged in ("[]", '{"minutes": "many"}'):
+        path.write_text(damaged)
+        with pytest.raises(DataError, match="not what `sip real` writes"):
+            runner._begun_judge_minutes(path)
+
+
+# --- the judge that is trained
+
+
+def test_licences_are_read_paragraph_by_paragraph_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms, ours = (
+        PROSE * 5,
+        "You may do with this as you like if the name of it is kept in all of the copies. " * 12,
+    )
+    folder = tmp_path / "packages" / "one.dist-info" / "licenses"
+    folder.mkdir(parents=True)
+    (folder / "LICENSE").write_text(f"One\n\n{terms}\n\n{ours}")
+    (folder.parent / "LICENCE.txt").write_text(
+        f"Two\n \n{terms.upper()}"
+    )  # what the other one says, in capitals
+    (tmp_path / "packages" / "LICENSE").write_text(ours + terms)  # of no package
+    monkeypatch.setattr(texts, "_COMMON_LICENCES", tmp_path / "none")
+    monkeypatch.setattr("sys.path", [str(tmp_path / "packages")])
+    rows = [json.loads(line) for line in texts.gather_licences(tmp_path / "l.jsonl").open()]
+    # The file that comes first, by its path, keeps what both of them say.
+    assert [row["text"] for row in rows] == [f"Two\n\n{terms.upper().strip()}", f"One\n\n{ours.strip()}"]
+
+
+def test_the_judges_figures_are_those_of_its_answers(tmp_path: Path, small_checkpoint: Path) -> None:
+    made = Plan(tmp_path, form_of(20, 10), small_checkpoint, None)
+    training = judge.JudgeTraining(made, None)  # type: ignore[arg-type]  # nothing is computed
+    assert [one.title for one in training.jobs(1.0)] == [
+        "judge: as it comes",
+        "judge: warm start",
+        "judge: GRPO",
+    ]
+    assert not list(
+        judge.JudgeTraining(Plan(tmp_path, form_of(20, 0), small_checkpoint, None), None).jobs(1.0)
+    )  # type: ignore[arg-type]
+
+    def answered(stage: str, right: Sequence[float], replied: Sequence[float]) -> None:
+        found = {
+            exam.LOG_ODDS: {exam.HELD_OUT: np.array([[n, 2.0] for n in right])},
+            exam.REPLIES: {exam.HELD_OUT: np.array([[n, 2.0] for n in replied])},
+        }
+        if stage == judge.BEFORE:
+            found[exam.INFORMATION] = {exam.HELD_OUT: np.array([[2.0, 2.0]] * 3 + [[0.0, 2.0]])}
+        exam.save_answers(made.judge / f"{stage}.json", found)
+
+    assert training.figures() is None
+    answered(judge.BEFORE, [1, 1, 1, 1], [0, 0, 0, 0])
+    assert training.figures() is None, "nothing to compare"
+    answered(judge.WARM, [2, 1, 1, 1], [2, 1, 1, 0])
+    answered(judge.GRPO, [2, 2, 2, 1], [2, 2, 2, 1])
+    figures = training.figures()
+    assert figures is not None
+    found = {who: one.value for who, one in figures.sets[exam.HELD_OUT].items()}
+    assert found == {"mutual_information": 0.75, "before": 0.5, "warm": 0.625, "grpo": 0.875}
+    assert figures.gains[exam.HELD_OUT].value == 0.375
+    assert {stage: one.value for stage, one in figures.replies.items()} == {
+        "before": 0,
+        "warm": 0.5,
+        "grpo": 0.875,
+    }
+    assert set(figures.prompts) == {"warm", "grpo"}
 
 
 # --- the whole
@@ -282,6 +372,8 @@ def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                         "min_prefix_tokens = 48": "min_prefix_tokens = 8"},
         "scratch_base.toml": {"steps = 240": "steps = 30", "vocab_size = 4096": "vocab_size = 300",
                               "num_layers = 4": "num_layers = 1", "hidden_size = 192": "hidden_size = 24"},
+        "judge_documents.toml": {"max_prefix_tokens = 48": "max_prefix_tokens = 16",
+                                 "min_prefix_tokens = 24": "min_prefix_tokens = 8"},
     }  # fmt: skip
     for name, changes in small.items():
         text = (folder / "real" / name).read_text()
@@ -313,7 +405,7 @@ def test_a_tiny_run_from_end_to_end_and_again(
             raise KeyboardInterrupt
         return train(cfg, mesh)
 
-    monkeypatch.setattr(runner, "train", train_or_stop)
+    monkeypatch.setattr(job, "train", train_or_stop)
     with pytest.raises(KeyboardInterrupt):
         runner.run_real(out, 1, text=text, model=small_checkpoint, embed=_by_letters)
     early = json.loads((out / "summary.json").read_text())
@@ -321,7 +413,8 @@ def test_a_tiny_run_from_end_to_end_and_again(
     html = (out / "real.html").read_text()
     assert "2 of its trainings" in html and "A small policy from scratch" not in html
 
-    page = runner.run_real(out, 1, text=text, model=small_checkpoint, embed=_by_letters)
+    # The same command goes on; a judge joins.
+    page = runner.run_real(out, 2, judge_minutes=1, text=text, model=small_checkpoint, embed=_by_letters)
 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["experiments"]["continued"] == early["experiments"]["continued"]
@@ -336,17 +429,24 @@ def test_a_tiny_run_from_end_to_end_and_again(
     assert "A small policy from scratch" in html and "true suffix" in html
     first = read_measured(out / "continued_self_improving_1" / "measured.json").continuations[0]
     assert len(first) > 5 and first.split()[0] in html
-    assert len(trained) == 6
+    assert len(trained) == 8
+    accuracy = summary["judge"]["accuracy"]
+    assert set(accuracy) == set(exam.SETS)
+    for found in accuracy.values():
+        assert set(found) == {"mutual_information", *judge.STAGES}
+        assert all(0 <= one["low"] <= one["value"] <= one["high"] <= 1 for one in found.values())
+    assert "A judge trained here" in html and "twice the length" in html
+    assert not (out / "judge" / "warm" / "checkpoints").exists()
 
     # One measurement is lost, all else is there: nothing is trained again, and the same comes out.
     (out / "scratch_standard_1" / "measured.json").unlink()
-    runner.run_real(out, 1, text=text, model=small_checkpoint, embed=_by_letters)
+    runner.run_real(out, 2, text=text, model=small_checkpoint, embed=_by_letters)
     again = json.loads((out / "summary.json").read_text())
-    assert len(trained) == 6
-    assert again["experiments"] == summary["experiments"]
+    assert len(trained) == 8
+    assert again["experiments"] == summary["experiments"] and again["judge"] == summary["judge"]
     assert again["wall_seconds"] > summary["wall_seconds"] and again["jobs_left"] == 0
-    with pytest.raises(ConfigError, match=r"begun with minutes 1\b"):
-        runner.run_real(out, 2, text=text, model=small_checkpoint, embed=_by_letters)
+    with pytest.raises(ConfigError, match=r"begun with --minutes 2\b"):
+        runner.run_real(out, 3, text=text, model=small_checkpoint, embed=_by_letters)
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -260,3 +260,51 @@ def test_the_command_line_names_the_corruptor(
     with pytest.raises(SystemExit) as left:
         cli.main([*command, "--corruptor", "nobody"])
     assert left.value.code == 2 and len(taken) == 1
+
+
+# --- by edits
+
+
+def test_edits_reach_every_way_and_are_none_of_the_rules() -> None:
+    from sip_engine.tasks.corruptors.edits import EditCorruptor
+
+    requests = [
+        RewriteRequest(
+            f"Number {n} lives by the river and waits there.",
+            f" It is {n} days old, and Fish {n} is its prey.",
+        )
+        for n in range(60)
+    ]
+    found = EditCorruptor().corrupt(requests, seed=4)
+    assert found == EditCorruptor().corrupt(requests, seed=4) and found != EditCorruptor().corrupt(
+        requests, seed=5
+    )
+    counts: Counter[str] = Counter()
+    for number, (request, copy) in enumerate(zip(requests, found, strict=True)):
+        assert isinstance(copy, Corruption)
+        counts[copy.flaw] += 1
+        words, before = copy.text.split(), request.suffix.split()
+        if copy.flaw == "swap":
+            assert (
+                sorted(words) == sorted(before)
+                and words[:2] == before[1::-1]
+                and words[2:4] == before[3:1:-1]
+            )
+        elif copy.flaw == "copy":
+            assert request.prefix.endswith(copy.text) and len(copy.text) == min(
+                len(request.suffix), len(request.prefix)
+            )
+        elif copy.flaw == "misstate":
+            assert copy.text.count(" is not ") == 2 and copy.text.startswith(" It is not ")
+            assert words[3] != str(number) and words[3][:-1] == str(number)[:-1]
+        else:
+            assert len(words) == len(before) and words != before
+            assert all(word in " ".join(one.suffix for one in requests) for word in words)
+    assert set(counts) == {"swap", "copy", "misstate", "substitute"} and min(counts.values()) > 5
+
+
+def test_what_no_edit_changes_is_a_failure() -> None:
+    from sip_engine.tasks.corruptors.edits import EditCorruptor
+
+    assert isinstance(EditCorruptor().corrupt([RewriteRequest("", " ?!")])[0], Failure)
+    assert isinstance(EditCorruptor().corrupt([RewriteRequest("a ?!", " ?!")])[0], Failure)

@@ -13,10 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sip_engine.evaluation.intervals import Estimate
+from sip_engine.experiments.real.exam import HELD_OUT, INFORMATION, LONGER, OTHER_TEXT, OTHER_WAYS
+from sip_engine.experiments.real.judge import BEFORE, GRPO, WARM, JudgeFigures
 from sip_engine.experiments.real.plan import ARMS, EXPERIMENTS, SELF_IMPROVING, Experiment, Plan
 from sip_engine.experiments.real.results import (
     BASE,
@@ -44,6 +47,24 @@ LABELS = {
     "distinct_3": ("distinct 3-grams", "of all continuations together; no interval"),
     "heldout_loss": ("held-out loss, nats a token", "next tokens of the true suffix; lower is better"),
 }
+EXAMS = {
+    HELD_OUT: (
+        "held-out documents",
+        "made like its lessons: words shuffled, doubled, sentences moved, repeated, another passage",
+    ),
+    OTHER_WAYS: (
+        "other corruptions",
+        "facts turned, words of another text, neighbours swapped, the prefix copied",
+    ),
+    OTHER_TEXT: ("another kind of text", "licences of software, corrupted as in its lessons"),
+    LONGER: ("twice the length", "prefix and suffix, corrupted as in its lessons"),
+}
+JUDGED = {
+    INFORMATION: "as it comes, by mutual information",
+    BEFORE: "as it comes, asked",
+    WARM: "after the warm start",
+    GRPO: "after GRPO",
+}
 _IN_PERCENT = {"win_rate", "factuality", "rules_win_rate", "repetition", "distinct_3"}
 _MARKS = {BETTER: "clear", WORSE: "seen"}
 
@@ -60,11 +81,15 @@ class Shown:
 
 
 def write_page(
-    plan: Plan, figures: Mapping[str, Sequence[Figure]], about: Mapping[str, Any], page: Path
+    plan: Plan,
+    figures: Mapping[str, Sequence[Figure]],
+    judge: JudgeFigures | None,
+    about: Mapping[str, Any],
+    page: Path,
 ) -> Path:
     """Write one HTML file that needs nothing else; returns `page`.
 
-    `figures` holds the experiments that there is something to show of.
+    `figures` holds the experiments that there is something to show of; `judge` is None where none was trained.
 
     Raises:
         DataError: a run's records or measurements are damaged.
@@ -77,6 +102,9 @@ def write_page(
     script = resources.files("sip_engine.report").joinpath("report.js").read_text(encoding="utf-8")
     text = _template().render(
         shown=shown,
+        judge=judge,
+        judged=JUDGED,
+        exams=EXAMS,
         labels=LABELS,
         marks=_MARKS,
         base=BASE,
@@ -107,6 +135,11 @@ def interval(name: str, value: Estimate | float) -> str:
     return f"{_number(name, value.low, False)} to {_number(name, value.high, False)}"
 
 
+def spread(name: str, values: Sequence[float]) -> str:
+    """Sample standard deviation of two or more values, in the figure's unit."""
+    return _number(name, float(np.std(values, ddof=1)), False)
+
+
 def _number(name: str, number: float, sign: bool) -> str:
     value, form = (100 * number, ".1f") if name in _IN_PERCENT else (number, ".3f")
     text = f"{value:{'+' if sign else ''}{form}}" + ("\u00a0%" if name in _IN_PERCENT else "")
@@ -121,7 +154,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"show": show, "interval": interval}
+    environment.globals |= {"show": show, "interval": interval, "spread": spread}
     return environment.get_template("page.html.j2")
 
 

