@@ -60,7 +60,7 @@ def import_model(folder: Path, out: Path) -> Path:
     _fill(model, source, shards)
     with new_folder(out) as temporary:
         _write_checkpoint(temporary, model, source, tokenizer)
-    for line in (_summary(source, precision), *source.notes, *conventions(tokenizer)):
+    for line in (_summary(source, precision), *source.notes, *conventions(tokenizer, folder)):
         console.print(line, soft_wrap=True, markup=False)
     return out
 

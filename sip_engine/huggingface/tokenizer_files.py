@@ -77,7 +77,7 @@ def read_tokenizer(folder: Path, source: SourceConfig) -> Tokenizer:
             )
         if bos_id is None:  # a document then begins with what ends the one before it, a prompt with nothing
             bos_id, adds_bos = eos_ids[0], False
-        files.setdefault(_GENERATION_FILE, _generation(ids.bos, eos_ids))
+        files[_GENERATION_FILE] = _with_all_ends(files.get(_GENERATION_FILE), ids.bos, eos_ids)
         bundle = write_bundle(
             files,
             vocab_size=source.vocab_size,
@@ -186,10 +186,7 @@ def _special_ids(
     def ids(kind: str) -> list[int]:
         found = named(kind)
         for values in numbered:
-            value = values.get(f"{kind}_token_id")
-            found += [
-                token for token in (value if isinstance(value, list) else [value]) if type(token) is int
-            ]
+            found += _numbered(values, kind)
         return list(dict.fromkeys(found))
 
     return _Special(next(iter(ids("bos")), None), tuple(ids("eos")))
@@ -215,7 +212,7 @@ def _piece_id(tokenizer: Tokenizer, files: Mapping[str, bytes], name: str) -> in
     return next((number for number, piece in enumerate(pieces) if piece.piece == name), None)
 
 
-def conventions(tokenizer: Tokenizer) -> list[str]:
+def conventions(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """A line for each way in which ids differ from transformers' of the same folder, and on what ends a text."""
     if not is_bundle(tokenizer.model):
         return []
@@ -226,6 +223,12 @@ def conventions(tokenizer: Tokenizer) -> list[str]:
         if len(tokenizer.begin)
         else f"begins with nothing, as its tokenizer has it (documents in training with token {tokenizer.bos_id})"
     )]  # fmt: skip
+    path = folder / _GENERATION_FILE
+    theirs = _numbered(read_json(path), "eos") if path.is_file() else list(tokenizer.eos_ids)
+    if unnamed := [str(token) for token in tokenizer.eos_ids if token not in theirs]:
+        lines.append(
+            f"text: {_GENERATION_FILE} ends no reply at {', '.join(unnamed)}; here and in exports it does"
+        )
     if _puts_space_first(files):
         lines.append("text: no space is put in front, where its own tokenizer puts one")
     lines.append("text: the names of special tokens in it are plain text, never the tokens")
@@ -247,9 +250,28 @@ def _puts_space_first(files: Mapping[str, bytes]) -> bool:
     return False
 
 
+def _numbered(settings: Mapping[str, Any], kind: str) -> list[int]:
+    """The ids of "bos" or "eos" in a config.json or generation_config.json: one, several or none."""
+    value = settings.get(f"{kind}_token_id")
+    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
+
+
+def _with_all_ends(generation: bytes | None, bos_id: int | None, eos_ids: Sequence[int]) -> bytes:
+    """A generation_config.json as it is, but that every end token ends replies: what is trained here ends in any."""
+    if generation is None:
+        return _generation(bos_id, eos_ids)
+    values = json.loads(generation)
+    if set(_numbered(values, "eos")) == set(eos_ids):
+        return generation
+    return _json({**values, "eos_token_id": _one_or_all(eos_ids)})
+
+
 def _generation(bos_id: int | None, eos_ids: Sequence[int]) -> bytes:
-    ends = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]
-    return _json({"bos_token_id": bos_id, "eos_token_id": ends})
+    return _json({"bos_token_id": bos_id, "eos_token_id": _one_or_all(eos_ids)})
+
+
+def _one_or_all(ids: Sequence[int]) -> int | list[int]:
+    return list(ids) if len(ids) > 1 else ids[0]
 
 
 def _json(value: dict[str, Any]) -> bytes:

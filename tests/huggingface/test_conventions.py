@@ -112,8 +112,10 @@ def test_a_prompt_begins_as_its_tokenizer_has_it(
     assert named == (begin[0] if begins else None)
 
 
-def test_end_tokens_beside_a_sentencepiece_model(mesh: Mesh, tmp_path: Path) -> None:
-    """Chat models add theirs behind the pieces, and name them in the settings."""
+def test_end_tokens_beside_a_sentencepiece_model(
+    mesh: Mesh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chat models add theirs behind the pieces, and name them in the settings, but not always for generation."""
     folder = tmp_path / "source"
     tokenizer = Tokenizer.train(TEXTS, 300, tmp_path / "tokenizer.model")
     write_model(folder, "llama", vocab_size=303)
@@ -123,12 +125,22 @@ def test_end_tokens_beside_a_sentencepiece_model(mesh: Mesh, tmp_path: Path) -> 
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>"}
     edit(folder, "tokenizer_config.json", **settings)
     edit(folder, "config.json", eos_token_id=302)
+    edit(folder, "generation_config.json", eos_token_id=2, bos_token_id=1, max_length=77)
     checkpoint = import_model(folder, tmp_path / "checkpoint")
     ours = checkpoint_tokenizer(checkpoint)
     assert ours.eos_id == 302 and ours.begin.tolist() == [tokenizer.bos_id]
+    assert ours.eos_ids == (302, 2)
+    assert (
+        "generation_config.json ends no reply at 302; here and in exports it does" in capsys.readouterr().err
+    )
     assert ours.encode(TEXTS[0]).tolist() == tokenizer.encode(TEXTS[0]).tolist()
     exported = export_model(checkpoint, tmp_path / "exported")
     assert json.loads((exported / "config.json").read_text())["eos_token_id"] == 302
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [302, 2], "bos_token_id": 1, "max_length": 77}
+    again = import_model(exported, tmp_path / "again")
+    assert checkpoint_tokenizer(again).eos_ids == (302, 2)
+    assert "ends no reply" not in capsys.readouterr().err
 
 
 def test_a_head_of_its_own_is_kept(mesh: Mesh, tmp_path: Path, folder: Path) -> None:
