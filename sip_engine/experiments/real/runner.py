@@ -13,6 +13,7 @@ from typing import Any
 
 from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import RunConfig
+from sip_engine.data.inventory import take_inventory
 from sip_engine.distributed.mesh import Mesh, start_mesh
 from sip_engine.experiments.real.job import Job, train_once
 from sip_engine.experiments.real.judge import JudgeTraining
@@ -153,14 +154,17 @@ def run_real(
     check_writable(out, folder=True)
     form = form_of(minutes, _begun_judge_minutes(out / BEGUN) if judge_minutes is None else judge_minutes)
     source, about_model = find_model(model)
-    if text is not None and not text.exists():
-        raise ConfigError(f"--text {text}: no such file or folder")
+    if text is not None:
+        if not text.exists():
+            raise ConfigError(f"--text {text}: no such file or folder")
+        text = text.absolute()
+        take_inventory(text)
     folder = None if embed else need(EMBEDDER, EMBEDDER_DISTRIBUTION, "the sentence-embedding model")
     lock = lock_folder(out)
     if lock is None:
         raise ConfigError(f"{out}: another `sip real` is at work there; wait for it, or choose another --out")
     try:
-        recipe = {"minutes": form.minutes, "text": str(text) if text else None, "model": str(source)}
+        recipe = {"minutes": form.minutes, "text": str(text) if text else None, "model": str(source.absolute())}
         _begin(out / BEGUN, {**recipe, "judge_minutes": form.judge_minutes})
         started, mesh = time.monotonic(), start_mesh()
         checkpoint = make_checkpoint(source, out / "model")
