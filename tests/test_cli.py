@@ -132,6 +132,8 @@ def test_documents_are_inspected_with_the_tokenizer_of_the_checkpoint_that_a_run
     sip: Sip, config: Path, checkpoint: Path
 ) -> None:
     texts = write_texts(config.parent / "texts")
+    table, rest = TINY.split("[model]")[0], TINY.split("[data]")[1]  # the model is the checkpoint's
+    config.write_text(f"{table}[data]{rest}")
     code, out, err = sip("data", "inspect", config, "--data.path", texts, "--init", checkpoint)
     assert code == 0, err
     tokenizer = checkpoint_tokenizer(resolve_checkpoint(checkpoint))

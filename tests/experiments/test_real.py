@@ -286,7 +286,10 @@ def test_licences_are_read_paragraph_by_paragraph_each_once(
     assert [row["text"] for row in rows] == [f"Two\n\n{terms.upper().strip()}", f"One\n\n{ours.strip()}"]
 
 
-def test_the_judges_figures_are_those_of_its_answers(tmp_path: Path, small_checkpoint: Path) -> None:
+def test_the_judges_figures_are_those_of_its_answers(
+    tmp_path: Path, small_checkpoint: Path, tiny_configs: None
+) -> None:
+    del tiny_configs
     made = Plan(tmp_path, form_of(20, 10), small_checkpoint, None)
     training = judge.JudgeTraining(made, None)  # type: ignore[arg-type]  # nothing is computed
     assert [one.title for one in training.jobs(1.0)] == [
@@ -374,6 +377,7 @@ def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                               "num_layers = 4": "num_layers = 1", "hidden_size = 192": "hidden_size = 24"},
         "judge_documents.toml": {"max_prefix_tokens = 48": "max_prefix_tokens = 16",
                                  "min_prefix_tokens = 24": "min_prefix_tokens = 8"},
+        "judge_warm.toml": {"max_prefix_tokens = 176": "max_prefix_tokens = 150"},
     }  # fmt: skip
     for name, changes in small.items():
         text = (folder / "real" / name).read_text()
@@ -447,6 +451,21 @@ def test_a_tiny_run_from_end_to_end_and_again(
     assert again["wall_seconds"] > summary["wall_seconds"] and again["jobs_left"] == 0
     with pytest.raises(ConfigError, match=r"begun with --minutes 2\b"):
         runner.run_real(out, 3, text=text, model=small_checkpoint, embed=_by_letters)
+
+
+def test_a_bad_model_does_not_bind_the_folder_to_it(
+    tmp_path: Path, sip: Sip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, bad, empty = tmp_path / "out", tmp_path / "bad.gguf", tmp_path / "empty"
+    bad.write_bytes(b"no model")
+    empty.mkdir()
+    monkeypatch.setattr(runner, "need", lambda *_: tmp_path)
+    fails(sip("real", "--out", out, "--model", bad), 4, "not a GGUF file")
+    assert not out.exists(), "else another model is refused there"
+    fails(sip("real", "--out", out, "--model", bad, "--text", empty), 3, "no readable file")
+    fails(sip("real", "--out", out, "--minutes", 10, "--judge-minutes", 10), 2, "--judge-minutes 10")
+    fails(sip("real", "--out", bad, "--model", bad), 3, "exists as something else")
+    assert not out.exists() and bad.read_bytes() == b"no model"
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -88,7 +88,9 @@ class JudgeTraining:
             return None
         last = [stage for stage in STAGES if stage in answers][-1]
         before, after = answers[BEFORE][LOG_ODDS], answers[last][LOG_ODDS]
-        known = [name for name in SETS if name in before]
+        known = [
+            name for name in SETS if all(name in one and one[name][:, 1].any() for one in (before, after))
+        ]
         trained = {stage: self._config(stage) for stage in answers if stage != BEFORE}
         return JudgeFigures(
             {name: _row(answers, name) for name in known},

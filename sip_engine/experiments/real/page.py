@@ -27,11 +27,12 @@ from sip_engine.experiments.real.results import (
     WORSE,
     Figure,
     read_measured,
+    read_rows,
     target_of,
 )
 from sip_engine.monitoring.load import evenly, load_runs
 from sip_engine.report.plots import Plot, choices, losses, rewards
-from sip_engine.utils.files import read_json, write_atomic
+from sip_engine.utils.files import write_atomic
 from sip_engine.utils.versions import versions
 
 NUM_SAMPLES = 12
@@ -172,7 +173,7 @@ def _samples(plan: Plan, experiment: Experiment) -> list[dict[str, str]]:
     paths = {BASE: plan.out / f"{experiment.name}_base.json"}
     paths |= {arm: plan.folder(experiment, arm, seed) / "measured.json" for arm in ARMS}
     texts = {arm: read_measured(path).continuations for arm, path in paths.items()}
-    prefixes = read_json(plan.prefixes(experiment))
+    prefixes = read_rows(plan.prefixes(experiment), "prefix", "original")
     return [
         {**prefixes[n], **{arm: found[n] for arm, found in texts.items()}}
         for n in evenly(len(prefixes), NUM_SAMPLES)

@@ -52,6 +52,26 @@ def read_measured(path: Path) -> Measured:
         raise DataError(f"{path}: not what `sip real` writes ({error}); remove it to measure anew") from None
 
 
+def read_numbers(path: Path, missing: Mapping[str, float]) -> dict[str, Any]:
+    """A JSON object, with those of `missing` that it lacks, whose values must be numbers. Raises DataError."""
+    found = read_json(path)
+    if isinstance(found, dict):
+        found = {**missing, **found}
+        if all(isinstance(found[name], int | float) for name in missing):
+            return found
+    raise DataError(f"{path}: not what `sip real` writes; remove it, or choose another --out")
+
+
+def read_rows(path: Path, *names: str) -> list[dict[str, Any]]:
+    """A JSON list of objects that have all of `names`. Raises DataError."""
+    found = read_json(path)
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and set(names) <= set(one) for one in found
+    ):
+        raise DataError(f"{path}: not what `sip real` writes; remove it to make it anew")
+    return found
+
+
 def figures_of(base: Measured, arms: Mapping[str, Sequence[Measured]]) -> list[Figure]:
     """All figures of an experiment. `arms` holds each arm's policies, one a seed, all over the same prefixes.
 

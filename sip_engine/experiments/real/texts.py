@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sip_engine.experiments.real.packages import licence, package_folder, version
+from sip_engine.experiments.real.results import read_rows
 from sip_engine.utils.errors import DataError
-from sip_engine.utils.files import read_json, write_json, write_jsonl
+from sip_engine.utils.files import write_json, write_jsonl
 from sip_engine.utils.regular import read_bytes, read_text
 
 PACKAGES = ("numpy", "scipy", "networkx", "sympy", "matplotlib", "torch", "transformers", "pandas", "sklearn")
@@ -74,7 +75,7 @@ def gather(folder: Path) -> list[dict[str, Any]]:
         DataError: the machine has less text than two experiments need.
     """
     if (folder / SOURCES).is_file():
-        return read_json(folder / SOURCES)
+        return read_rows(folder / SOURCES, "name", "version", "licence", "documents", "chars")
     sources = [source for source in _sources() if source.texts]
     total = sum(source.chars for source in sources)
     if total < _LEAST_OF_ALL:
