@@ -37,7 +37,7 @@ BEFORE, WARM, GRPO = "before", "warm", "grpo"
 STAGES = (BEFORE, WARM, GRPO)
 _SHARES = {BEFORE: 0.2, WARM: 0.4, GRPO: 0.4}
 """Of the judge's minutes, for the ETA only."""
-_PAIRS = 40
+_PAIRS = 32
 """Of each set of the exam; each is asked in both orders."""
 _SPARE = 1.1
 """Pairs cut for each that is needed: some cannot be corrupted, some are too long."""
