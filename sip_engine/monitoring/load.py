@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from pydantic import ValidationError
 
+from sip_engine.config.schema import RunConfig
 from sip_engine.monitoring.curves import LATEST_POOLS, Curves, RunState
 from sip_engine.monitoring.records import METRICS, POOLS, checked_pool, read_records
 from sip_engine.monitoring.sessions import Session, read_sessions, state_of
@@ -89,7 +92,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path) if path.exists() else {}
     if not isinstance(config, dict):
         raise DataError(f"{path}: a {type(config).__name__}, must be a JSON object; give the folder of a run")
+    _check_types(config, path)
     return config
+
+
+def _check_types(config: dict[str, Any], path: Path) -> None:
+    """Settings of another version are shown as they are, those of another type than ever are damage."""
+    try:
+        RunConfig.model_validate_json(json.dumps(config), strict=True)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False):
+            if fault["type"].endswith(("_type", "_parsing", "_size", "json_invalid")):
+                where = ".".join(map(str, fault["loc"]))
+                raise DataError(
+                    f"{path}: {where}: {fault['msg']}; the run's settings are damaged, restore the file"
+                ) from None
 
 
 def _read_curves(path: Path) -> Curves:
