@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,17 +95,31 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+_OF_ANOTHER_TYPE = {"int_type", "float_type", "bool_type", "string_type", "dict_type", "tuple_type"} | {
+    "model_type",
+    "model_attributes_type",
+    "int_from_float",
+}
+
+
 def _check_types(config: dict[str, Any], path: Path) -> None:
     """Settings of another version are shown as they are, those of another type than ever are damage."""
     try:
-        RunConfig.model_validate_json(json.dumps(config), strict=True)
+        RunConfig.model_validate(_with_tuples(config), strict=True)
     except ValidationError as error:
         for fault in error.errors(include_url=False):
-            if fault["type"].endswith(("_type", "_parsing", "_size", "json_invalid")):
+            if fault["type"] in _OF_ANOTHER_TYPE:
                 where = ".".join(map(str, fault["loc"]))
                 raise DataError(
                     f"{path}: {where}: {fault['msg']}; the run's settings are damaged, restore the file"
                 ) from None
+
+
+def _with_tuples(value: Any) -> Any:
+    """As the settings hold it: JSON has no tuples."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(one) for key, one in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _read_curves(path: Path) -> Curves:

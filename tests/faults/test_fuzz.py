@@ -146,4 +146,8 @@ def test_odd_files_are_one_line(
         found = fault(sip, target)
         if found:
             faults.setdefault(found, []).append(number)
+    shutil.rmtree(tmp_path)
+    shutil.copytree(made, tmp_path)
+    os.chdir(tmp_path)
+    assert sip(*target.command.split())[0] == 0, "the file as it was is not read either"
     assert not faults, "\n".join(f"{len(numbers)} x {one}: {numbers[:5]}" for one, numbers in faults.items())
