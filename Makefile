@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODELS := $(VENV)/.models
 TESTS ?= tests
-CORE := tests/policy tests/sampler tests/objectives tests/test_loop.py
+CORE := tests/policy tests/sampler/test_sampler.py tests/test_loop.py
 WORKERS ?= 2
 MINUTES ?= 10
 LOCKED := -m pip install --quiet --require-hashes --no-deps --requirement
@@ -26,7 +26,7 @@ real: $(MODELS)
 test: $(MODELS)
 	$(BIN)/pytest -n $(WORKERS) -m "not faults" $(TESTS)
 
-# What leans on Megatron: model, update, checkpoints, sampler and loop. .ci/run does it for a second Python.
+# What leans on Megatron: model, update, checkpoints, exactness of the sampler, and the loop. .ci/run does it for a second Python.
 test-core: install
 	$(BIN)/pytest -n $(WORKERS) -m "not slow and not faults" $(CORE)
 
