@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
+from sip_engine.distributed import mesh
+from sip_engine.utils.errors import ConfigError
 
 INSPECT = ["data", "inspect", "t.toml", "--data.path", "book.txt"]
 
@@ -52,3 +56,12 @@ def test_several_processes_are_refused_in_one_line(folder: Path) -> None:
 def test_an_error_is_said_whatever_local_rank_was_left_behind(folder: Path) -> None:
     done = sip(folder, ["data", "inspect", "none.toml"], LOCAL_RANK="1")
     assert done.returncode == 2 and done.stderr.startswith("error: none.toml"), done.stderr
+
+
+def test_a_machine_without_any_network_interface_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **named: object) -> None:
+        raise RuntimeError("[enforce fail] ifa != nullptr. Unable to find interface for: [127.0.0.1]")
+
+    monkeypatch.setattr(mesh.dist, "init_process_group", refuse)
+    with pytest.raises(ConfigError, match="ip link set lo up"):
+        mesh._join_alone(timedelta(seconds=1))

@@ -314,11 +314,23 @@ def stop_mesh() -> None:
 
 
 def _join_alone(timeout: timedelta) -> None:
-    """A world of one meets itself in memory: no port to collide with another run's, no file to leave."""
+    """A world of one meets itself in memory: no port to collide with another run's, no file to leave.
+
+    Raises:
+        ConfigError: there is no network interface at all, not even the loopback one, which gloo asks for.
+    """
     backend, device = _backend()
-    dist.init_process_group(
-        backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device
-    )
+    try:
+        dist.init_process_group(
+            backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device
+        )
+    except RuntimeError as error:
+        if "interface" not in str(error):
+            raise
+        raise ConfigError(
+            "no network interface is up here, not even the loopback one: bring it up (ip link set lo up), "
+            "or name one in GLOO_SOCKET_IFNAME"
+        ) from None
 
 
 def _backend() -> tuple[str, torch.device | None]:

@@ -103,6 +103,8 @@ def read_config(folder: Path) -> SourceConfig:
             a part that the policy has not; the message names it.
     """
     path = folder / "config.json"
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file; give a model's folder, or --gguf with a .gguf")
     if (folder / "adapter_config.json").is_file():  # transformers would load it beside a whole model, too
         raise CheckpointError(
             f"{folder}: holds an adapter (adapter_config.json), which is no model: merge it into its base "

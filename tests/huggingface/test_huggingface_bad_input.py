@@ -193,6 +193,13 @@ def test_nothing_is_overwritten_or_half_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "taken"]
 
 
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"model\.gguf: a file; .* --gguf"):
+        import_model(file, tmp_path / "out")
+
+
 def test_what_no_family_has_is_not_exported() -> None:
     with pytest.raises(CheckpointError, match="both qkv_bias and qk_norm"):
         config_json(ModelConfig(qkv_bias=True, qk_norm=True), 100, bos_id=1, eos_id=2, dtype="float32")
