@@ -291,15 +291,12 @@ def test_the_judges_figures_are_those_of_its_answers(
 ) -> None:
     del tiny_configs
     made = Plan(tmp_path, form_of(20, 10), small_checkpoint, None)
-    training = judge.JudgeTraining(made, None)  # type: ignore[arg-type]  # nothing is computed
-    assert [one.title for one in training.jobs(1.0)] == [
-        "judge: as it comes",
-        "judge: warm start",
-        "judge: GRPO",
-    ]
-    assert not list(
-        judge.JudgeTraining(Plan(tmp_path, form_of(20, 0), small_checkpoint, None), None).jobs(1.0)
-    )  # type: ignore[arg-type]
+    nobody: Any = None  # nothing is computed
+    training = judge.JudgeTraining(made, nobody)
+    titles = ["judge: as it comes", "judge: warm start", "judge: GRPO"]
+    assert [one.title for one in training.jobs(1.0)] == titles
+    without = Plan(tmp_path, form_of(20, 0), small_checkpoint, None)
+    assert not list(judge.JudgeTraining(without, nobody).jobs(1.0))
 
     def answered(stage: str, right: Sequence[float], replied: Sequence[float]) -> None:
         found = {
