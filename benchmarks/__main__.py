@@ -12,6 +12,7 @@ BENCHMARKS = {
     "update": "each prefix computed once against once a suffix; a DPO step against transformers'",
     "logprob": "the log-prob head against torch and other libraries",
     "checkpoint": "how long the training stands still for a checkpoint, written at once or beside it",
+    "fp8_drift": "an FP8 trainer against the sampler with 16-bit and with FP8 weights, fake-quantised",
     "host_step": "host time of one decode step, of the compiled planner",
     "judge_schedules": "calls against choices: all pairs, pivot, tournament, with simulated judges",
     "heuristic_judge": "how often the heuristic judge prefers real text",

@@ -5,13 +5,13 @@ N: tokens, H: hidden size, V: vocabulary columns of this shard that are tokens.
 Forward: a program walks the tiles of SPLIT columns for BLOCK_N tokens and keeps three or four numbers a token.
 Backward, for a chunk of tokens and columns at a time: one kernel computes the logits again and writes
 dlogits = grad * (onehot - softmax) of the chunk; another adds dlogits @ weight to d hidden and
-dlogits.T @ hidden to d weight. Every output element has one writer and a fixed order of sums: no atomics, and
-the same bits every time. Chunks, splits and tiles do not depend on the batch, so neither does a token's result.
+dlogits.T @ hidden to d weight (`_logprob_gradients.py`). Every output element has one writer and a fixed order of
+sums: no atomics, and the same bits every time. Chunks, splits and tiles do not depend on the batch, so neither does
+a token's result.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -318,34 +318,6 @@ def _dlogits_shape(num_rows: int, num_columns: int, element_bytes: int) -> tuple
     assert read.block_k <= min(made.block_m, made.block_n), "tiles.csv: logprob_sum reads what nobody wrote"
     row_block, column_block = max(made.block_m, read.block_m), max(made.block_n, read.block_m)
     return _num_blocks(num_rows, row_block) * row_block, _num_blocks(num_columns, column_block) * column_block
-
-
-def launch_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, vocab_start: int
-) -> tuple[Tensor, Tensor]:
-    """d hidden [N, H] and d weight [V, H] in the inputs' dtype, given log-sum-exp and grad [N] in float32."""
-    (num_rows, hidden_size), num_columns = hidden.shape, weight.shape[0]
-    hidden, weight = _with_unit_stride(hidden), _with_unit_stride(weight)
-    targets, grad = targets.contiguous(), grad.contiguous()
-    new = partial(torch.empty, dtype=hidden.dtype, device=hidden.device)
-    dlogits = new(
-        _dlogits_shape(min(num_rows, CHUNK_ROWS), min(num_columns, CHUNK_COLUMNS), hidden.element_size())
-    )
-    d_hidden, d_weight = new(num_rows, hidden_size), new(num_columns, hidden_size)
-    # Sums of several chunks meet in 16 bits: keep what rounding takes from them.
-    narrow = hidden.dtype.itemsize == 2
-    low_hidden = new(num_rows, hidden_size) if narrow and num_columns > CHUNK_COLUMNS else None
-    low_weight = new(dlogits.shape[1], hidden_size) if narrow and num_rows > CHUNK_ROWS else None
-    for column in range(0, num_columns, CHUNK_COLUMNS):
-        columns = slice(column, column + CHUNK_COLUMNS)
-        for row in range(0, num_rows, CHUNK_ROWS):
-            rows = slice(row, row + CHUNK_ROWS)
-            h, w = hidden[rows], weight[columns]
-            _launch_dlogits(h, w, targets[rows], lse[rows], grad[rows], dlogits, vocab_start + column)
-            low = None if low_hidden is None else low_hidden[rows]
-            _launch_accumulate(dlogits, w, d_hidden[rows], low, add=column > 0, transposed=False)
-            _launch_accumulate(dlogits, h, d_weight[columns], low_weight, add=row > 0, transposed=True)
-    return d_hidden, d_weight
 
 
 def compile_cases() -> list[CompileCase]:

@@ -222,6 +222,30 @@ def _rotary(case: Case) -> Work:
     return _elementwise(f"[{B}, {HIDDEN // 128}, 128]", programs, 2 * B * HIDDEN * 2, scalar=3 * B * HIDDEN)
 
 
+def _rotate_pair(case: Case) -> Work:
+    channels = 2 * HIDDEN  # MHA: queries and keys
+    moved = TOKENS * (2 * channels * _bytes_of(case, "q_ptr") + 8 * 64)
+    return _elementwise(f"[{TOKENS}, {channels // 128}, 128]", TOKENS, moved, scalar=3 * TOKENS * channels)
+
+
+def _fp8_linear(case: Case) -> Work:
+    """The gate and up projection of as many rows as a tile has, or of a decode step."""
+    rows = max(case.constexprs["BLOCK_M"], 16)
+    rows = B if rows == 128 else rows
+    m, n, inner = case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"], case.constexprs["K"]
+    columns, k = 2 * FFN, case.constexprs["BLOCK_K"]
+    flops = 2.0 * _cdiv(rows, m) * m * columns * inner
+    return Work(
+        f"[{rows}, {inner}] x [{columns}, {inner}]",
+        _cdiv(rows, m) * _cdiv(columns, n),
+        columns * inner + 2 * rows * (inner + columns),
+        (case.num_stages - 1) * (2 * m + n) * k,
+        # Predicted at bf16's rate, which is right for "current", and cautious for "blockwise".
+        flops,
+        scalar=2.0 * _cdiv(rows, m) * m * columns * inner / k,
+    )
+
+
 def _kv_write(case: Case) -> Work:
     width = case.constexprs["H_KV"] * case.constexprs["D"]
     moved = 2 * B * width * (2 + _bytes_of(case, "k_pages_ptr"))
@@ -287,6 +311,8 @@ WORK: dict[str, Callable[[Case], Work]] = {
     "rms_norm_kernel": _rms_norm,
     "swiglu_kernel": _swiglu,
     "rotary_kernel": _rotary,
+    "rotate_pair_kernel": _rotate_pair,
+    "fp8_linear_kernel": _fp8_linear,
     "_write_kernel": _kv_write,
     "_store_kernel": _store_qkv,
     "random_kernel": _random,

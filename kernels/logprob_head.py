@@ -24,11 +24,12 @@ from torch.autograd.function import once_differentiable
 
 from sip_engine.kernels import _logprob_triton as fused
 from sip_engine.kernels._impl import resolve_impl, uses_triton
+from sip_engine.kernels._logprob_gradients import launch_gradients, launch_gradients_library
 from sip_engine.kernels._logprob_triton import IGNORED
 from sip_engine.kernels.compile_report import CompileCase
 from sip_engine.kernels.sample import _num_true_columns
 
-LogProbImpl = Literal["reference", "chunked", "triton"]
+LogProbImpl = Literal["reference", "chunked", "triton", "library"]
 Gather = Callable[[Tensor], Tensor]
 """Float tensor [N, F] of this shard -> [shards, N, F] of all, in vocabulary order and the same on each."""
 
@@ -190,11 +191,17 @@ def _stats_triton(
     return combine_shards(ShardStats(*fused.launch_stats(hidden, weight, targets, vocab_start, entropy)))
 
 
-_STATS = {"reference": stats_reference, "chunked": stats_chunked, "triton": _stats_triton}
+_STATS = {
+    "reference": stats_reference,
+    "chunked": stats_chunked,
+    "triton": _stats_triton,
+    "library": _stats_triton,
+}
 _GRADIENTS = {
     "reference": gradients_reference,
     "chunked": gradients_chunked,
-    "triton": fused.launch_gradients,
+    "triton": launch_gradients,
+    "library": launch_gradients_library,
 }
 
 
@@ -202,10 +209,12 @@ def _resolve(impl: str | None, hidden: Tensor) -> str:
     """The implementation to run: by default "triton" on CUDA but for float64, else "chunked"."""
     if impl is None and (not uses_triton(hidden) or hidden.dtype == torch.float64):
         impl = "chunked"
-    impl = resolve_impl(impl, hidden, allowed=("reference", "chunked", "triton"))
-    if impl == "triton" and hidden.dtype == torch.float64:
-        raise ValueError("impl='triton' has no float64: pass impl='reference' or 'chunked'")
-    return impl
+    allowed = ("reference", "chunked", "triton", "library")
+    if resolve_impl("triton" if impl == "library" else impl, hidden, allowed) != "triton":
+        return str(impl)
+    if hidden.dtype == torch.float64:
+        raise ValueError(f"impl={impl or 'triton'!r} has no float64: pass impl='reference' or 'chunked'")
+    return impl or "triton"
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -335,7 +344,8 @@ def logprob_head(
     true_vocab_size: global number of true tokens; rows of weight from it on are padding of probability 0.
     gather: collects float tensors [N, F] of all shards as [shards, N, F]; None for one shard.
     impl: "reference" makes all logits at once; "chunked" (the default without CUDA) a tile of 2^20 logits, and
-        for 16-bit inputs d hidden in float32; "triton" (the default on CUDA) is the fused kernel.
+        for 16-bit inputs d hidden in float32; "triton" (the default on CUDA) is the fused kernel; "library" is the
+        same but for the backward pass' two sums, which are the vendor's matrix products.
 
     With shards, d hidden is this shard's share: the caller sums it over the shards, as the backward of Megatron's
     `copy_to_tensor_model_parallel_region` does; d weight is whole. A NaN or +inf among a token's logits makes its

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 
 from sip_engine.config.model import ModelConfig
 from sip_engine.config.schema import ParallelConfig
 from sip_engine.kernels._flash_attn import why_not
 from sip_engine.kernels._impl import SETTINGS, SWITCH
+from sip_engine.kernels.fp8_linear import Recipe
 from sip_engine.kernels.shared_prefix_attention import MAX_HEAD_DIM
 from sip_engine.utils.errors import ConfigError
 
@@ -22,6 +25,7 @@ FP8_BLOCK = 128
 """The side of a blockwise recipe's blocks, which cut both dimensions of a matrix evenly."""
 
 _RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
+_FROM_VALUES: dict[str, Recipe] = {"tensorwise": "current", "blockwise": "blockwise"}
 
 
 def parameter_dtype(precision: str) -> torch.dtype:
@@ -45,6 +49,16 @@ def fp8_settings(model: ModelConfig) -> dict[str, Any]:
     if model.fp8.recipe == "delayed":
         settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return settings
+
+
+def fp8_recipes(config: TransformerConfig, layers: Sequence[int]) -> tuple[Recipe | None, ...]:
+    """How each of these layers (numbers from 0 over all stages) quantises a matrix, as far as its values tell.
+
+    Delayed scaling does so by what earlier steps have seen: None, as for layers that compute in bf16.
+    """
+    recipe = _FROM_VALUES.get(str(config.fp8_recipe)) if config.fp8 else None
+    ends = (0, config.num_layers - 1) if config.first_last_layers_bf16 else ()
+    return tuple(None if layer in ends else recipe for layer in layers)
 
 
 def check_precision(model: ModelConfig, parallel: ParallelConfig) -> None:

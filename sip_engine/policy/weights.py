@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sip_engine.kernels.fp8_linear import Recipe
 from sip_engine.policy.model import PolicyModel
+from sip_engine.policy.precision import fp8_recipes
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class PolicyWeights:
     max_context: int
     attention: str = "auto"
     """As model.attention."""
+    fp8: tuple[Recipe | None, ...] = ()
+    """How the trainer quantises the matrices of each layer of this stage; None where they stay as they are, or where
+    only it knows their scales. Empty: none is quantised."""
 
     @property
     def num_local_kv_heads(self) -> int:
@@ -132,6 +137,7 @@ def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWei
         vocab_size=vocab_size,
         max_context=model.max_sequence_length,
         attention=model.attention,
+        fp8=fp8_recipes(config, [layer.layer_number - 1 for layer in model.decoder.layers]),
     )
 
 

@@ -38,18 +38,48 @@ class KVPages:
         if num_pages >= 2**31:
             raise RequestError(f"{num_pages} KV pages are more than page numbers reach; lower kv_memory_mb")
         self.pool = PagePool(num_pages, page_size)
-        shape = page_shape(num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
-        self.page_size = page_size
+        self.shape = page_shape(num_pages, page_size, weights.num_local_kv_heads, weights.head_dim)
+        self.page_size, self.dtype = page_size, dtype
+        self.num_layers, self.device = len(weights.layers), weights.device
         self.attention = weights.attention
         self.is_fp8 = dtype is FP8
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.take()
+
+    def take(self) -> None:
+        """Allocate the memory, if it was given back.
+
+        Each layer gets the address that it had before wherever the allocator hands out the same blocks: it does so
+        when nothing made in between stays, since a freed block becomes whole again and no cached one is given to
+        the driver.
+        """
+        if self.keys:
+            return
         try:
-            self.keys = [_zeros(shape, dtype, weights.device) for _ in weights.layers]
-            self.values = [_zeros(shape, dtype, weights.device) for _ in weights.layers]
+            blocks = [_zeros(self.shape, self.dtype, self.device) for _ in range(2 * self.num_layers)]
         except (RuntimeError, MemoryError):  # CUDA; the CPU
-            size = num_pages * page_bytes(weights, page_size, dtype) / 2**20
+            size = 2 * self.num_layers * math.prod(self.shape) * self.dtype.itemsize / 2**20
             raise RequestError(
-                f"there is no memory for KV pages of {size:,.0f} MiB on {weights.device}; lower kv_memory_mb"
+                f"there is no memory for KV pages of {size:,.0f} MiB on {self.device}; lower kv_memory_mb"
             ) from None
+        blocks.sort(key=lambda block: block.data_ptr())  # equal blocks come back in another order
+        self.keys, self.values = blocks[0::2], blocks[1::2]
+
+    def give_back(self) -> None:
+        """Free the memory; what the pages held is lost."""
+        assert self.pool.allocator.num_used == 0, "pages are in use"
+        self.keys, self.values = [], []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, used or not."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each layer's memory begins: what a CUDA graph has written down."""
+        return tuple(tensor.data_ptr() for tensor in (*self.keys, *self.values))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -70,7 +100,7 @@ def slots_of(pages: KVPages, tables: np.ndarray, lens: np.ndarray) -> Tensor:
     """[sum of lens] int64: the slots of the first lens[r] tokens of each table row, row after row."""
     slots = np.empty(int(lens.sum()), np.int64)
     pages.pool.planner.fill_prefill_slots(tables, np.zeros_like(lens), lens, pages.page_size, slots)
-    return upload(slots, pages.keys[0].device)
+    return upload(slots, pages.device)
 
 
 class PagedAttention:
@@ -90,7 +120,7 @@ class PagedAttention:
         """[layers, 2, kv_heads] float32, of keys and of values; with FP8 pages only."""
         if pages.is_fp8:
             self.scales = torch.ones(
-                len(pages.keys), 2, pages.keys[0].shape[2], dtype=torch.float32, device=pages.keys[0].device
+                pages.num_layers, 2, pages.shape[2], dtype=torch.float32, device=pages.device
             )
         self._scaled: set[int] = set()
 
@@ -108,7 +138,7 @@ class PagedAttention:
         """Prefixes of `lens` [groups] tokens are about to be stored in `tables` [groups, blocks]."""
         self.prefill_tables, self.prefill_lens = self._device(tables), self._device(lens)
         self.prefill_starts = running_sums(self.prefill_lens)
-        self.prefill_layout = RowLayout(tuple(lens.tolist()), ((),) * len(lens), self.pages.keys[0].device)
+        self.prefill_layout = RowLayout(tuple(lens.tolist()), ((),) * len(lens), self.pages.device)
         self.prefill_slots = slots_of(self.pages, tables, lens)
 
     def set_decode(
@@ -204,7 +234,7 @@ class PagedAttention:
 
     def _device(self, array: np.ndarray) -> Tensor:
         # A copy: the tables of a rolling batch change in place while the device still reads these.
-        return upload(array, self.pages.keys[0].device)
+        return upload(array, self.pages.device)
 
 
 def _fp8_scale(x: Tensor) -> Tensor:

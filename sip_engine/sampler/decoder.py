@@ -13,11 +13,13 @@ from torch import Tensor
 from sip_engine.distributed.mesh import Axis
 from sip_engine.kernels._impl import uses_triton
 from sip_engine.kernels.exact import exact_linear
+from sip_engine.kernels.fp8_linear import Fp8Weight, fp8_linear
 from sip_engine.kernels.rms_norm import rms_norm
 from sip_engine.kernels.rotary import rotary
 from sip_engine.kernels.store_qkv import split_qkv, store_qkv
 from sip_engine.kernels.swiglu import swiglu
 from sip_engine.policy.weights import LayerWeights, PolicyWeights
+from sip_engine.sampler.fp8_weights import Fp8Weights, Matrix
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,14 @@ class Attend(Protocol):
 class Decoder:
     """Runs tokens through the shared weights of one tensor-parallel shard and pipeline stage, without gradient."""
 
-    def __init__(self, weights: PolicyWeights, tp: Axis, *, exact: bool = False) -> None:
-        """`exact` gives every row the same bits in any batch and at any tensor-parallel size, and is slow."""
-        self.weights, self.tp, self.exact = weights, tp, exact
+    def __init__(
+        self, weights: PolicyWeights, tp: Axis, *, exact: bool = False, fp8: Fp8Weights | None = None
+    ) -> None:
+        """`exact` gives every row the same bits in any batch and at any tensor-parallel size, and is slow.
+
+        fp8: the matrices to read in the place of the weights' own.
+        """
+        self.weights, self.tp, self.exact, self.fp8 = weights, tp, exact, fp8
         positions = torch.arange(weights.max_context, dtype=torch.float32, device=weights.device)
         angles = torch.outer(positions, weights.inv_freq)
         # Rounded as the trainer rounds them, which keeps its tables in the parameters' type.
@@ -92,12 +99,13 @@ class Decoder:
         x = self._norm(hidden, w.layers[0].attention_norm)
         next_norms = [*(layer.attention_norm for layer in w.layers[1:]), w.final_norm]
         for number, (layer, next_norm) in enumerate(zip(w.layers, next_norms, strict=True)):
-            mixed = self._columns(x, layer.qkv, layer.qkv_bias)
+            mixed = self._columns(x, self._matrix(number, "qkv"), layer.qkv_bias)
             attended = attend(number, Projected(mixed, layer, w, self._cos, self._sin, positions))
             x, hidden = self._add_norm(
-                self._rows(attended.flatten(1), layer.attention_out), hidden, layer.mlp_norm
+                self._rows(attended.flatten(1), self._matrix(number, "attention_out")), hidden, layer.mlp_norm
             )
-            added = self._rows(self._gate(self._columns(x, layer.gate_up)), layer.down)
+            gated = self._gate(self._columns(x, self._matrix(number, "gate_up")))
+            added = self._rows(gated, self._matrix(number, "down"))
             if next_norm is None:
                 return hidden + added
             x, hidden = self._add_norm(added, hidden, next_norm)
@@ -125,8 +133,14 @@ class Decoder:
         hidden = hidden + x
         return self._norm(hidden, weight), hidden
 
-    def _columns(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _matrix(self, layer: int, name: Matrix) -> Tensor | Fp8Weight:
+        quantised = None if self.fp8 is None else self.fp8.of(layer, name)
+        return getattr(self.weights.layers[layer], name) if quantised is None else quantised
+
+    def _columns(self, x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
         """x times a matrix whose outputs are sharded."""
+        if isinstance(weight, Fp8Weight):
+            return fp8_linear(x, weight, bias)
         return exact_linear(x, weight, bias) if self.exact else F.linear(x, weight, bias)
 
     def _gate(self, gate_up: Tensor) -> Tensor:
@@ -136,8 +150,10 @@ class Decoder:
         gate, value = gate_up.double().chunk(2, dim=-1)
         return (F.silu(gate.contiguous()) * value).to(gate_up.dtype)
 
-    def _rows(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
         """x times a matrix whose inputs are sharded, summed over the shards."""
+        if isinstance(weight, Fp8Weight):
+            return self._sum_shards(fp8_linear(x, weight))
         if not self.exact:
             return self._sum_shards(F.linear(x, weight))
         num_terms = x.shape[1] * self.tp.size

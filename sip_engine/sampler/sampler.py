@@ -19,6 +19,7 @@ from sip_engine.sampler.attention import AttentionImpl, KVPages, page_bytes
 from sip_engine.sampler.continuous import decode_continuously
 from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
+from sip_engine.sampler.fp8_weights import Fp8Weights
 from sip_engine.sampler.pipeline import run_pipelined
 from sip_engine.sampler.requests import (
     Completion,
@@ -52,7 +53,9 @@ class Sampler:
         self.kv_dtype = torch.float8_e4m3fn if cfg.kv_dtype == "fp8" else weights.dtype
         self.impl: AttentionImpl = impl or _default_impl(weights, cfg)
         exact = self.impl == "exact"
-        self.decoder = Decoder(weights, mesh.tp, exact=exact)
+        follows = weights.fp8 and cfg.fp8_weights == "auto" and not exact
+        self.fp8 = Fp8Weights(weights) if follows else None
+        self.decoder = Decoder(weights, mesh.tp, exact=exact, fp8=self.fp8)
         self.draw = TokenDraw(weights, mesh.tp, exact=exact) if mesh.pp.is_last else None
         self._pages: KVPages | None = None  # allocated when first used
         self._steps: DecodeSteps | None = None
@@ -82,12 +85,13 @@ class Sampler:
         return self.mesh.least_in_replica(int(AUTO_SHARE * free))
 
     def give_back(self) -> None:
-        """Free the pages, and the steps over them, where the settings leave their size to the sampler on CUDA.
+        """Free the pages where the settings leave their size to the sampler on CUDA. While nothing is drawn.
 
-        They are made anew when tokens are drawn again. To be called while nothing is drawn.
+        They are taken again when tokens are drawn again. The steps stay, their buffers are small beside the pages;
+        their graphs hold as long as the pages come back to the same addresses, and are captured anew otherwise.
         """
-        if self.gives_back:
-            self._pages = self._steps = None
+        if self.gives_back and self._pages is not None:
+            self._pages.give_back()
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """`n` completions for each request, in order. Every process of a replica gets the same.
@@ -98,6 +102,8 @@ class Sampler:
             Stopped: a signal asked the run to end; on every process of the replica, between two bundles.
         """
         self.check(requests, params)
+        if self.fp8 is not None:
+            self.fp8.refresh()
         if (
             params.stop_ids
             and self.draw is not None
@@ -135,9 +141,7 @@ class Sampler:
     @property
     def kv_bytes_held(self) -> int:
         """Bytes of the pages, in use or not; 0 before they are first used and after `give_back`."""
-        if self._pages is None:
-            return 0
-        return sum(tensor.nbytes for tensor in (*self._pages.keys, *self._pages.values))
+        return 0 if self._pages is None else self._pages.num_bytes
 
     @property
     def gives_back(self) -> bool:
@@ -151,16 +155,16 @@ class Sampler:
     @property
     def pages(self) -> KVPages:
         if self._pages is None:
-            size = self.limits.page_size
-            if self.gives_back:
-                torch.cuda.empty_cache()  # what the update left in small pieces
-            self._pages = KVPages(self.weights, self.limits.num_pages, size, self.kv_dtype)
+            self._pages = KVPages(self.weights, self.limits.num_pages, self.limits.page_size, self.kv_dtype)
+        self._pages.take()
         return self._pages
 
     @property
     def steps(self) -> DecodeSteps | None:
-        """Decode steps with their buffers and graphs, as long as the pages; None where attention is not paged."""
-        if self._steps is None and self.draw is not None and self.impl in ("reference", "triton"):
+        """Decode steps with their buffers and graphs; None where attention is not paged."""
+        if self.draw is None or self.impl not in ("reference", "triton"):
+            return None
+        if self._steps is None:
             self._steps = DecodeSteps(
                 self.decoder,
                 self.draw,
@@ -169,6 +173,7 @@ class Sampler:
                 graphs=self.cfg.cuda_graph == "on",
                 prefill_tokens=self.cfg.prefill_tokens,
             )
+        self._steps.follow_pages()
         return self._steps
 
     def _wave_steps(self) -> DecodeSteps | None:

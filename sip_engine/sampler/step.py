@@ -160,6 +160,10 @@ class DecodeStep:
         if scales is not None:
             self.attention.take_scales(scales)
 
+    def forget_graph(self) -> None:
+        """The next run captures it anew."""
+        self._graph = None
+
     def run(self) -> None:
         """Store the tokens, draw the next ones, move on."""
         self._num_runs += 1
@@ -218,6 +222,18 @@ class DecodeSteps:
         self.captures = graphs and self.on_cuda and impl == "triton"
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
         self._steps: OrderedDict[tuple, DecodeStep] = OrderedDict()
+        self._addresses = pages.addresses
+
+    def follow_pages(self) -> None:
+        """To be called when pages may have come back: graphs that know other addresses are captured anew.
+
+        Looking is exact and costs the host some comparisons. Pages at fixed addresses would need memory mapped beside
+        torch's allocator.
+        """
+        if self.pages.addresses != self._addresses:
+            self._addresses = self.pages.addresses
+            for step in self._steps.values():
+                step.forget_graph()
 
     def at(self, shape: StepShape, params: SamplingParams) -> DecodeStep:
         """The step whose buffers hold at least `shape`."""

@@ -24,6 +24,7 @@ operations and collectives (gloo under NCCL's name) work. Enforced, as a `Device
   waits or blocks. Replay writes the memory that was captured and allocates nothing. It is an error when memory it
   uses from outside has been freed, or rebound so that nobody holds it; what other graphs of its pool left behind
   is poisoned.
+- With `cuda.reuses_blocks` freed memory is handed out again at its address, which a replay may then use.
 - `torch.empty` gives poison: NaN, or the least integer.
 
 Models begin with the weights that they have on the CPU, to be compared; `emulated_cuda(own_weights=True)` draws them

@@ -50,6 +50,9 @@ class Device:
         self.graph: Any = None
         """The one that is being captured."""
         self.free_bytes = 2**30
+        self.reuses_blocks = False
+        """Whether new memory of a factory is the first freed block of its size, as with torch's allocator."""
+        self._freed: dict[int, list[torch.UntypedStorage]] = {}
         self.random = torch.Generator()
         self._allocations: weakref.WeakValueDictionary[int, Allocation] = weakref.WeakValueDictionary()
         self._pinned: dict[int, weakref.ref] = {}
@@ -93,11 +96,21 @@ class Device:
             if storage.nbytes():
                 self.note("allocate")
             allocation = self._allocations[storage._cdata] = Allocation(storage, code_place())
+            if self.reuses_blocks:
+                weakref.finalize(allocation, self._freed.setdefault(storage.nbytes(), []).append, storage)
             if self.graph is None:
                 allocation.write = self._now()
             else:
                 self.graph.own.append(value)
         return EmulatedTensor(value, allocation).requires_grad_(requires_grad)
+
+    def placed(self, made: torch.Tensor) -> torch.Tensor:
+        """What a factory made, in a freed block if there is one of its size."""
+        blocks = self._freed.get(made.untyped_storage().nbytes(), []) if self.graph is None else []
+        if not self.reuses_blocks or not blocks or not made.is_contiguous():
+            return made
+        blocks.sort(key=lambda storage: storage.data_ptr())
+        return torch.empty(0, dtype=made.dtype).set_(blocks.pop(0), 0, made.shape).copy_(made)
 
     def pin(self, value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
@@ -302,7 +315,10 @@ class Device:
                 allocation.write, allocation.reads = self._now(), {}
 
     def allocation_of(self, value: torch.Tensor) -> Allocation | None:
-        return self._allocations.get(value.untyped_storage()._cdata)
+        return self.allocation_at(value.untyped_storage()._cdata)
+
+    def allocation_at(self, storage: int) -> Allocation | None:
+        return self._allocations.get(storage)
 
     def _touch(self, tensors: list, writes: set[int]) -> None:
         """Check the order between streams, and note who touched what."""

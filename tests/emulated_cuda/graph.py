@@ -88,15 +88,16 @@ class Graph:
         if device.graph is not None:
             raise DeviceError("a graph cannot be replayed while another is captured")
         device.note("replay")
-        for allocation, place in self._outside.values():
-            if allocation() is None:
+        live = []
+        for storage, (allocation, place) in self._outside.items():
+            live.append(allocation() or device.allocation_at(storage))  # the same block, allocated again
+            if live[-1] is None:
                 raise DeviceError(
                     f"a replayed graph uses memory that was freed or rebound since: made at {place}"
                 )
         for other in self._pool:
             for value in other.own if other is not self else ():
                 poison(value)
-        live = [allocation() for allocation, _ in self._outside.values()]
         device.stamp(live + [device.allocation_of(value) for value in self.own])
         with torch.no_grad(), torch._C.DisableTorchFunction():
             for call in self._calls:

@@ -187,7 +187,7 @@ class CallsOfTorch(TorchFunctionMode):
             if not isinstance(made, torch.Tensor):
                 return made
             device.note("launch")
-        return device.adopt(made, requires_grad=bool(kwargs.get("requires_grad")))
+        return device.adopt(device.placed(made), requires_grad=bool(kwargs.get("requires_grad")))
 
 
 def _become_emulated(tensor: torch.Tensor, new: EmulatedTensor) -> None:

@@ -29,6 +29,7 @@ from sip_engine.kernels.logprob_head import (
 )
 
 IMPLS = ("reference", "chunked", "triton")
+EVERY = (*IMPLS, "library")  # differs from "triton" in the sums of the gradients alone
 HALF = (
     torch.float16 if DEVICE == "cpu" else torch.bfloat16
 )  # the interpreter multiplies bfloat16 bits as integers
@@ -108,7 +109,7 @@ def test_equals_float64(impl, num_rows, hidden_size, num_columns):
     assert_near(found, exact(*inputs), 2e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", EVERY)
 @pytest.mark.parametrize(("num_rows", "hidden_size", "num_columns"), ((3, 33, 130), (130, 70, 257)))
 def test_equals_float64_over_many_chunks(many_chunks, impl, num_rows, hidden_size, num_columns):
     inputs = make(num_rows, hidden_size, num_columns)
@@ -124,7 +125,7 @@ def test_float64_is_float64_throughout(many_chunks, impl, num_rows, hidden_size,
     assert_near(found, plain(*inputs), 1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", EVERY)
 @pytest.mark.parametrize("chunks", (False, True))
 def test_sixteen_bits_err_no_more_than_torch(request, impl, chunks):
     """Forward as good as float32; gradients as good as torch's of the same dtype, chunks or not."""
@@ -216,7 +217,7 @@ def test_shards_of_any_width_merge(cuts, num_true, sizes):
     assert_near(found, plain(*inputs, num_true), 1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", EVERY)
 def test_ignored_targets_have_no_part(impl):
     hidden, weight, targets, grad = make(9, 20, 70)
     targets[[0, 4, 5]] = IGNORED
@@ -263,7 +264,7 @@ def test_nan_and_infinite_logits(many_chunks, impl):
         torch.testing.assert_close(merged_entropy, entropy[:1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", EVERY)
 def test_nan_reaches_what_depends_on_it(many_chunks, impl):
     """A NaN token spoils its own log-prob and d hidden, and d weight; a NaN gradient likewise."""
     hidden, weight, targets, grad = make(140, 20, 130)
@@ -381,8 +382,11 @@ def test_memory_of_chunked_does_not_grow_with_the_logits():
     assert large <= small + vectors
 
 
-def test_triton_allocates_one_chunk_and_a_few_numbers_a_token(many_chunks, monkeypatch):
-    """What is asked of torch, with the kernels left out: in bytes, for 16-bit inputs."""
+@pytest.mark.parametrize("impl", ("triton", "library"))
+def test_triton_allocates_one_chunk_and_a_few_numbers_a_token(many_chunks, monkeypatch, impl):
+    """What is asked of torch, with the kernels left out: in bytes, for 16-bit inputs. Sums in float32 are as large
+    as two in 16 bits; d hidden is rounded beside its own, and the CPU's product wants its factors widened.
+    """
     for name in ("head_stats_kernel", "dlogits_kernel", "accumulate_kernel"):
         monkeypatch.setattr(
             fused, name, type("Nothing", (), {"__getitem__": lambda *_: lambda *_, **__: None})()
@@ -390,10 +394,12 @@ def test_triton_allocates_one_chunk_and_a_few_numbers_a_token(many_chunks, monke
     num_rows, hidden_size, num_columns = 4000, 2, 3000
     inputs = make(num_rows, hidden_size, num_columns, HALF)
     with PeakMemory() as memory:
-        run(*inputs, impl="triton")
+        run(*inputs, impl=impl)
     findings = 4 * 4 * num_rows * -(-num_columns // fused.SPLIT)
     chunk = 2 * 128 * 256  # one tile of dlogits
     outputs_and_low_parts = 2 * 2 * hidden_size * (num_rows + num_columns)
+    if impl == "library":
+        outputs_and_low_parts += 2 * hidden_size * num_rows + 3 * chunk
     assert memory.peak <= 2.5 * findings + chunk + outputs_and_low_parts + 100 * num_rows
     assert memory.peak <= 0.1 * 4 * num_rows * num_columns
 

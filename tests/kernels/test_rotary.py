@@ -7,7 +7,7 @@ import torch
 from interpreter import DEVICE, rounding_error
 from torch import Tensor
 
-from sip_engine.kernels.rotary import rotary
+from sip_engine.kernels.rotary import rotary, rotate_pair
 
 IMPLS = ("reference", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -137,3 +137,38 @@ def test_kernel_refuses_split_heads():
     x = torch.zeros(3, 8, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="last stride"):
         rotary(x, cos, sin, torch.tensor([0, 1, 2]), impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "heads", "kv_heads", "dim"), ((7, 3, 1, 6), (4, 17, 17, 80), (5, 32, 8, 64), (0, 2, 1, 8))
+)
+def test_a_pair_is_turned_and_its_gradient_turned_back(impl, dtype, num_tokens, heads, kv_heads, dim):
+    """Queries and keys are strided views of one projection; conj(e^(i angle)) is the transpose of e^(i angle)."""
+    mixed = torch.randn(num_tokens, heads + kv_heads + 2, dim).to(dtype)
+    q = mixed[:, 1 : heads + 1].detach().requires_grad_()
+    k = mixed[:, heads + 1 : -1].detach().requires_grad_()
+    cos, sin = make_tables(dim)
+    positions = torch.randint(NUM_POSITIONS, (num_tokens,))
+    found = rotate_pair(q, k, cos[positions], sin[positions], impl=impl)
+    gradients = [torch.randn_like(y) for y in found]
+    torch.autograd.backward(found, gradients)
+    for x, y, gradient in zip((q, k), found, gradients, strict=True):
+        assert y.is_contiguous() and y.dtype == dtype and x.grad is not None
+        assert_rounded_once(y.detach(), exact(x.detach(), cos, sin, positions), impl)
+        assert_rounded_once(x.grad, exact(gradient, cos, -sin, positions), impl)
+
+
+def test_gradients_of_a_pair_in_float64():
+    cos, sin = (table[:3].double() for table in make_tables(6))
+    q, k = (torch.randn(3, n, 6, dtype=torch.float64, requires_grad=True) for n in (4, 2))
+    assert torch.autograd.gradcheck(lambda q, k: rotate_pair(q, k, cos, sin), (q, k))
+
+
+def test_pairs_that_do_not_fit_are_named():
+    table = torch.zeros(2, 4)
+    q, k = torch.zeros(2, 3, 8), torch.zeros(2, 1, 8)
+    for arguments in ((q, k[:1], table, table), (q, k.double(), table, table), (q, k, table, table[:, :3])):
+        with pytest.raises(ValueError, match=r"\[N, heads, D\] and \[N, kv_heads, D\] of one dtype"):
+            rotate_pair(*arguments)

@@ -14,6 +14,7 @@ from emulated_cuda import Device, DeviceError, emulated_cuda
 
 from sip_engine.config.schema import ParallelConfig, SamplerConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.kernels.fp8_linear import Recipe
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.weights import weight_views
 from sip_engine.sampler.continuous import decode_continuously
@@ -115,13 +116,15 @@ def test_one_more_token_costs_one_replay(mesh: Mesh, cuda: Device, cut: dict) ->
     assert six["synchronise"] == 2
 
 
-def launches_of_a_step(cuda: Device, num_layers: int, **settings) -> int:
+def launches_of_a_step(cuda: Device, num_layers: int, fp8: Recipe | None = None, **settings) -> int:
     """What one more token launches, when no graph hides it."""
     mesh = start_mesh()
     model = build_model(
         MODEL.model_copy(update={"num_layers": num_layers, **settings}), ParallelConfig(), VOCAB, mesh, seed=1
     )
-    sampler, counts = sampler_of(model, mesh, cuda_graph="off"), []
+    views = replace(weight_views(model, VOCAB, 0), fp8=(fp8,) * num_layers)
+    sampler = Sampler(views, mesh, SamplerConfig(kv_memory_mb=1, page_size=4, cuda_graph="off"))
+    counts = []
     assert sampler.pages.keys  # made before anything is counted
     for num_tokens in (2, 3):
         with cuda.watch() as seen:
@@ -256,3 +259,25 @@ def test_pages_are_sized_by_free_memory_and_given_back(
     assert fixed.pages.keys
     fixed.give_back()
     assert fixed._pages is not None, "a size in MiB is kept"
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same addresses", "other addresses"])
+def test_graphs_outlive_pages_that_come_back_to_their_addresses(mesh: Mesh, cuda: Device, same: bool) -> None:
+    """Given back and taken again: the same tokens, and a graph captured anew only where pages have moved."""
+    mesh = start_mesh()
+    cuda.reuses_blocks, cuda.free_bytes = same, 2**20
+    sampler = sampler_of(small_model(mesh), mesh, kv_memory_mb="auto")
+    first = sampler.generate(requests(), PARAMS)
+    before, held = sampler.pages.addresses, sampler.kv_bytes_held
+    allocated = cuda.allocated_bytes
+    sampler.give_back()
+    gc.collect()
+    assert sampler.kv_bytes_held == 0 and cuda.allocated_bytes == allocated - held
+    with cuda.watch() as seen:
+        assert bits(sampler.generate(requests(), PARAMS)) == bits(first)
+    assert (sampler.pages.addresses == before) is same
+    # Captured anew, a step is replayed as well: its kernels are compiled already.
+    assert seen["replay"] == PARAMS.max_new_tokens - 1
+    assert seen["empty_cache"] == 0
+    captured = seen.places["launch"].total() > 300
+    assert captured is not same, seen["launch"]
