@@ -86,10 +86,10 @@ def reference_bytes(cfg: RunConfig, shape: Shape, parameters: int) -> int:
 def activation_bytes_per_token(cfg: RunConfig, shape: Shape, device: Device = "cuda") -> float:
     """What one layer keeps of a token for the backward pass.
 
-    Norm inputs and outputs 4 H; q, its rotated form and the attention's output 3 A, keys and values 3 K; rotary
-    tables 4 D; SwiGLU 5 F (gate and up, silu, the shifted up, the product); log-sum-exps in fp32. With sequence
-    parallelism the 4 H are shared out. On the CPU a norm works in fp32 and keeps its normalised input too, and
-    grouped keys and values are repeated for every query head.
+    Norm inputs and outputs 4 H; q, its rotated form and the attention's output 3 A, keys and values 3 K; SwiGLU 3 F
+    (gate and up, the product); log-sum-exps in fp32. With sequence parallelism the 4 H are shared out. On the CPU a
+    norm works in fp32 and keeps its normalised input too, SwiGLU is not fused and keeps 5 F (silu and the shifted up
+    too), and grouped keys and values are repeated for every query head.
     """
     model, parallel, size = cfg.model, cfg.parallel, shape.dtype_bytes
     hidden = model.hidden_size / (parallel.tensor if parallel.sequence else 1)
@@ -98,11 +98,11 @@ def activation_bytes_per_token(cfg: RunConfig, shape: Shape, device: Device = "c
     a, k = shape.query_channels, shape.key_channels
     kept = 2 * hidden * norm_bytes(shape, device)
     repeated = device == "cpu" and model.num_heads != model.num_kv_heads
-    kept += size * ((4 * a if repeated else 3 * a + 3 * k) + 4 * model.kv_channels)
+    kept += size * (4 * a if repeated else 3 * a + 3 * k)
     if model.qk_norm:
         kept += (a + k) * (norm_bytes(shape, device) if device == "cpu" else size)
     if parallel.recompute == "none":
-        kept += size * 5 * shape.ffn_channels
+        kept += size * (5 if device == "cpu" else 3) * shape.ffn_channels
     return kept + 4 * (a / model.kv_channels + 2)
 
 
@@ -120,8 +120,7 @@ def activation_bytes(
     """
     model, parallel = cfg.model, cfg.parallel
     kept = in_flight * tokens * shape.layers * activation_bytes_per_token(cfg, shape, device)
-    if parallel.recompute == "full":
-        kept += in_flight * tokens * model.kv_channels * 4  # the rotary angles
+    kept += in_flight * tokens * model.kv_channels * 4  # cosines and sines of the rotary angles
     if parallel.pipeline == 1:
         hidden = model.hidden_size / (parallel.tensor if parallel.sequence else 1)
         kept += tokens * hidden * (norm_bytes(shape, device) - shape.dtype_bytes)
@@ -142,9 +141,12 @@ def backward_workspace(cfg: RunConfig, shape: Shape, tokens: float) -> float:
     return under_way + tokens * again
 
 
-def fp8_cache_bytes(cfg: RunConfig, shape: Shape) -> int:
-    """Transformer Engine's FP8 copies of the matrices, one in each orientation."""
-    return 2 * shape.layers * shape.matrix_parameters if cfg.model.precision == "fp8" else 0
+def fp8_cache_bytes(cfg: RunConfig, shape: Shape, *, samples: bool = False) -> int:
+    """Transformer Engine's FP8 copies of the matrices, one in each orientation, and the one the sampler reads."""
+    if cfg.model.precision != "fp8":
+        return 0
+    reads = samples and cfg.sampler.fp8_weights == "auto" and cfg.model.fp8.recipe != "delayed"
+    return (3 if reads else 2) * shape.layers * shape.matrix_parameters
 
 
 def num_micro_batches(cfg: RunConfig, load: Workload) -> int:
@@ -183,7 +185,7 @@ def memory_of(
         kv=0.0,
         activations=activation_bytes(cfg, shape, tokens, targets, in_flight)
         + backward_workspace(cfg, shape, tokens),
-        fp8_caches=fp8_cache_bytes(cfg, shape),
+        fp8_caches=fp8_cache_bytes(cfg, shape, samples=load.rollouts > 0),
         judge=judge_bytes,
         context=context * 2**30,
     )

@@ -68,8 +68,8 @@ class SamplerConfig(Section):
     """Memory of the KV pages on each process, in MiB. auto: on CUDA four fifths of what is free when tokens are first
     drawn, given back while the policy is updated; on the CPU 1024."""
     prefill_tokens: Positive = 16384
-    """Most prefix tokens in one forward pass of the sampler on CUDA, and with stop tokens; a longer prefix has one
-    pass to itself."""
+    """Most prefix tokens in one forward pass of the sampler on CUDA, and with stop tokens; a longer prefix takes
+    several."""
 
     @model_validator(mode="after")
     def _exact_pages(self) -> SamplerConfig:

@@ -58,7 +58,7 @@ def add_document_term(found: LossSums, log_probs: Tensor, rows: PackedRows) -> L
     term = -(log_probs * rows.document_weights).sum()
     documents = rows.document_weights > 0
     logged = {
-        "document_nll": -(log_probs.detach() * documents).double().sum().item(),
+        "document_nll": -(log_probs.detach() * documents).double().sum(),
         "document_tokens": float(sum(rows.target_lens[n] for n in rows.document_suffixes)),
     }
     return found._replace(loss=found.loss + term, sums={**found.sums, **logged})

@@ -95,19 +95,19 @@ def _alike(pool: Sequence[Candidate], one: int, other: int) -> bool:
     return pool[one].text == pool[other].text
 
 
-def diagnostics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, float]:
-    """Sums over pairs [n, 2] (chosen, rejected) of what a run should watch; tensors without gradient.
+def diagnostics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, float | Tensor]:
+    """Sums over pairs [n, 2] (chosen, rejected) of what a run should watch; all without gradient.
 
     Chosen and rejected falling together is a known failure of DPO (method §failure signatures).
     """
     gain = policy - reference
     found = (
-        policy[:, 0].sum().item(),
-        policy[:, 1].sum().item(),
-        gain[:, 0].sum().item(),
-        gain[:, 1].sum().item(),
-        beta * (gain[:, 0] - gain[:, 1]).sum().item(),
-        (gain[:, 0] > gain[:, 1]).double().sum().item(),
+        policy[:, 0].sum(),
+        policy[:, 1].sum(),
+        gain[:, 0].sum(),
+        gain[:, 1].sum(),
+        (gain[:, 0] - gain[:, 1]).sum().double() * beta,
+        (gain[:, 0] > gain[:, 1]).sum(),
     )
     return {"pairs": float(len(policy)), **dict(zip(DIAGNOSTICS, found, strict=True))}
 

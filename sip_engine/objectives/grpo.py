@@ -59,9 +59,9 @@ class GRPO(Objective):
             kl=kl,
             kl_weight=self.cfg.kl_weight,
         )
-        logged = {"grpo_tokens": float(len(losses)), "clipped": clipped.double().sum().item()}
+        logged: dict[str, float | Tensor] = {"grpo_tokens": float(len(losses)), "clipped": clipped.sum()}
         if kl is not None:
-            logged["kl"] = kl.detach().double().sum().item()
+            logged["kl"] = kl.detach().double().sum()
         return LossSums(losses.sum(), len(losses), logged)
 
     def metrics(self, logged: Mapping[str, float]) -> dict[str, float]:

@@ -58,7 +58,7 @@ def update(
 def _with_drift(found: LossSums, log_probs: Tensor, sampled: Tensor) -> LossSums:
     """The loss with how far trainer and sampler are apart on the tokens that were sampled (the others are NaN)."""
     known = ~sampled.isnan()
-    gap = (log_probs - sampled)[known].abs()
-    drift = {"drift_sum": gap.double().sum().item(), "drift_tokens": float(len(gap))}
-    largest = {"drift_max": gap.max().item()} if len(gap) else {}
+    gap = (log_probs - sampled).abs().masked_fill(~known, 0.0)
+    drift = {"drift_sum": gap.double().sum(), "drift_tokens": known.sum()}
+    largest = {"drift_max": gap.max()} if len(gap) else {}
     return found._replace(sums={**drift, **found.sums}, maxima={**largest, **found.maxima})

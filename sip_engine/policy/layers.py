@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sip_engine.kernels._impl import uses_triton
 from sip_engine.kernels.attention_choice import choose_packed
+from sip_engine.kernels.rotary import rotate_pair
 from sip_engine.kernels.shared_prefix_attention import shared_prefix_attention
 from sip_engine.policy.packing import PackedRows
 
@@ -27,7 +28,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SharedPrefixAttention(MegatronModule):
-    """Core attention over a packed stream; the micro-batch's rows arrive as `packed_seq_params`."""
+    """Rotary embedding and core attention over a packed stream; the micro-batch's rows arrive as
+    `packed_seq_params`.
+    """
 
     def __init__(self, config: TransformerConfig, *_: Any, attention: str = "auto", **__: Any) -> None:
         super().__init__(config)
@@ -39,13 +42,13 @@ class SharedPrefixAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: PackedRows, **__: Any
     ) -> Tensor:
         """query [T, 1, H, D], key and value [T, 1, G, D] -> [T, 1, H * D]."""
-        q, layout = query.squeeze(1), packed_seq_params.layout
+        layout = packed_seq_params.layout
+        assert packed_seq_params.rotary is not None, "the model gives the rows their tables"
+        q, k = rotate_pair(query.squeeze(1), key.squeeze(1), *packed_seq_params.rotary)
         impl = None if self.attention == "auto" else self.attention
         if impl is None and uses_triton(q):
-            impl = choose_packed("training", q, key.shape[2], layout)
-        out = shared_prefix_attention(
-            q, key.squeeze(1), value.squeeze(1), layout, scale=self.scale, impl=impl
-        )
+            impl = choose_packed("training", q, k.shape[1], layout)
+        out = shared_prefix_attention(q, k, value.squeeze(1), layout, scale=self.scale, impl=impl)
         return out.flatten(1).unsqueeze(1)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from sip_engine.config.model import ModelConfig
 from sip_engine.config.schema import ParallelConfig
 from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import Axis, Mesh
+from sip_engine.kernels._impl import SWITCH
 from sip_engine.kernels.logprob_head import logprob_head
 from sip_engine.policy.initialise import initialise
 from sip_engine.policy.layers import block_spec
@@ -29,8 +32,9 @@ from sip_engine.utils.errors import ConfigError
 class PolicyModel(GPTModel):
     """A GPT model whose input is a `PackedRows` and whose last stage returns target log-probs.
 
-    Rotary angles follow the rows' own positions, so that every suffix continues its prefix. The head, fused with the
-    log-prob, is applied to the rows' scored positions only. The buffer `inv_freq` is set by `build_model`.
+    Rotary angles follow the rows' own positions, so that every suffix continues its prefix; our attention turns
+    queries and keys by them (`policy/layers.py`), in Megatron's place. The head, fused with the log-prob, is applied
+    to the rows' scored positions only. The buffer `inv_freq` is set by `build_model`.
     """
 
     def __init__(
@@ -43,6 +47,10 @@ class PolicyModel(GPTModel):
 
     def forward(self, rows: PackedRows) -> Tensor:  # type: ignore[override]
         """Last stage: [num_targets] float32 log-probs in nats. Other stages: hidden states [T, 1, hidden]."""
+        angles = rows.layout.positions[:, None].float() * self.get_buffer("inv_freq")  # [T, D / 2]
+        # In the parameters' type, as the sampler's: what Megatron's own rotation makes of them.
+        tables = (table.to(self.config.params_dtype).float() for table in (angles.cos(), angles.sin()))
+        rows = replace(rows, rotary=tuple(tables))
         return super().forward(
             rows.tokens[None],
             rows.layout.positions[None],
@@ -57,11 +65,6 @@ class PolicyModel(GPTModel):
         """Megatron's, where this model's own group says which processes hold copies of the same shard."""
         copies = {"dp_cp_group": self.pg_collection.dp_cp}
         return super().sharded_state_dict(prefix, sharded_offsets, copies | (metadata or {}))
-
-    def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
-        embedded, _, *rest = super()._preprocess(*args, position_ids=position_ids, **kwargs)
-        angles = position_ids[0, :, None].float() * self.get_buffer("inv_freq")  # [T, D / 2]
-        return (embedded, torch.cat([angles, angles], dim=-1)[:, None, None, :], *rest)
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor, packed_seq_params: PackedRows, **_: Any
@@ -131,8 +134,13 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Our settings in Megatron's words; fusions that need CUDA extensions are off."""
+    """Our settings in Megatron's words.
+
+    Of its fusions SwiGLU's is on with CUDA, forward and backward, which `torch.compile` makes. The others need CUDA
+    extensions, or fuse a bias and a dropout, of which this model has none.
+    """
     dtype = parameter_dtype(model.precision)
+    fuses = torch.cuda.is_available() and os.environ.get(SWITCH, "auto") != "reference"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -163,7 +171,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         use_cpu_initialization=not torch.cuda.is_available(),
         **_RECOMPUTE[parallel.recompute],
         **fp8_settings(model),
-        bias_activation_fusion=False,
+        bias_activation_fusion=fuses,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

@@ -30,6 +30,7 @@ class PackedRows:
         weights: [num_targets] float32, 1 where it has none.
         document_weights: [num_targets] float32, factors of the documents' next-token term, 0 elsewhere.
         document_suffixes: which suffixes of the micro-batch are documents' own, rising.
+        rotary: cosine and sine of each token's angles, [T, D / 2] float32; the model's forward pass sets them.
 
     Tensors of such values are None where no row of the micro-batch has any; see `Row`.
     """
@@ -44,6 +45,7 @@ class PackedRows:
     weights: Tensor | None = None
     document_weights: Tensor | None = None
     document_suffixes: tuple[int, ...] = ()
+    rotary: tuple[Tensor, ...] | None = None
     # Megatron asks its packing parameters for this; any value but "thd" leaves the tensors to us.
     qkv_format: str = "shared_prefix"
 

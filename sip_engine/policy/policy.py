@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class _Totals:
     units: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
+    finite: bool = True
+    """Whether the loss and all gradients are, on every process."""
 
     def add(self, loss: float, units: int, sums: Mapping[str, float], maxima: Mapping[str, float]) -> None:
         self.loss, self.units = self.loss + loss, self.units + units
@@ -115,7 +117,7 @@ class Policy:
         for group in self.optimizer.param_groups or ():
             group.setdefault("lr", 0.0)
         totals = self._passes(batches, loss)
-        if not self._is_finite(totals.loss):
+        if not totals.finite:
             raise NonFiniteError(
                 f"loss {totals.loss} or a gradient is not finite on documents {documents}: the update was not made; "
                 "lower optimizer.lr or inspect these documents"
@@ -146,7 +148,7 @@ class Policy:
         totals = self._passes(self.micro_batches(rows), loss)
         largest = [torch.linalg.vector_norm(p.detach(), math.inf) for p in self.model.parameters()]
         finite = math.isfinite(torch.stack(largest).sum(dtype=torch.float64).item())
-        return self._is_finite(totals.loss) and not self.mesh.any(not finite)
+        return totals.finite and not self.mesh.any(not finite)
 
     def optimizer_tensors(self) -> Iterator[Tensor]:
         """What the optimizer keeps on this process: moments, and what it steps (masters, or the model's own)."""
@@ -188,29 +190,44 @@ class Policy:
         """Gradients of all micro-batches, from zero; and their totals over all processes."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._over_replicas(self.forward_backward(batches, loss))
+        mine, gradients_finite = self._read(self.forward_backward(batches, loss))
+        totals = self._over_replicas(mine)
+        totals.finite = not self.mesh.any(not (gradients_finite and math.isfinite(totals.loss)))
+        return totals
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         self.alone_until = time.perf_counter()
         finalize_model_grads(*args, **kwargs)
 
-    def _over_replicas(self, found: Sequence[LossSums]) -> _Totals:
-        """Totals over micro-batches and the data axis; the other pipeline stages learn them from the last one."""
-        mine, total = _Totals(), _Totals()
+    def _read(self, found: Sequence[LossSums]) -> tuple[_Totals, bool]:
+        """This process' totals over micro-batches, and whether its gradients are finite: one read of the device."""
+        # Of gradients the largest absolute value, which is NaN where one is: nothing of their size is made.
+        largest = [torch.linalg.vector_norm(buffer.grad_data, math.inf) for buffer in self.ddp.buffers]  # type: ignore[union-attr]
+        logged = [
+            value for part in found for value in (part.loss, *part.sums.values(), *part.maxima.values())
+        ]
+        on_device = [value for value in (*logged, *largest) if isinstance(value, Tensor)]
+        numbers = torch.stack([value.double() for value in on_device]).tolist() if on_device else []
+        values = iter(numbers)
+
+        def number(value: float | Tensor) -> float:
+            return next(values) if isinstance(value, Tensor) else float(value)
+
+        mine = _Totals()
         for part in found:
-            mine.add(part.loss.item(), part.units, part.sums, part.maxima)
-        for part in self.mesh.gather_replicas(self.mesh.from_last_stage(astuple(mine))):
+            loss = number(part.loss)
+            sums = {name: number(value) for name, value in part.sums.items()}
+            maxima = {name: number(value) for name, value in part.maxima.items()}
+            mine.add(loss, part.units, sums, maxima)
+        return mine, all(math.isfinite(value) for value in values)
+
+    def _over_replicas(self, mine: _Totals) -> _Totals:
+        """Totals over the data axis; the other pipeline stages learn them from the last one."""
+        total = _Totals()
+        shared = (mine.loss, mine.units, mine.sums, mine.maxima)
+        for part in self.mesh.gather_replicas(self.mesh.from_last_stage(shared)):
             total.add(*part)
         return total
-
-    def _is_finite(self, loss: float) -> bool:
-        """Whether the loss and all gradients are, on every process."""
-        # The largest absolute value, which is NaN where one is: nothing of the gradient's size is made, and the
-        # host waits once.
-        infinity = float("inf")
-        largest = [torch.linalg.vector_norm(buffer.grad_data, infinity) for buffer in self.ddp.buffers]  # type: ignore[union-attr]
-        bad_grad = bool(largest) and not math.isfinite(torch.stack(largest).sum(dtype=torch.float64).item())
-        return not self.mesh.any(bad_grad or not math.isfinite(loss))
 
 
 def score(model: PolicyModel, batches: Sequence[PackedRows]) -> list[Tensor]:

@@ -84,7 +84,8 @@ class LossSums(NamedTuple):
     """[] float32, differentiable: a sum over `units`."""
     units: int
     """Tokens, pairs or sequences that the loss sums over; 0 where it has nothing to say."""
-    sums: Mapping[str, float] = MappingProxyType({})
-    """Figures to log that add up over micro-batches and processes."""
-    maxima: Mapping[str, float] = MappingProxyType({})
+    sums: Mapping[str, float | Tensor] = MappingProxyType({})
+    """Figures to log that add up over micro-batches and processes: numbers, or tensors [] without gradient. The
+    update reads those of all micro-batches at once; `.item()` would wait for the device in each."""
+    maxima: Mapping[str, float | Tensor] = MappingProxyType({})
     """Figures to log of which the largest counts."""

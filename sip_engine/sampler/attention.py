@@ -96,10 +96,10 @@ def page_bytes(weights: PolicyWeights, page_size: int, dtype: torch.dtype) -> in
     return 2 * len(weights.layers) * math.prod(page) * dtype.itemsize
 
 
-def slots_of(pages: KVPages, tables: np.ndarray, lens: np.ndarray) -> Tensor:
-    """[sum of lens] int64: the slots of the first lens[r] tokens of each table row, row after row."""
+def slots_of(pages: KVPages, tables: np.ndarray, begins: np.ndarray, lens: np.ndarray) -> Tensor:
+    """[sum of lens] int64: the slots of lens[r] tokens of each table row from begins[r] on, row after row."""
     slots = np.empty(int(lens.sum()), np.int64)
-    pages.pool.planner.fill_prefill_slots(tables, np.zeros_like(lens), lens, pages.page_size, slots)
+    pages.pool.planner.fill_prefill_slots(tables, begins, lens, pages.page_size, slots)
     return upload(slots, pages.device)
 
 
@@ -134,12 +134,17 @@ class PagedAttention:
             return None, None
         return self.scales[layer, 0], self.scales[layer, 1]
 
-    def set_prefill(self, tables: np.ndarray, lens: np.ndarray) -> None:
-        """Prefixes of `lens` [groups] tokens are about to be stored in `tables` [groups, blocks]."""
-        self.prefill_tables, self.prefill_lens = self._device(tables), self._device(lens)
-        self.prefill_starts = running_sums(self.prefill_lens)
+    def set_prefill(self, tables: np.ndarray, lens: np.ndarray, begins: np.ndarray | None = None) -> None:
+        """`lens` [groups] more tokens of prefixes are about to be stored in `tables` [groups, blocks].
+
+        begins: [groups] how many of each prefix are stored already; None: none.
+        """
+        begins = np.zeros_like(lens) if begins is None else begins
+        self.prefill_tables, self.prefill_lens = self._device(tables), self._device(begins + lens)
+        self.prefill_starts = running_sums(self._device(lens))
         self.prefill_layout = RowLayout(tuple(lens.tolist()), ((),) * len(lens), self.pages.device)
-        self.prefill_slots = slots_of(self.pages, tables, lens)
+        self.prefill_slots = slots_of(self.pages, tables, begins, lens)
+        self._reads_whole_prefixes = not begins.any()
 
     def set_decode(
         self,
@@ -194,7 +199,9 @@ class PagedAttention:
         )
 
     def _prefills_with_flash(self, projected: Projected) -> bool:
-        """flash-attn attends over the prefixes as they are; float8 pages are read back, as decoding will."""
+        """flash-attn attends over whole prefixes as they are; float8 pages are read back, as decoding will."""
+        if not self._reads_whole_prefixes:
+            return False
         if self.impl == "reference" or self.pages.is_fp8 or self.pages.attention not in ("auto", "flash"):
             return False
         if self.pages.attention == "flash":
@@ -258,7 +265,7 @@ class DenseAttention:
     def __init__(self, pages: KVPages, tables: WaveTables, prefix_lens: np.ndarray) -> None:
         self.pages = pages
         self.layout = RowLayout(tuple(prefix_lens.tolist()), ((),) * len(prefix_lens))
-        self.prefill_slots = slots_of(pages, tables.prefix_tables, prefix_lens)
+        self.prefill_slots = slots_of(pages, tables.prefix_tables, np.zeros_like(prefix_lens), prefix_lens)
         self.prefix_tables = torch.from_numpy(tables.prefix_tables).long().clamp(min=0)
         longest = int(prefix_lens.max())
         inside = torch.arange(longest) < torch.from_numpy(prefix_lens)[:, None]

@@ -22,18 +22,28 @@ def prefill(
 ) -> Tensor:
     """Store prefixes in the pages of their `tables` rows [groups, blocks]; returns [groups, H], of the last tokens.
 
-    What a pass keeps in memory grows with its tokens: at most `most_tokens`, or one longer prefix.
+    What a pass keeps in memory grows with its tokens: at most `most_tokens`. A longer prefix takes several passes, of
+    which each attends to the pages that the ones before have filled.
     """
     device, ends = decoder.weights.device, []
     lens = np.array([len(ids) for ids in prefixes], np.int32)
-    for part in _parts(lens, most_tokens):
-        attention.set_prefill(np.ascontiguousarray(tables[part]), lens[part])
-        ids = upload(np.concatenate(prefixes[part]).astype(np.int64), device)
-        positions = upload(np.concatenate([np.arange(n) for n in lens[part]]), device)
+    for part, begin, end in _passes(lens, most_tokens):
+        new = np.minimum(lens[part], end) - begin
+        attention.set_prefill(np.ascontiguousarray(tables[part]), new, np.full_like(new, begin))
+        ids = upload(np.concatenate([ids[begin:end] for ids in prefixes[part]]).astype(np.int64), device)
+        positions = upload(np.concatenate([np.arange(begin, begin + n) for n in new]), device)
         hidden = decoder.forward(ids, positions, attention.prefill)
-        last = lens[part].cumsum(dtype=np.int64) - 1
-        ends.append(hidden.index_select(0, upload(last, device)))
+        if end >= lens[part].max():
+            ends.append(hidden.index_select(0, upload(new.cumsum(dtype=np.int64) - 1, device)))
     return torch.cat(ends)
+
+
+def _passes(lens: np.ndarray, most_tokens: int) -> Iterator[tuple[slice, int, int]]:
+    """Which prefixes a pass reads, and from which of their tokens to which: several whole ones, or a part of one."""
+    for part in _parts(lens, most_tokens):
+        longest = int(lens[part].max())
+        for begin in range(0, longest, most_tokens) if part.stop - part.start == 1 else (0,):
+            yield part, begin, min(begin + most_tokens, longest)
 
 
 def _parts(lens: np.ndarray, most_tokens: int) -> Iterator[slice]:

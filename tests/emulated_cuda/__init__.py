@@ -30,7 +30,8 @@ operations and collectives (gloo under NCCL's name) work. Enforced, as a `Device
 Models begin with the weights that they have on the CPU, to be compared; `emulated_cuda(own_weights=True)` draws them
 as CUDA does.
 
-Not imitated: time, kernels that really run at once, an allocator's addresses, and CUDA's own rounding.
+Not imitated: `torch.compile` (its functions run as they are written), time, kernels that really run at once, an
+allocator's addresses, and CUDA's own rounding.
 """
 
 from __future__ import annotations
@@ -184,6 +185,8 @@ def emulated_cuda(*, own_weights: bool = False) -> Iterator[Device]:
         for owner, changes in _patches(device, calls, own_weights).items():
             for name, replacement in changes.items():
                 stack.enter_context(mock.patch.object(owner, name, replacement))
+        # What torch.compile would make one kernel of is run as it stands, kernel by kernel.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         active.append(device)
         stack.callback(active.pop)
         stack.enter_context(calls)

@@ -1,4 +1,4 @@
-"""Decoding from FP8 weights: near a trainer that computes so, with the weights of now, on the device as on the CPU."""
+"""Decoding from FP8 weights: near a trainer that computes so, from the weights of now, and on the device."""
 
 from __future__ import annotations
 

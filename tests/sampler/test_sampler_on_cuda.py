@@ -215,7 +215,7 @@ def test_reference_kernels_on_the_device(
 def test_prefixes_are_read_a_few_tokens_at_a_time(
     mesh: Mesh, cuda: Device, on_cpu: list[list[Completion]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most the setting's, or one longer prefix; waves and rolling batches alike."""
+    """At most the setting's, longer prefixes in parts; waves and rolling batches alike."""
     monkeypatch.setenv("SIP_KERNELS", "reference")
     mesh = start_mesh()
     sampler = sampler_of(small_model(mesh), mesh, prefill_tokens=18)
@@ -232,10 +232,22 @@ def test_prefixes_are_read_a_few_tokens_at_a_time(
     sizes.clear()
     sampler.generate(requests(), replace(PARAMS, stop_ids=(VOCAB - 1,)))
     assert sizes[:2] == [3, 17]
-    sampler.steps.prefill_tokens = 20  # type: ignore[union-attr]
-    sizes.clear()
+    for most, passes in ((20, [20]), (7, [3, 7, 7, 3]), (1, [1] * 20)):
+        sampler.steps.prefill_tokens = most  # type: ignore[union-attr]
+        sizes.clear()
+        assert_same(sampler.generate(requests(), PARAMS), on_cpu)
+        assert sizes[: len(passes)] == passes
+
+
+def test_parts_of_a_prefix_attend_to_those_before(
+    mesh: Mesh, cuda: Device, on_cpu: list[list[Completion]]
+) -> None:
+    """Triton's kernels: what one pass makes of a prefix, three make of it, in memory for a third of it."""
+    mesh = start_mesh()
+    sampler = sampler_of(small_model(mesh), mesh, prefill_tokens=6)
     assert_same(sampler.generate(requests(), PARAMS), on_cpu)
-    assert sizes[0] == 20
+    stopped = sampler.generate(requests(), stopping(on_cpu))
+    assert tokens(stopped)[0][0] == on_cpu[0][0].ids[:2].tolist()
 
 
 def test_pages_are_sized_by_free_memory_and_given_back(
@@ -252,7 +264,8 @@ def test_pages_are_sized_by_free_memory_and_given_back(
     assert 0.75 * cuda.free_bytes < held < 0.9 * cuda.free_bytes
     sampler.give_back()
     gc.collect()
-    assert cuda.allocated_bytes == before
+    assert sampler.kv_bytes_held == 0
+    assert cuda.allocated_bytes - before < held / 1000, "the buffers of one step"
     cuda.free_bytes = 2**20  # the size stays that of the first look, so that waves do
     assert_same(sampler.generate(requests(), PARAMS), on_cpu)
     assert cuda.allocated_bytes - before == held
