@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._transfer import place
+
 Table = TypeVar("Table")
 
 
@@ -47,7 +49,7 @@ class RowLayout:
         for prefix, suffixes in zip(self.prefix_lens, self.suffix_lens, strict=True):
             runs.append(torch.arange(prefix))
             runs.extend(torch.arange(prefix, prefix + n) for n in suffixes)
-        return torch.cat(runs).to(self.device)
+        return place(torch.cat(runs), self.device)
 
     @cached_property
     def is_causal(self) -> bool:
@@ -62,14 +64,14 @@ class RowLayout:
         for length in self.row_lens:
             rows.append(torch.arange(longest).clamp(max=length - 1) + start)
             start += length
-        return torch.stack(rows).to(self.device)
+        return place(torch.stack(rows), self.device)
 
     @cached_property
     def stream_index(self) -> Tensor:
         """[T] int64: the padded cell (row * longest + column) of each stream token."""
         longest = max(self.row_lens)
         runs = [torch.arange(n) + r * longest for r, n in enumerate(self.row_lens)]
-        return torch.cat(runs).to(self.device)
+        return place(torch.cat(runs), self.device)
 
     @cached_property
     def visible(self) -> Tensor:
@@ -83,7 +85,7 @@ class RowLayout:
                 start += n
         same = segment[:, :, None] == segment[:, None, :]
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-        return (causal & (same | (segment == 0)[:, None, :])).to(self.device)
+        return place(causal & (same | (segment == 0)[:, None, :]), self.device)
 
     def is_uniform(self) -> bool:
         """True when every row has the same length, so that the stream reshapes to rows for free."""
@@ -179,10 +181,7 @@ class RowLayout:
         return self._tables[key]
 
     def _to_device(self, values: np.ndarray) -> Tensor:
-        table = torch.from_numpy(values)
-        if self.device.type == "cuda":  # pinned, the copy does not wait for the device
-            return table.pin_memory().to(self.device, non_blocking=True)
-        return table.to(self.device)
+        return place(torch.from_numpy(values), self.device)
 
 
 def rows_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_loop import MODEL, metrics, run_config
 
 from sip_engine.config.schema import RunConfig
 from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.sampler.sampler import Sampler
 from sip_engine.train import train
 
 
@@ -38,11 +40,33 @@ def assert_close(found: list[dict[str, float]], want: list[dict[str, float]]) ->
 def test_a_run_with_checkpoints_and_a_restart_is_the_cpus(
     mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the reference kernels: Triton's own are compared where they are quick to run."""
+    """With the reference kernels: Triton's own are compared where they are quick to run. The pages of one run are
+    sized by free memory, and gone while it updates.
+    """
     train(short_run(tmp_path / "cpu"), mesh)
     monkeypatch.setenv("SIP_KERNELS", "reference")
     with emulated_cuda() as cuda:
-        train(short_run(tmp_path / "cuda"), start_mesh())
+        cuda.free_bytes, held = 32 * 2**20, []
+        loop = import_module("sip_engine.train")
+        update, propose = loop.update, Sampler.generate
+
+        def updating(*args: Any) -> Any:
+            held.append(("update", cuda.allocated_bytes))
+            return update(*args)
+
+        def sampling(*args: Any) -> Any:
+            found = propose(*args)
+            held.append(("sample", cuda.allocated_bytes))
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "update", updating)
+            patch.setattr(Sampler, "generate", sampling)
+            train(short_run(tmp_path / "cuda", sampler={"kv_memory_mb": "auto"}), start_mesh())
+        pages = 0.75 * cuda.free_bytes
+        assert {kind for kind, size in held if size > pages} == {"sample"}
+        assert all(size > pages for kind, size in held if kind == "sample")
+        assert [kind for kind, _ in held].count("update") == 2
         train(short_run(tmp_path / "again", steps=1), start_mesh())
         train(short_run(tmp_path / "again"), start_mesh())
         assert cuda.counts["launch"] > 10_000 and cuda.counts["triton"] == 0

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._transfer import place
 from sip_engine.kernels.shared_prefix_attention import RowLayout
 from sip_engine.policy.rows import Row
 
@@ -53,13 +54,13 @@ class PackedRows:
     def suffix_starts(self) -> Tensor:
         """[num_suffixes + 1] int64: the first target of each suffix, then the number of targets."""
         ends = np.cumsum([0, *self.target_lens], dtype=np.int64)
-        return torch.from_numpy(ends).to(self.tokens.device)
+        return place(torch.from_numpy(ends), self.tokens.device)
 
     @cached_property
     def suffix_of_target(self) -> Tensor:
         """[num_targets] int64: which suffix of the micro-batch each target belongs to."""
         lens = torch.tensor(self.target_lens)
-        return torch.repeat_interleave(torch.arange(len(lens)), lens).to(self.tokens.device)
+        return place(torch.repeat_interleave(torch.arange(len(lens)), lens), self.tokens.device)
 
     def sum_by_suffix(self, values: Tensor) -> Tensor:
         """[num_targets] -> [num_suffixes]: sums over each suffix's tokens, differentiable."""
@@ -75,7 +76,7 @@ class PackedRows:
             return self, None
         seen = np.ones(len(self.target_lens), bool)
         seen[list(self.document_suffixes)] = False
-        kept = torch.from_numpy(np.flatnonzero(np.repeat(seen, self.target_lens))).to(self.tokens.device)
+        kept = place(torch.from_numpy(np.flatnonzero(np.repeat(seen, self.target_lens))), self.tokens.device)
         lens = tuple(n for n, is_seen in zip(self.target_lens, seen, strict=True) if is_seen)
 
         def pick(values: Tensor | None) -> Tensor | None:
@@ -132,7 +133,7 @@ def pack_rows(rows: Sequence[Row], device: torch.device, *, multiple: int = 1) -
     )
 
     def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+        return place(torch.from_numpy(np.concatenate(parts).astype(np.int64)), device)
 
     return PackedRows(
         layout,
@@ -159,7 +160,7 @@ def _documents(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
             factors[-1] = row.document_weight
             suffixes.append(end - 1)
         weights.append(np.repeat(factors, np.asarray(row.num_scored, np.int64)))
-    values = torch.from_numpy(np.concatenate(weights)).to(device)
+    values = place(torch.from_numpy(np.concatenate(weights)), device)
     return {"document_weights": values, "document_suffixes": tuple(suffixes)}
 
 
@@ -168,7 +169,7 @@ def _side_values(rows: Sequence[Row], name: str, missing: float, device: torch.d
     if all(value is None for row in rows for value in getattr(row, name)):
         return None
     values = np.concatenate([row.side_values(name, missing) for row in rows])
-    return torch.from_numpy(values).to(device)
+    return place(torch.from_numpy(values), device)
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -178,7 +178,8 @@ class Policy:
 
             def loss_func(log_probs: Tensor) -> tuple[Tensor, Tensor, LossSums]:
                 found = loss(log_probs, rows, number)
-                num_units = torch.tensor(found.units, dtype=torch.int, device=found.loss.device)
+                # Filled there: a copy from the host would wait.
+                num_units = torch.full((), found.units, dtype=torch.int, device=found.loss.device)
                 return found.loss, num_units, found._replace(loss=found.loss.detach().clone())
 
             return model(rows), loss_func

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sip_engine.kernels._impl import uses_triton
+from sip_engine.kernels._transfer import upload
 from sip_engine.kernels.attention_choice import Shape, choose_decode, choose_packed
 from sip_engine.kernels.decode_attention import decode_attention
 from sip_engine.kernels.decode_step import next_slots
@@ -22,7 +23,6 @@ from sip_engine.kernels.shared_prefix_attention import RowLayout, shared_prefix_
 from sip_engine.policy.weights import PolicyWeights
 from sip_engine.sampler.decoder import Projected
 from sip_engine.sampler.pages import PagePool, WaveTables
-from sip_engine.sampler.transfer import upload
 from sip_engine.utils.errors import RequestError
 
 AttentionImpl = Literal["dense", "reference", "triton", "exact"]

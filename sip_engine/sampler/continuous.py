@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._transfer import Read, upload
 from sip_engine.sampler.attention import KVPages, PagedAttention
 from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
@@ -24,7 +25,6 @@ from sip_engine.sampler.pages import RollingPages
 from sip_engine.sampler.prefill import prefill
 from sip_engine.sampler.requests import Completion, Limits, Request, SamplingParams, random_keys
 from sip_engine.sampler.step import DecodeStep, DecodeSteps, StepShape, StepState
-from sip_engine.sampler.transfer import Read, upload
 
 
 def decode_continuously(

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._transfer import upload
 from sip_engine.sampler.attention import PagedAttention
 from sip_engine.sampler.decoder import Decoder
-from sip_engine.sampler.transfer import upload
 
 
 def prefill(

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._transfer import upload
 from sip_engine.kernels.decode_attention import SPLIT
 from sip_engine.kernels.decode_step import advance, next_slots
 from sip_engine.sampler.attention import KVPages, PagedAttention
 from sip_engine.sampler.decoder import Decoder
 from sip_engine.sampler.draw import TokenDraw
 from sip_engine.sampler.requests import SamplingParams
-from sip_engine.sampler.transfer import upload
 from sip_engine.utils.progress import console
 
 MOST_SHAPES = 32

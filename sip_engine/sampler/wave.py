@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sip_engine.kernels._transfer import upload
 from sip_engine.sampler.attention import (
     AttentionImpl,
     DenseAttention,
@@ -21,7 +22,6 @@ from sip_engine.sampler.pages import WavePages
 from sip_engine.sampler.prefill import prefill
 from sip_engine.sampler.requests import Request, SamplingParams, random_keys
 from sip_engine.sampler.step import DecodeSteps, StepShape, StepState
-from sip_engine.sampler.transfer import upload
 
 
 class Wave:

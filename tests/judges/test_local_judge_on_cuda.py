@@ -54,46 +54,48 @@ def numbers(found: list[Judgment]) -> list[float | str]:
 
 
 @pytest.mark.parametrize("method", ["log_odds", "sentence_labels", "mutual_information"])
-def test_read_verdicts_are_the_cpus(mesh: Mesh, cuda: Device, tokenizer: Tokenizer, method: str) -> None:
-    """Triton's kernels over packed rows; the host waits for each micro-batch's answer, and for nothing else."""
+def test_read_verdicts_are_the_cpus(mesh: Mesh, tokenizer: Tokenizer, method: str) -> None:
+    """Triton's kernels over packed rows; the host waits for the micro-batch's answers alone."""
     want = LocalJudge(local_model(mesh, tokenizer, method=method)).judge(QUESTIONS)
-    assert cuda.counts["launch"] == 0
-    judge = LocalJudge(local_model(start_mesh(), tokenizer, method=method))
-    with cuda.watch() as seen:
-        found = judge.judge(QUESTIONS)
+    with emulated_cuda() as cuda:
+        judge = LocalJudge(local_model(start_mesh(), tokenizer, method=method))
+        with cuda.watch() as seen:
+            found = judge.judge(QUESTIONS)
     for ours, theirs in zip(numbers(found), numbers(want), strict=True):
         assert ours == (theirs if isinstance(theirs, str) else pytest.approx(theirs, abs=2e-5))
     assert any(isinstance(one, float) and 0 < one < 1 for one in numbers(want)) or method != "log_odds"
     assert [one.cost.tokens for one in found] == [one.cost.tokens for one in want]
     assert seen["triton"] > 0
-    places = {place.split(":")[0] for place in seen.places["synchronise"]}
-    assert places <= {"sip_engine/llm/option_probs.py", "sip_engine/sampler/frozen.py"}, seen.places
+    assert seen["synchronise"] == 1, seen.places["synchronise"]
+    (place,) = seen.places["synchronise"]
+    assert place.startswith(("sip_engine/llm/option_probs.py", "sip_engine/sampler/frozen.py"))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_written_replies_are_the_cpus(
-    mesh: Mesh, cuda: Device, tokenizer: Tokenizer, temperature: float
-) -> None:
+def test_written_replies_are_the_cpus(mesh: Mesh, cuda: Device, tokenizer: Tokenizer) -> None:
     """By continuous batching with graphs: the host never waits for a step."""
-    settings = {"method": "generate", "temperature": temperature}
+    settings = {"method": "generate", "temperature": 1.0, "max_new_tokens": 4}
     on_cpu, model = (local_model(m, tokenizer, **settings) for m in (mesh, start_mesh()))
-    prompts = [on_cpu.encode(text) for text in ("the quick fox", "no", "a lazy dog jumps over")]
-    asked = [ids for ids in prompts if ids is not None]
+    prompts = [on_cpu.encode(text) for text in ("the quick fox", "no")]
+    asked = [Request(ids, 1, number) for number, ids in enumerate(prompts) if ids is not None]
+    params = SamplingParams(4, seed=4, stop_ids=on_cpu.tokenizer.eos_ids)
     with cuda.watch() as seen:
-        replies = model.reply(asked, seed=4)
-    assert replies == on_cpu.reply(asked, seed=4)
-    assert len({text for text, _ in replies} | {num for _, num in replies}) > 1
+        replies = model.sampler.generate(asked, params)
+    want = on_cpu.sampler.generate(asked, params)
+    assert [c.ids.tolist() for (c,) in replies] == [c.ids.tolist() for (c,) in want]
     assert seen["synchronise"] == 0 and seen["replay"] > 0
     assert seen["read"] == seen["wait"]
     assert model.sampler.pages_in_use == 0
-    answers = LocalJudge(model).judge(QUESTIONS, seed=4)
-    assert numbers(answers) == numbers(LocalJudge(on_cpu).judge(QUESTIONS, seed=4))
+    answers = LocalJudge(model).judge(QUESTIONS[:1], seed=4)
+    assert numbers(answers) == numbers(LocalJudge(on_cpu).judge(QUESTIONS[:1], seed=4))
 
 
-def test_judge_and_policy_take_turns_on_one_device(mesh: Mesh, cuda: Device, tokenizer: Tokenizer) -> None:
+def test_judge_and_policy_take_turns_on_one_device(
+    mesh: Mesh, cuda: Device, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The judge's pages are its own: the policy's rollouts are the same before and after it wrote, and its memory
     is not given back with theirs.
     """
+    monkeypatch.setenv("SIP_KERNELS", "reference")
     on_device = start_mesh()
     judge = local_model(on_device, tokenizer, method="generate")
     cuda.free_bytes = 2**20

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 
+def place(host: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor that nobody else holds, on the device, for what is queued after it; itself on the CPU."""
+    return host if device.type != "cuda" else host.pin_memory().to(device, non_blocking=True)
+
+
 def upload(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """A copy of `array` on the device, for what is queued after it; the array may change at once."""
     host = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
-    if device.type != "cuda":
-        return host.clone()
-    return host.pin_memory().to(device, non_blocking=True)
+    return host.clone() if device.type != "cuda" else place(host, device)
 
 
 class Read:
