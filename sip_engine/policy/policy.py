@@ -24,6 +24,7 @@ from sip_engine.config.schema import OptimizerConfig, RunConfig
 from sip_engine.distributed.megatron_cpu import megatron_device
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.policy.adam_state import fill_adam_state, use_torch_adam
+from sip_engine.policy.gradient_norm import use_one_norm
 from sip_engine.policy.model import PolicyModel, build_model
 from sip_engine.policy.packing import PackedRows, pack_rows, split_by_tokens
 from sip_engine.policy.precision import FP8_MULTIPLE, parameter_dtype
@@ -76,6 +77,7 @@ class Policy:
         self.micro_batch_tokens = cfg.parallel.micro_batch_tokens
         self.has_distributed_optimizer = cfg.parallel.distributed_optimizer
         use_torch_adam()
+        use_one_norm()
         with megatron_device():
             self.ddp = _wrap(self.model, cfg)
             self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), [self.ddp])

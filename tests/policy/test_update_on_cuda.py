@@ -107,6 +107,20 @@ def test_adamw_is_fused_on_cuda(mesh: Mesh, cuda: Device, monkeypatch: pytest.Mo
         assert state["step"].is_cuda and state["step"].item() == 1.0
 
 
+def test_an_update_waits_three_times(mesh: Mesh, cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what it logs, of all micro-batches at once; for Megatron's number of units, and for its gradient norm."""
+    monkeypatch.setenv("SIP_KERNELS", "reference")
+    on_device, objective = start_mesh(), open_objective(ObjectiveConfig(kind="dpo"))
+    for tokens, num_batches in ((4096, 1), (32, 2)):
+        cfg = settings(parallel={"micro_batch_tokens": tokens})
+        policy, reference = Policy(cfg, VOCAB, on_device), Reference(cfg, VOCAB, on_device)
+        rows = training_rows("dpo", 0)
+        assert len(policy.micro_batches(rows)) == num_batches
+        with cuda.watch() as seen:
+            update(policy, reference, rows, objective)
+        assert seen["synchronise"] == 3, seen.places["synchronise"]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_is_found_without_a_copy_of_it(mesh: Mesh, bad: float) -> None:
     policy = Policy(settings(), VOCAB, mesh)
