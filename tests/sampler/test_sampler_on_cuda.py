@@ -275,14 +275,19 @@ def test_pages_are_sized_by_free_memory_and_given_back(
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same addresses", "other addresses"])
-def test_graphs_outlive_pages_that_come_back_to_their_addresses(mesh: Mesh, cuda: Device, same: bool) -> None:
+def test_graphs_outlive_pages_that_come_back_to_their_addresses(
+    mesh: Mesh, cuda: Device, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Given back and taken again: the same tokens, and a graph captured anew only where pages have moved."""
     mesh = start_mesh()
     cuda.reuses_blocks, cuda.free_bytes = same, 2**20
     sampler = sampler_of(small_model(mesh), mesh, kv_memory_mb="auto")
     first = sampler.generate(requests(), PARAMS)
     before, held = sampler.pages.addresses, sampler.kv_bytes_held
-    allocated = cuda.allocated_bytes
+    allocated, steps, captured = cuda.allocated_bytes, sampler.steps, []
+    assert steps is not None
+    capture = steps.capture
+    monkeypatch.setattr(steps, "capture", lambda run: captured.append(run) or capture(run))
     sampler.give_back()
     gc.collect()
     assert sampler.kv_bytes_held == 0 and cuda.allocated_bytes == allocated - held
@@ -292,5 +297,4 @@ def test_graphs_outlive_pages_that_come_back_to_their_addresses(mesh: Mesh, cuda
     # Captured anew, a step is replayed as well: its kernels are compiled already.
     assert seen["replay"] == PARAMS.max_new_tokens - 1
     assert seen["empty_cache"] == 0
-    captured = seen.places["launch"].total() > 300
-    assert captured is not same, seen["launch"]
+    assert len(captured) == (0 if same else 1)
