@@ -56,7 +56,7 @@ class SamplerConfig(Section):
     """Type of the KV pages: auto is the weights', fp8 (e4m3, a scale a layer and head) holds twice as many tokens."""
     fp8_weights: Literal["auto", "off"] = "auto"
     """Where the policy computes in FP8 (model.precision), auto decodes from its matrices quantised by its own recipe,
-    at a byte a parameter, so that sampled log-probs stay near the trainer's: blockwise quantises activations alike,
+    at a byte a parameter; sampled log-probs then lie nearer the trainer's. blockwise quantises activations alike,
     too; current leaves them as they are; delayed scales are not known here. off: from the 16-bit parameters."""
     cuda_graph: Literal["on", "off"] = "on"
     """Replay decode steps as CUDA graphs, captured once a shape; off launches every kernel anew. CUDA only."""
