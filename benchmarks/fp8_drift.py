@@ -35,9 +35,10 @@ from sip_engine.sampler.sampler import Sampler
 _LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def as_quantised(x: Tensor, block: tuple[int, int], recipe: Recipe) -> Tensor:
+def as_quantised(x: Tensor, block: Sequence[int], recipe: Recipe) -> Tensor:
     """`x` [M, K] as its e4m3 values stand for it, float32."""
-    return dequantise(*quantise(x, block, power_of_two=recipe == "blockwise"), block)
+    size = (block[0], block[1])
+    return dequantise(*quantise(x, size, power_of_two=recipe == "blockwise"), size)
 
 
 @contextmanager
@@ -62,8 +63,8 @@ def _forward_of(linear: Any, recipe: Recipe | None) -> Any:
     def forward(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         rows = x.flatten(0, -2)
         whole = recipe == "current"
-        inputs = as_quantised(rows, tuple(rows.shape) if whole else (1, BLOCK), recipe)
-        matrix = as_quantised(linear.weight, tuple(linear.weight.shape) if whole else (BLOCK, BLOCK), recipe)
+        inputs = as_quantised(rows, rows.shape[:2] if whole else (1, BLOCK), recipe)
+        matrix = as_quantised(linear.weight, linear.weight.shape if whole else (BLOCK, BLOCK), recipe)
         y = F.linear(inputs, matrix, None if linear.bias is None else linear.bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], -1), None
 
@@ -105,7 +106,8 @@ def measure(mesh: Mesh, layers: int, hidden: int, precision: str) -> Iterator[di
     requests = [Request(rng.integers(0, vocabulary, 128).astype(np.int32), 8, number) for number in range(4)]
     recipes: tuple[Recipe, ...] = ("current", "blockwise")
     cases: list[tuple[Recipe | None, Recipe | None]] = [(None, None)]
-    cases += [(trained, sampled) for trained in recipes for sampled in (None, trained)]
+    for recipe in recipes:
+        cases += [(recipe, None), (recipe, recipe)]
     for trained, sampled in cases:
         gap = drift(model, mesh, trained, sampled, requests)
         yield {

@@ -146,8 +146,8 @@ def _prefill(s: Sizes, name: str) -> KernelCase:
     layout = RowLayout((s.prefix,) * prompts, ((),) * prompts, torch.device("cuda"))
 
     def flash(inputs: dict[str, Any]) -> Callable[[], Tensors]:
-        tensors = dense(inputs)
-        return lambda: (shared_prefix_attention(*tensors, layout, scale=s.dim**-0.5, impl="flash"),)
+        q, k, v = dense(inputs)
+        return lambda: (shared_prefix_attention(q, k, v, layout, scale=s.dim**-0.5, impl="flash"),)
 
     return KernelCase(
         name,

@@ -64,7 +64,7 @@ def sampling_of(new: int) -> SamplingParams:
     )  # fmt: skip
 
 
-def engine_of(policy: PolicyModel, config: ModelConfig, vocab: int, most: int) -> DynamicInferenceEngine:
+def engine_of(policy: PolicyModel, config: ModelConfig, vocab: int, most: int) -> Any:
     """For `most` requests at a time, with CUDA graphs where the line takes them from the model's settings."""
     model = plain_model(policy, config, vocab)
     if "inference_config" in inspect.signature(DynamicInferenceContext).parameters:
@@ -72,7 +72,7 @@ def engine_of(policy: PolicyModel, config: ModelConfig, vocab: int, most: int) -
     return _engine_016(model, config, vocab, most)
 
 
-def _engine_019(model: GPTModel, config: ModelConfig, vocab: int, most: int) -> DynamicInferenceEngine:
+def _engine_019(model: GPTModel, config: ModelConfig, vocab: int, most: int) -> Any:
     from megatron.core.inference.config import (  # pyright: ignore[reportMissingImports]
         InferenceConfig,
     )
@@ -89,7 +89,7 @@ def _engine_019(model: GPTModel, config: ModelConfig, vocab: int, most: int) -> 
     return DynamicInferenceEngine(controller, context)
 
 
-def _engine_016(model: GPTModel, config: ModelConfig, vocab: int, most: int) -> DynamicInferenceEngine:
+def _engine_016(model: GPTModel, config: ModelConfig, vocab: int, most: int) -> Any:
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
         InferenceWrapperConfig,
     )

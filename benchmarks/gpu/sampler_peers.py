@@ -110,7 +110,7 @@ def with_continuous_batching(models: Models, task: Task) -> Iterator[Callable[[]
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=task.n,
         max_new_tokens=task.new, eos_token_id=-1, pad_token_id=0,
     )  # fmt: skip
-    on_cpu = {} if torch.cuda.is_available() else {"num_blocks": 16, "max_batch_tokens": 64}
+    on_cpu: dict[str, Any] = {} if torch.cuda.is_available() else {"num_blocks": 16, "max_batch_tokens": 64}
     batching = ContinuousBatchingConfig(return_logprobs=True, max_memory_percent=0.5, **on_cpu)
     with models.llama.continuous_batching_context_manager(
         how, continuous_batching_config=batching

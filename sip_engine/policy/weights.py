@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,8 @@ def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWei
 
     embedding = parameters.get("embedding.word_embeddings.weight")
     tied_here = model.post_process and model.share_embeddings_and_output_weights and model.pre_process
+    layers: Any = model.decoder.layers
+    numbers = [layer.layer_number - 1 for layer in layers]
     return PolicyWeights(
         embedding=embedding,
         layers=tuple(layer(n) for n in range(len(model.decoder.layers))),
@@ -137,7 +140,7 @@ def weight_views(model: PolicyModel, vocab_size: int, tp_rank: int) -> PolicyWei
         vocab_size=vocab_size,
         max_context=model.max_sequence_length,
         attention=model.attention,
-        fp8=fp8_recipes(config, [layer.layer_number - 1 for layer in model.decoder.layers]),
+        fp8=fp8_recipes(config, numbers),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -123,7 +124,7 @@ TWINS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All of the libraries, as twins."""
     for name, contents in TWINS.items():
         module = ModuleType(name)

@@ -110,7 +110,7 @@ class Device:
         if not self.reuses_blocks or not blocks or not made.is_contiguous():
             return made
         blocks.sort(key=lambda storage: storage.data_ptr())
-        return torch.empty(0, dtype=made.dtype).set_(blocks.pop(0), 0, made.shape).copy_(made)
+        return torch.empty(0, dtype=made.dtype).set_(blocks.pop(0), 0, made.shape, made.stride()).copy_(made)
 
     def pin(self, value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
