@@ -206,8 +206,12 @@ def test_a_byte_level_tokenizer_comes_along(mesh: Mesh, tmp_path: Path) -> None:
         tokenizer.decode([320])
 
     out = export_model(checkpoint, tmp_path / "out")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+    was, now = (json.loads((at / "generation_config.json").read_text()) for at in (folder, out))
+    assert (
+        now == was | {"eos_token_id": [end, 2]} and was["eos_token_id"] == 2
+    )  # it had left out the tokenizer's
     again = load_policy(import_model(out, tmp_path / "again"))
     assert again.tokenizer.fingerprint == tokenizer.fingerprint
 

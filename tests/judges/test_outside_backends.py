@@ -118,7 +118,7 @@ def test_unknown_names_are_refused_with_those_there_are(tmp_path: Path, section:
     known = {
         "judge": "heuristic, world, server, local",
         "rewriter": "none, world",
-        "corruptor": "rules, world",
+        "corruptor": "rules, edits, world",
     }
     with pytest.raises(
         ConfigError, match=rf"{section}.backend: unknown {section} 'nobody'; known: {known[section]}"

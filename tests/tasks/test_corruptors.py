@@ -226,7 +226,11 @@ SERVER = {"url": "http://127.0.0.1:1/v1", "model": "m"}
             {"world": None, "judge": {}, "rewriter": {}},
             "knows the synthetic world only",
         ),
-        ({"backend": "none"}, {}, "corruptor.backend: unknown corruptor 'none'; known: rules, world, server"),
+        (
+            {"backend": "none"},
+            {},
+            "corruptor.backend: unknown corruptor 'none'; known: rules, edits, world, server",
+        ),
     ],
 )
 def test_settings_in_conflict_are_refused(
