@@ -93,9 +93,8 @@ class ReplyCache:
 
     def _add_checksums(self, db: sqlite3.Connection) -> None:
         """A file of before: replies that are there are believed as they are."""
-        with suppress(
-            sqlite3.OperationalError
-        ):  # another process was faster; what else is wrong shows in the next
+        # Another process may be faster; what else is wrong shows in the query after this.
+        with suppress(sqlite3.OperationalError):
             db.execute("ALTER TABLE replies ADD COLUMN checksum INTEGER")
 
     def __enter__(self) -> ReplyCache:

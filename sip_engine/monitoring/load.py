@@ -95,10 +95,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-_OF_ANOTHER_TYPE = {"int_type", "float_type", "bool_type", "string_type", "dict_type", "tuple_type"} | {
+_OF_ANOTHER_TYPE = {
+    "int_type",
+    "int_from_float",
+    "float_type",
+    "bool_type",
+    "string_type",
+    "dict_type",
+    "tuple_type",
     "model_type",
     "model_attributes_type",
-    "int_from_float",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from sip_engine.utils.errors import DataError
 from sip_engine.utils.regular import open_regular
 
-_LARGEST_FLOAT_DIGITS = 308
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -70,7 +70,7 @@ def parse_json(text: str) -> Any:
 
 
 def _parse_int(digits: str) -> int | float:
-    return int(digits) if len(digits.lstrip("-")) <= _LARGEST_FLOAT_DIGITS else float(digits)
+    return int(digits) if len(digits.lstrip("-")) <= sys.float_info.max_10_exp else float(digits)
 
 
 def json_fault(error: ValueError | RecursionError) -> str:

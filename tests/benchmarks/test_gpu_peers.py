@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.gpu import kernels, peers
 from benchmarks.gpu.case import TINY, KernelCase, Sizes
 from benchmarks.gpu.kernel_cases import kernel_cases
-from benchmarks.gpu.peers import Beside
+from benchmarks.gpu.peers import Beside, Library
 
 
 class CascadeTwin:
@@ -197,9 +197,9 @@ def test_what_differs_or_fails_is_not_timed() -> None:
 def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     peers.why_missing.cache_clear()
     monkeypatch.setitem(
-        peers.LIBRARIES, "none", peers.Library("none", "no_such_module", "no-such-package-of-anybody")
+        peers.LIBRARIES, "none", Library("none", "no_such_module", "no-such-package-of-anybody")
     )
-    monkeypatch.setitem(peers.LIBRARIES, "broken", peers.Library("broken", "no_such_module", "pytest"))
+    monkeypatch.setitem(peers.LIBRARIES, "broken", Library("broken", "no_such_module", "pytest"))
     assert peers.why_missing("none") == "not installed"
     assert "does not import (ModuleNotFoundError" in peers.why_missing("broken")
     peers.why_missing.cache_clear()
