@@ -28,9 +28,6 @@ class Fp8Weights:
             if recipe is not None
         }
 
-    def __bool__(self) -> bool:
-        return bool(self._layers)
-
     @property
     def num_bytes(self) -> int:
         matrices = (one for layer in self._layers.values() for one in layer.values())
