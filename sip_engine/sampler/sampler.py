@@ -53,7 +53,7 @@ class Sampler:
         self.kv_dtype = torch.float8_e4m3fn if cfg.kv_dtype == "fp8" else weights.dtype
         self.impl: AttentionImpl = impl or _default_impl(weights, cfg)
         exact = self.impl == "exact"
-        follows = weights.fp8 and cfg.fp8_weights == "auto" and not exact
+        follows = any(weights.fp8) and cfg.fp8_weights == "auto" and not exact
         self.fp8 = Fp8Weights(weights) if follows else None
         self.decoder = Decoder(weights, mesh.tp, exact=exact, fp8=self.fp8)
         self.draw = TokenDraw(weights, mesh.tp, exact=exact) if mesh.pp.is_last else None
