@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -313,6 +313,10 @@ def import_(
     gguf: Annotated[
         Path | None, typer.Option(help="A GGUF file instead; needs transformers and gguf.")
     ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        typer.Option(help="What it is computed in unless told otherwise; auto is bf16 on CUDA, else fp32."),
+    ] = "auto",
 ) -> None:
     """Make a checkpoint of a model of Llama's kind; says what it found and what is not as in transformers."""
     import tempfile
@@ -324,11 +328,11 @@ def import_(
     if (folder is None) == (gguf is None):
         raise ConfigError("import needs either a folder or --gguf FILE")
     if folder is not None:
-        import_model(folder, out)
+        import_model(folder, out, precision)
     else:
         assert gguf is not None
         with tempfile.TemporaryDirectory(prefix="sip-gguf-") as scratch:
-            import_model(unpack_gguf(gguf, Path(scratch) / gguf.stem), out)
+            import_model(unpack_gguf(gguf, Path(scratch) / gguf.stem), out, precision)
     console.print(f"checkpoint {out}", soft_wrap=True)
 
 

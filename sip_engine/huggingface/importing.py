@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,14 +26,18 @@ from sip_engine.policy.weights import weight_views
 from sip_engine.utils.errors import CheckpointError, ConfigError
 from sip_engine.utils.progress import console
 
+Precision = Literal["auto", "fp32", "bf16"]
 
-def import_model(folder: Path, out: Path) -> Path:
+
+def import_model(folder: Path, out: Path, precision: Precision = "auto") -> Path:
     """Make a checkpoint `out` of a folder of a supported family (`families`) with safetensors; one process.
 
     What was found is said, and a line for each convention that is not as in transformers.
 
     The checkpoint holds weights and tokenizer, no optimizer: start a run from it with `init`, or give it to
     `sip generate` and `sip score`. Weights keep bfloat16 where all have it; float16 becomes float32.
+
+    precision: what whoever loads it computes in, unless told otherwise.
 
     Raises:
         CheckpointError: something in `folder` is missing, damaged or not supported, or `out` is taken; there
@@ -54,13 +59,13 @@ def import_model(folder: Path, out: Path) -> Path:
     mesh = start_alone()
     if mesh.size > 1:
         raise ConfigError(f"a model is imported by one process, not {mesh.size}: start it without torchrun")
-    precision = "fp32" if source.scales else shards.precision
-    stored = source.model.model_copy(update={"precision": precision})
+    kept = "fp32" if source.scales else shards.precision
+    stored = source.model.model_copy(update={"precision": kept})
     model = build_model(stored, ParallelConfig(), source.vocab_size, mesh, seed=0)
     _fill(model, source, shards)
     with new_folder(out) as temporary:
-        _write_checkpoint(temporary, model, source, tokenizer)
-    for line in (_summary(source, precision), *source.notes, *conventions(tokenizer, folder)):
+        _write_checkpoint(temporary, model, source, tokenizer, precision)
+    for line in (_summary(source, kept), *source.notes, *conventions(tokenizer, folder)):
         console.print(line, soft_wrap=True, markup=False)
     return out
 
@@ -93,7 +98,9 @@ def _fill(model: PolicyModel, source: SourceConfig, shards: Shards) -> None:
             raise CheckpointError(f"{name} is not 0: the policy's attention has no bias of its output")
 
 
-def _write_checkpoint(folder: Path, model: PolicyModel, source: SourceConfig, tokenizer: Tokenizer) -> None:
+def _write_checkpoint(
+    folder: Path, model: PolicyModel, source: SourceConfig, tokenizer: Tokenizer, precision: Precision
+) -> None:
     """The files of `sip_engine.policy.checkpoint`, of which only the policy's weights are sharded tensors."""
     (folder / "sharded").mkdir()
     with megatron_device():
@@ -102,5 +109,6 @@ def _write_checkpoint(folder: Path, model: PolicyModel, source: SourceConfig, to
     save.write()
     save.finish()
     tokenizer.save(folder / "tokenizer.model")
-    write_state(folder, CheckpointState(0, source.model, source.vocab_size, {}))
+    described = source.model.model_copy(update={"precision": precision})
+    write_state(folder, CheckpointState(0, described, source.vocab_size, {}))
     write_manifest(folder)

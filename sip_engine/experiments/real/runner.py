@@ -31,6 +31,7 @@ from sip_engine.experiments.real.results import (
     to_json,
 )
 from sip_engine.experiments.real.texts import gather
+from sip_engine.policy.checkpoint import read_state
 from sip_engine.utils.errors import ConfigError, SipError
 from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json
 from sip_engine.utils.progress import console
@@ -186,6 +187,7 @@ def run_real(
         experiments = Experiments(plan, lambda: embed or sentence_embedder(_model_folder(folder)), mesh)
         about = {"model": about_model, "texts": texts, "minutes": minutes, "seeds": list(form.seeds)}
         about["judge_minutes"] = form.judge_minutes
+        about["precision"] = read_state(checkpoint).model.precision
         return _do(experiments, JudgeTraining(plan, mesh), about, Spent(out / "spent.json", started))
     finally:
         release_folder(out, lock)
