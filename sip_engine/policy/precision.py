@@ -36,7 +36,7 @@ def parameter_dtype(precision: str) -> torch.dtype:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this machine multiplies bf16 faster than fp32: with CUDA, or a processor that has instructions for it."""
+    """Whether this machine multiplies bf16 faster than fp32: with CUDA, or instructions for it in the processor."""
     if torch.cuda.is_available():
         return True
     ask = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is supported
