@@ -150,7 +150,7 @@ def real(
     ] = 10.0,
     judge_minutes: Annotated[
         float | None,
-        typer.Option(help="Of these, for training a judge; 0: none. Default: a sixth from 30 on, else 0."),
+        typer.Option(help="Of these, for training a judge; 0: none. Default: a tenth from 30 on, else 0."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Your own documents; default: documentation that this machine has.")

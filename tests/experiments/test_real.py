@@ -216,8 +216,9 @@ def test_forms() -> None:
     hour = form_of(60, 0)
     assert (hour.seeds, hour.scale, hour.num_prefixes) == ((1, 2, 3), 2.0, 64)
     judged = form_of(60)
-    assert (judged.minutes, judged.judge_minutes, judged.judge_scale) == (50, 10, 1.0)
-    assert judged.scale == pytest.approx(5 / 3) and form_of(20, 5) == plan.Form(15, (1,), 1.5, 48, 5)
+    assert (judged.minutes, judged.judge_minutes) == (54, 6)
+    assert (judged.scale, judged.judge_scale) == pytest.approx((1.8, 0.6))
+    assert form_of(20, 5) == plan.Form(15, (1,), 1.5, 48, 5)
     for of_the_judge in (-1, 9.5, float("nan")):
         with pytest.raises(ConfigError, match="--judge-minutes"):
             form_of(10, of_the_judge)

@@ -20,7 +20,7 @@ _FORM_MINUTES = 10
 """What the files in configs/real were made for, on two idle cores."""
 _JUDGE_FORM_MINUTES = 10
 """What configs/real/judge_warm.toml and judge_grpo.toml were made for."""
-_JUDGE_SHARE = 6
+_JUDGE_SHARE = 10
 _MANY_SEEDS = 30
 _NUM_PREFIXES = 32
 _LEAST = {"steps": 2}
@@ -63,7 +63,7 @@ class Form:
 def form_of(minutes: float, judge_minutes: float | None = None) -> Form:
     """What fits into so many minutes of two idle cores: from half an hour on three seeds, else one.
 
-    judge_minutes: of these, for the judge's own training; None is a sixth from half an hour on, else nothing: ten
+    judge_minutes: of these, for the judge's own training; None is a tenth from half an hour on, else nothing: ten
     minutes are what both experiments need, and none of them uses that judge.
 
     Raises:
