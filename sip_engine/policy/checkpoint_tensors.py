@@ -7,6 +7,7 @@ Its index is a pickle: only the few classes of which an index consists are admit
 
 from __future__ import annotations
 
+import enum
 import inspect
 import io
 import logging
@@ -272,8 +273,17 @@ class quiet_megatron:
         logging.getLogger("megatron.core").setLevel(self._level)
 
 
+def _enum_member(kind: object, name: object) -> enum.Enum:
+    """What an index may ask of `getattr`: Python 3.11.0 to 3.11.3 write a member of an enumeration by its name."""
+    if not (isinstance(kind, enum.EnumMeta) and isinstance(name, str) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"the index asks for {name} of {kind}, which no index needs")
+    return kind[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _enum_member
         if global_name in _ADMITTED.get(module_name, ()):
             return super().find_class(module_name, global_name)
         raise pickle.UnpicklingError(f"the index asks for {module_name}.{global_name}, which no index needs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import io
 import json
@@ -355,6 +356,19 @@ def with_objects(path: Path, marker: Path) -> bytes:
     return pickle.dumps(index)
 
 
+class Attribute:
+    """Pickles as an attribute of something an index may name."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (torch.Size, "numel")
+
+
+def with_attribute(path: Path, marker: Path) -> bytes:
+    index = index_of(path)
+    index.planner_data = Attribute()
+    return pickle.dumps(index)
+
+
 MALICIOUS: dict[str, tuple[str, Callable[[Path, Path], bytes], str]] = {
     "a pickle for an index": (
         "sharded/.metadata",
@@ -362,6 +376,11 @@ MALICIOUS: dict[str, tuple[str, Callable[[Path, Path], bytes], str]] = {
         "asks for posix.mkdir",
     ),
     "a pickle in the index": ("sharded/.metadata", with_code, "asks for posix.mkdir"),
+    "an attribute in the index": (
+        "sharded/.metadata",
+        with_attribute,
+        "asks for numel of <class 'torch.Size'>",
+    ),
     "an index of other files": ("sharded/.metadata", with_outside_file, "not the checkpoint's"),
     "objects for tensors": ("sharded/.metadata", with_objects, "cannot be loaded"),
     "a pickle for tensors": ("sharded/__0_0.distcp", lambda _, m: torch_file(Runs(m)), "cannot be loaded"),
@@ -390,6 +409,23 @@ def test_nothing_runs_when_a_checkpoint_is_read(
             load()
         assert "\n" not in str(seen.value)
     assert not (tmp_path / "ran").exists()
+
+
+class AsOlderPythons(pickle.Pickler):
+    """Writes a member of an enumeration as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, obj: object) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_an_index_of_an_older_python_is_read(policy: Policy, copy: Path) -> None:
+    buffer = io.BytesIO()
+    AsOlderPythons(buffer).dump(index_of(copy))
+    assert b"getattr" in buffer.getvalue()
+    (copy / "sharded/.metadata").write_bytes(buffer.getvalue())
+    write_manifest(copy)
+    load_checkpoint(copy, policy, None, CFG.model, VOCAB)
+    assert stored_dtype(copy) == next(policy.model.parameters()).dtype
 
 
 def test_the_malicious_files_would_have_run(copy: Path, tmp_path: Path) -> None:
