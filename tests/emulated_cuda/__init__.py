@@ -136,6 +136,9 @@ def _patches(device: Device, calls: CallsOfTorch, own_weights: bool) -> dict[Any
     def allocated(*_: Any) -> int:
         return device.allocated_bytes
 
+    def reserved(*_: Any) -> int:
+        return device.allocated_bytes + device.spare_bytes
+
     backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +158,7 @@ def _patches(device: Device, calls: CallsOfTorch, own_weights: bool) -> dict[Any
         "current_stream": lambda *_: device.stream, "default_stream": lambda *_: device.default_stream,
         "is_current_stream_capturing": lambda: device.graph is not None,
         "mem_get_info": lambda *_: (device.free_bytes, 2**30), "memory_allocated": allocated,
-        "max_memory_allocated": allocated, "memory_reserved": allocated,
+        "max_memory_allocated": allocated, "memory_reserved": reserved,
         "reset_peak_memory_stats": nothing, "ipc_collect": nothing, "manual_seed": _seed_random,
         "manual_seed_all": _seed_random, "get_rng_state": _random_state,
         "set_rng_state": _set_random_state,

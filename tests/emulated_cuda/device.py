@@ -50,6 +50,8 @@ class Device:
         self.graph: Any = None
         """The one that is being captured."""
         self.free_bytes = 2**30
+        self.spare_bytes = 0
+        """What the allocator keeps of memory that was freed."""
         self.reuses_blocks = False
         """Whether new memory of a factory is the first freed block of its size, as with torch's allocator."""
         self._freed: dict[int, list[torch.UntypedStorage]] = {}
@@ -277,6 +279,8 @@ class Device:
         inner_args, inner_kwargs = tree_unflatten([value_of(x) for x in flat], spec)
         self.note("launch")
         self.note("triton")
+        for seen in self.seen:
+            seen.kernels[kernel.__name__] += 1
         touched = [x for x in flat if on_device(x)]
         several = self.stream != self.default_stream or any(
             x.allocation.write[0] != self.stream.cuda_stream for x in touched

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import Work
 from torch.utils._pytree import tree_flatten
 
 from emulated_cuda.streams import DeviceError, code_place, current, poison
@@ -70,7 +71,11 @@ class Graph:
         self.own += [x for x, new in zip(outputs, fresh, strict=True) if new]
 
         def call() -> None:
-            again = [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, torch.Tensor)]
+            found = tree_flatten(func(*args, **kwargs))[0]
+            for work in found:
+                if isinstance(work, torch.ScriptObject):  # a collective, which is in the graph's order here
+                    Work.unbox(work).wait()
+            again = [x for x in found if isinstance(x, torch.Tensor)]
             for old, new, is_fresh in zip(outputs, again, fresh, strict=True):
                 if is_fresh:
                     old.copy_(new)

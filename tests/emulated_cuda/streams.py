@@ -23,11 +23,12 @@ class DeviceError(RuntimeError):
 
 
 class Seen(Counter):
-    """Counts by kind; `places[kind]` counts the lines of our code they came from."""
+    """Counts by kind; `places[kind]` counts the lines of our code they came from, `kernels` Triton's by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places: dict[str, Counter] = defaultdict(Counter)
+        self.kernels: Counter = Counter()
 
 
 class Allocation:

@@ -70,7 +70,10 @@ def test_values_are_rounded_to_the_nearest_code_of_their_block():
 def test_equals_float64(impl: str, recipe: Recipe, rows: int, inner: int, outputs: int):
     x = torch.randn(rows, inner) * torch.logspace(-2, 2, rows)[:, None]
     x[0, : inner // 2] = 0.0
-    matrix, bias = torch.randn(outputs, inner) * 0.02, torch.randn(outputs)
+    size_of = torch.logspace(-3, 0, outputs)[:, None] * torch.logspace(
+        0, 2, inner
+    )  # a block's scale is its own
+    matrix, bias = torch.randn(outputs, inner) * size_of, torch.randn(outputs)
     weight = Fp8Weight.like(matrix, recipe)
     weight.take(matrix)
     side = 128 if recipe == "blockwise" else max(outputs, inner)
@@ -99,12 +102,12 @@ def test_a_row_depends_on_itself_alone(impl: str, recipe: Recipe):
 def test_scales_at_the_edges_of_a_power_of_two():
     """The kernel finds them from bits, the reference by dividing; 448, the next numbers, tiny and huge ones."""
     edges = torch.tensor([448.0, 447.9999, 448.0001, 224.0, 1.75, 1.7500001, 1e-38, 1e-42, 3e38, 0.0])
+    # Below the smallest step of a scale, and halfway between two codes: what a scale twice as large rounds otherwise.
+    parts = (1.0, 1.3e-5, 17 / 448, 19 / 448)
     x = torch.zeros(len(edges), 128)
-    x[:, 3] = edges
-    matrix = torch.zeros(16, 128)
-    matrix[0, 3] = 1.0
-    weight = Fp8Weight.like(matrix, "blockwise")
-    weight.take(matrix)
+    x[:, : len(parts)] = edges[:, None] * torch.tensor(parts)
+    weight = Fp8Weight.like(torch.zeros(16, 128), "blockwise")
+    weight.take(torch.eye(16, 128))
     found = [fp8_linear(x, weight, impl=impl) for impl in ("reference", "triton")]
     torch.testing.assert_close(*found, rtol=0, atol=0)
 

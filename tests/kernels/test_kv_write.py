@@ -127,6 +127,15 @@ def test_slots_beyond_two_to_the_31_elements_are_not_truncated():
             "missing",
         ),
         ({"k_scale": torch.ones(2)}, "k_scale is given"),
+        (
+            dict.fromkeys(("k_pages", "v_pages"), torch.zeros(1, 16, 2, 16).to(FP8))
+            | {"k_scale": torch.ones(2), "v_scale": torch.ones(16)},
+            r"v_scale is \(16,\) torch.float32, expected \[H_kv\]",
+        ),
+        (
+            dict.fromkeys(("k_pages", "v_pages"), torch.zeros(1, 16, 16, 2).transpose(2, 3)),
+            "pages must be contiguous",
+        ),
         ({"slots": torch.arange(2, dtype=torch.int32)}, "slots is torch.int32, expected torch.int64"),
         ({"impl": "cuda"}, "'reference', 'triton'"),
     ),

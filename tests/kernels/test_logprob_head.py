@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sip_engine.kernels import _logprob_triton as fused
 from sip_engine.kernels import logprob_head as module
+from sip_engine.kernels._logprob_gradients import _LibrarySums
 from sip_engine.kernels.logprob_head import (
     IGNORED,
     ShardStats,
@@ -151,6 +152,21 @@ def test_sixteen_bit_sums_keep_what_rounding_takes(transposed):
         fused._launch_accumulate(a, b, out, low, add=step > 0, transposed=transposed)
     assert ((out.double() + low.double()) == 1 + 2**-8).all()
     assert (out.double() - (1 + 2**-8)).abs().max() <= torch.finfo(HALF).eps / 2
+
+
+def test_the_librarys_sums_keep_what_rounding_takes(monkeypatch):
+    """The same over 65 chunks of one row or column."""
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(fused, "CHUNK_COLUMNS", 1)
+    one, many = torch.ones(1, 20, dtype=HALF), torch.ones(65, 20, dtype=HALF)
+    of_hidden, of_weight = _LibrarySums(one, many, 1), _LibrarySums(many, one, 1)
+    for step in range(65):
+        dlogits = torch.full((1, 1), 2.0**-13 if step else 1.0, dtype=HALF)
+        first, this = slice(0, 1), slice(step, step + 1)
+        of_hidden.add(dlogits, one, many[this], first, this)
+        of_weight.add(dlogits, many[this], one, this, first)
+    for found in (of_hidden.results()[0], of_weight.results()[1]):
+        assert found.dtype == HALF and (found == 1 + 2**-7).all()
 
 
 def cut(num_columns: int, cuts: Sequence[int]) -> list[slice]:

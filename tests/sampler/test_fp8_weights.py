@@ -22,7 +22,14 @@ from sip_engine.sampler.sampler import Sampler
 
 VOCAB = 90
 MODEL = SMALL_MODEL.model_copy(
-    update={"precision": "fp32", "hidden_size": 64, "head_dim": 16, "ffn_size": 144, "init_std": 0.3}
+    update={
+        "precision": "fp32",
+        "hidden_size": 64,
+        "head_dim": 16,
+        "ffn_size": 144,
+        "init_std": 0.3,
+        "qkv_bias": True,
+    }
 )
 RECIPES: tuple[Recipe, ...] = ("current", "blockwise")
 PARAMS = SamplingParams(4, seed=2)
@@ -30,7 +37,11 @@ PARAMS = SamplingParams(4, seed=2)
 
 def small_model(mesh: Mesh, num_layers: int = 2) -> PolicyModel:
     shape = MODEL.model_copy(update={"num_layers": num_layers})
-    return build_model(shape, ParallelConfig(), VOCAB, mesh, seed=1).requires_grad_(False)
+    model = build_model(shape, ParallelConfig(), VOCAB, mesh, seed=1).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at first
+            parameter.copy_(torch.linspace(-1, 1, len(parameter), device="cpu"))
+    return model
 
 
 def requests(n: int = 4) -> list[Request]:

@@ -116,6 +116,24 @@ def test_one_more_token_costs_one_replay(mesh: Mesh, cuda: Device, cut: dict) ->
     assert six["synchronise"] == 2
 
 
+def test_scales_of_float8_pages_are_those_of_the_wave(mesh: Mesh, cuda: Device) -> None:
+    """Graphs read them from memory of their own, which every wave fills."""
+    mesh = start_mesh()
+    model, params = small_model(mesh), replace(PARAMS, max_new_tokens=4)
+    replaying = sampler_of(model, mesh, kv_dtype="fp8")
+    eager = sampler_of(model, mesh, kv_dtype="fp8", cuda_graph="off")
+    found = []
+    for factor in (1.0, 3.0):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+        with cuda.watch() as seen:
+            found.append(bits(replaying.generate(requests(1), params)))
+        assert seen["replay"] >= 2
+        assert found[-1] == bits(eager.generate(requests(1), params))
+    assert found[0] != found[1]
+
+
 def launches_of_a_step(cuda: Device, num_layers: int, fp8: Recipe | None = None, **settings) -> int:
     """What one more token launches, when no graph hides it."""
     mesh = start_mesh()
@@ -258,20 +276,20 @@ def test_pages_are_sized_by_free_memory_and_given_back(
     model = small_model(mesh)
     fixed, sampler = sampler_of(model, mesh), sampler_of(model, mesh, kv_memory_mb="auto")
     before = cuda.allocated_bytes
-    cuda.free_bytes = 10 * 2**20
+    cuda.free_bytes, cuda.spare_bytes = 7 * 2**20, 3 * 2**20
     assert_same(sampler.generate(requests(), PARAMS), on_cpu)
     held = cuda.allocated_bytes - before
-    assert 0.75 * cuda.free_bytes < held < 0.9 * cuda.free_bytes
+    assert 0.75 * 10 * 2**20 < held < 0.9 * 10 * 2**20
     sampler.give_back()
     gc.collect()
     assert sampler.kv_bytes_held == 0
     assert cuda.allocated_bytes - before < held / 1000, "the buffers of one step"
-    cuda.free_bytes = 2**20  # the size stays that of the first look, so that waves do
+    limits, cuda.free_bytes = sampler.limits, 2**20  # the size stays that of the first look, so that waves do
     assert_same(sampler.generate(requests(), PARAMS), on_cpu)
-    assert cuda.allocated_bytes - before == held
+    assert cuda.allocated_bytes - before == held and sampler.limits == limits
     assert fixed.pages.keys
     fixed.give_back()
-    assert fixed._pages is not None, "a size in MiB is kept"
+    assert fixed.kv_bytes_held == 2**20, "a size in MiB is kept"
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same addresses", "other addresses"])
