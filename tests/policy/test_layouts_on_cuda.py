@@ -87,7 +87,8 @@ def on_ranks(folder: Path, parallel: str) -> None:
     assert on_cpu.drift < 0.06, "that of e4m3"
     for ours, theirs in zip(found.drawn, on_cpu.drawn, strict=True):
         assert ours.ids.tolist() == theirs.ids.tolist()
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+        # Where sums differ in the last bit, a value may round to the next code.
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-3)
     kv_heads = MODEL["num_kv_heads"] // mesh.tp.size
     layers, head_dim = MODEL["num_layers"] // mesh.pp.size, MODEL["hidden_size"] // MODEL["num_heads"]
     assert found.num_pages == int(AUTO_SHARE * 2**20) // (2 * layers * 4 * kv_heads * head_dim * 4)
@@ -102,6 +103,7 @@ def on_ranks(folder: Path, parallel: str) -> None:
     assert launched["rms_norm_kernel"] == passes * norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}], ids=["tensor", "pipeline"])
 def test_two_processes_with_the_devices_kernels(
     tmp_path: Path, parallel: dict[str, int], monkeypatch: pytest.MonkeyPatch
