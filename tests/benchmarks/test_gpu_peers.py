@@ -45,6 +45,7 @@ class CascadeTwin:
         arrays = (qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len)
         assert all(len(array) == self.levels for array in arrays)
         assert all(x.dtype == torch.int32 and x.is_cuda for array in arrays for x in array)
+        assert all(0 < n <= page_size for last in paged_kv_last_page_len for n in last.tolist())
         self.plans = [[x.tolist() for x in level] for level in zip(*arrays, strict=True)]
         self.shape, self.page, self.causal = (num_qo_heads, num_kv_heads, head_dim), page_size, causal
         self.dtypes = q_data_type, kv_data_type

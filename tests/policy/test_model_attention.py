@@ -46,9 +46,9 @@ def log_probs(mesh: Mesh, **settings) -> torch.Tensor:
     return found.cpu()
 
 
-def drawn(mesh: Mesh, **settings) -> list[list[int]]:
+def drawn(mesh: Mesh, prefill_tokens: int = 16384, **settings) -> list[list[int]]:
     views = weight_views(built(mesh, **settings), VOCAB, 0)
-    sampler = Sampler(views, mesh, SamplerConfig(kv_memory_mb=1, page_size=4))
+    sampler = Sampler(views, mesh, SamplerConfig(kv_memory_mb=1, page_size=4, prefill_tokens=prefill_tokens))
     done = sampler.generate([Request(PREFIX, 2), Request(SUFFIX, 2)], SamplingParams(3, seed=5))
     return [c.ids.tolist() for group in done for c in group]
 
@@ -73,6 +73,9 @@ def test_flash_attn_trains_and_reads_prefixes(mesh: Mesh, monkeypatch: pytest.Mo
         calls.clear()
         assert drawn(device, attention="flash") == tokens
         assert calls == [14], "one pass over both prefixes"
+        calls.clear()
+        assert drawn(device, prefill_tokens=5, attention="flash") == tokens
+        assert calls == [5, 5], "a later part of a prefix reads what is stored of it"
         calls.clear()
         assert drawn(device) == tokens
         assert not calls, "by itself it is not chosen for float32"
