@@ -145,8 +145,19 @@ def fp8_cache_bytes(cfg: RunConfig, shape: Shape, *, samples: bool = False) -> i
     """Transformer Engine's FP8 copies of the matrices, one in each orientation, and the one the sampler reads."""
     if cfg.model.precision != "fp8":
         return 0
-    reads = samples and cfg.sampler.fp8_weights == "auto" and cfg.model.fp8.recipe != "delayed"
-    return (3 if reads else 2) * shape.layers * shape.matrix_parameters
+    copies = 2 * shape.layers + (sampler_fp8_layers(cfg, shape) if samples else 0)
+    return round(copies * shape.matrix_parameters)
+
+
+def sampler_fp8_layers(cfg: RunConfig, shape: Shape) -> float:
+    """Layers of a process, on average over the stages, whose matrices decoding reads at a byte a parameter."""
+    model, sampler = cfg.model, cfg.sampler
+    if model.precision != "fp8" or model.fp8.recipe == "delayed":
+        return 0.0
+    if sampler.fp8_weights == "off" or sampler.batch_invariant:
+        return 0.0
+    in_bf16 = min(2, model.num_layers) if model.fp8.bf16_ends else 0
+    return shape.layers * (1 - in_bf16 / model.num_layers)
 
 
 def num_micro_batches(cfg: RunConfig, load: Workload) -> int:

@@ -89,27 +89,37 @@ def head_flops(shape: Shape, targets: float) -> float:
     return 2.0 * shape.model.hidden_size * shape.vocab_size / shape.parallel.tensor * targets
 
 
-def prefill(shape: Shape, prefixes: float, prefix: float) -> Work:
-    """Each prefix read once, whatever number of rollouts follow it."""
+def prefill(shape: Shape, prefixes: float, prefix: float, *, fp8_layers: float = 0.0) -> Work:
+    """Each prefix read once, whatever number of rollouts follow it; the matrices of `fp8_layers` are in FP8."""
     tokens = prefixes * prefix
     pieces = (
-        Piece(body_flops(shape, tokens), bytes=_weight_bytes(shape)),
+        Piece(body_flops(shape, tokens), bytes=_weight_bytes(shape, fp8_layers)),
         Piece(attention_flops(shape, prefixes * causal_pairs(prefix)), "prefill_attention"),
     )
     return Work("prefill", pieces, tuple(_tensor_sums(shape, tokens, 1)), shape.layers)
 
 
-def decode(shape: Shape, sequences: float, rollouts: int, prefix: float, suffix: int, kv_dtype: str) -> Work:
+def decode(
+    shape: Shape,
+    sequences: float,
+    rollouts: int,
+    prefix: float,
+    suffix: int,
+    kv_dtype: str,
+    *,
+    fp8_layers: float = 0.0,
+) -> Work:
     """`suffix` tokens of each of `sequences`, decoded in step; the first is drawn from the prefill's hidden state.
 
-    Keys and values of a prefix are read once for its `rollouts`; weights once a step.
+    Keys and values of a prefix are read once for its `rollouts`; weights once a step, those of `fp8_layers` at a
+    byte a parameter.
     """
     steps, seen = suffix - 1, causal_pairs(suffix - 1)
     token_bytes = shape.kv_bytes(kv_dtype)
     groups = sequences / max(rollouts, 1)
     weights = Piece(
         body_flops(shape, sequences * steps) + head_flops(shape, sequences * suffix),
-        bytes=steps * _weight_bytes(shape) + suffix * shape.vocab_parameters * shape.dtype_bytes,
+        bytes=steps * _weight_bytes(shape, fp8_layers) + suffix * shape.vocab_parameters * shape.dtype_bytes,
     )
     attention = Piece(
         attention_flops(shape, sequences * (prefix * steps + seen)),
@@ -214,9 +224,9 @@ def _again(
     return 0.0, 0.0, 0.0
 
 
-def _weight_bytes(shape: Shape) -> float:
+def _weight_bytes(shape: Shape, fp8_layers: float = 0.0) -> float:
     """The matrices of this process's layers, read once."""
-    return float(shape.layers * shape.matrix_parameters * shape.dtype_bytes)
+    return shape.matrix_parameters * (shape.dtype_bytes * (shape.layers - fp8_layers) + fp8_layers)
 
 
 def _tensor_sums(shape: Shape, tokens: float, times: float) -> Iterator[Collective]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sip_engine.accounting import work as works
 from sip_engine.accounting.hardware import Hardware, JudgeModel
-from sip_engine.accounting.memory import Wave, num_micro_batches
+from sip_engine.accounting.memory import Wave, num_micro_batches, sampler_fp8_layers
 from sip_engine.accounting.shape import Shape
 from sip_engine.accounting.work import Collective, Work
 from sip_engine.accounting.workload import Judging, Workload
@@ -110,9 +110,16 @@ def _generation(
 ) -> Iterable[Phase]:
     """Prefill and decode of all waves; with pipeline stages as many are under way, and one idles only at the ends."""
     stages = cfg.parallel.pipeline
-    prefill = works.prefill(shape, load.prefixes / wave.waves, load.prefix)
+    quantised = sampler_fp8_layers(cfg, shape)
+    prefill = works.prefill(shape, load.prefixes / wave.waves, load.prefix, fp8_layers=quantised)
     one = works.decode(
-        shape, load.sequences / wave.waves, load.rollouts, load.prefix, load.suffix, cfg.sampler.kv_dtype
+        shape,
+        load.sequences / wave.waves,
+        load.rollouts,
+        load.prefix,
+        load.suffix,
+        cfg.sampler.kv_dtype,
+        fp8_layers=quantised,
     )
     # A step of a stage needs the other stages' in between: that many part waves of a share each fill the time.
     fill = (load.suffix + stages - 1) / load.suffix

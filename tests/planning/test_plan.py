@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sip_engine.accounting import work
+from sip_engine.accounting import memory, work
 from sip_engine.accounting.hardware import Hardware, Overheads, Shares, load_hardware, load_judge
 from sip_engine.accounting.shape import Shape
 from sip_engine.accounting.workload import Judging, num_comparisons, workload_of
@@ -105,6 +105,29 @@ def test_decode_bytes_of_the_reference_model() -> None:
     shared, alone = (work.decode(shape, 4096, g, 1024, 128, "auto").bytes / 127 for g in (16, 1))
     assert shared == pytest.approx(106e9, rel=0.005)
     assert alone == pytest.approx(879e9, rel=0.005)
+
+
+def test_decode_reads_fp8_weights_at_a_byte() -> None:
+    """Memory and time by the same count: 24 layers of 4 x 2048^2 + 3 x 2048 x 5632 parameters (by hand)."""
+
+    def of(sampler: dict[str, Any], fp8: dict[str, Any]) -> tuple[float, int, float]:
+        model = MODEL.model_copy(update={"precision": "fp8"}).model_dump() | {"fp8": fp8}
+        cfg = RunConfig.model_validate({"model": model, "sampler": sampler})
+        found = make_plan(cfg, request_of())
+        shape = Shape(cfg.model, ParallelConfig(), 32000)
+        layers = memory.sampler_fp8_layers(cfg, shape)
+        read = work.decode(shape, 16, 16, 8, 2, "auto", fp8_layers=layers).bytes
+        seconds = next(phase.seconds for phase in found.phases if phase.name == "decode")
+        return read, memory.fp8_cache_bytes(cfg, shape, samples=True), seconds
+
+    blockwise = {"recipe": "blockwise"}
+    plain, followed = of({"fp8_weights": "off"}, blockwise), of({}, blockwise)
+    layer = 4 * 2048**2 + 3 * 2048 * 5632
+    assert plain[0] - followed[0] == followed[1] - plain[1] == 24 * layer
+    assert followed[2] < plain[2]
+    assert of({}, {"recipe": "delayed"}) == plain, "its scales are the trainer's alone"
+    ends = of({}, {"recipe": "current", "bf16_ends": True})
+    assert plain[0] - ends[0] == 22 * layer
 
 
 def test_a_step_of_one_gpu_at_the_roof() -> None:
