@@ -60,7 +60,10 @@ def open_local_model(cfg: LocalModelConfig, mesh: Mesh, role: str) -> LocalModel
     assert cfg.checkpoint is not None, "the settings were checked"
     policy, state = FrozenPolicy.load(resolve_checkpoint(cfg.checkpoint), mesh.without_pipeline())
     trained_as = state.run.get("config", {}).get("task", role)  # of an imported model nobody knows
-    if trained_as != role and cfg.style == "compact" and mesh.is_main:
+    is_asked = (
+        cfg.style == "compact" and cfg.method != "mutual_information"
+    )  # which any language model is fit for
+    if trained_as != role and is_asked and mesh.is_main:
         console.print(
             f'{cfg.checkpoint} was trained with task = "{trained_as}", not as a {role}: what it says means little',
             soft_wrap=True,

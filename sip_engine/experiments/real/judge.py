@@ -75,8 +75,15 @@ class JudgeTraining:
         self._plan, self._mesh = plan, mesh
 
     def jobs(self, minute: float) -> Iterator[Job]:
-        """In their order; none if the plan has no time for them. `minute` is the share of a minute."""
-        for stage in STAGES if self._plan.form.judge_minutes else ():
+        """In their order; none if the plan has no time for them. `minute` is the share of a minute.
+
+        Raises:
+            ConfigError: their settings do not fit the model.
+        """
+        stages = STAGES if self._plan.form.judge_minutes else ()
+        for stage in stages[1:]:
+            self._config(stage)
+        for stage in stages:
             title = {BEFORE: "as it comes", WARM: "warm start", GRPO: "GRPO"}[stage]
             share = _SHARES[stage] * self._plan.form.judge_minutes * minute
             yield Job(f"judge: {title}", share, self._result(stage), partial(self._do, stage))

@@ -38,18 +38,28 @@ def find_model(given: Path | None) -> tuple[Path, dict[str, Any]]:
     return files[0], about | {"from": f"{DISTRIBUTION} {version(DISTRIBUTION)}"}
 
 
+def pinned(source: Path) -> Path:
+    """The checkpoint itself where a checkpoint or a run was given, which may go on meanwhile; else `source`.
+
+    Raises:
+        CheckpointError: a folder that is no model of Hugging Face has no checkpoint.
+    """
+    if not source.is_dir():
+        return source
+    is_ours = (source / MANIFEST).is_file() or (source / "checkpoints").is_dir()
+    return resolve_checkpoint(source) if is_ours or not (source / "config.json").is_file() else source
+
+
 def make_checkpoint(source: Path, out: Path) -> Path:
-    """The model as a checkpoint: `out`, made if it is not there; a checkpoint or run that was given stays in place.
+    """The model as a checkpoint: `out`, made if it is not there; a checkpoint (`pinned`) stays in place.
 
     What is made computes in bf16 on a machine that multiplies it faster: policy, judge and rewriter alike.
 
     Raises:
         CheckpointError: it cannot be read, or is of a family that is not imported.
     """
-    if source.is_dir() and not (source / "config.json").is_file():
-        return resolve_checkpoint(source)
-    if source.is_dir() and ((source / MANIFEST).is_file() or (source / "checkpoints").is_dir()):
-        return resolve_checkpoint(source)
+    if (source / MANIFEST).is_file():
+        return source
     if (out / MANIFEST).is_file():
         return out
     precision = "bf16" if multiplies_bf16() else "auto"

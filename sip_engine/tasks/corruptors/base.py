@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,3 +67,14 @@ class CountingCorruptor:
 def rng_of(request: RewriteRequest, seed: int) -> random.Random:
     """Random numbers that depend on the texts, lone surrogates and all, and on the seed."""
     return random.Random(f"{seed} {request.prefix} {request.suffix}".encode(errors="surrogatepass"))
+
+
+def one_way(made: Mapping[str, str], request: RewriteRequest, rng: random.Random) -> Corruption | Failure:
+    """Of the copies made in several ways, in an order that is drawn, the first that changes the suffix's words.
+
+    made: Way -> copy.
+    """
+    for way in rng.sample(sorted(made), len(made)):
+        if made[way].strip() and made[way].split() != request.suffix.split():
+            return Corruption(made[way], way)
+    return Failure("nothing that this corruptor does changes this suffix")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.tasks.corruptors.base import Corruption, rng_of
+from sip_engine.tasks.corruptors.base import Corruption, one_way, rng_of
 from sip_engine.types import Failure, RewriteRequest
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -45,10 +45,7 @@ class EditCorruptor:
             "swap": _swapped(request.suffix),
             "copy": request.prefix[-len(request.suffix) :],
         }
-        for way in rng.sample(sorted(made), len(made)):
-            if made[way].strip() and made[way].split() != request.suffix.split():
-                return Corruption(made[way], way)
-        return Failure("no edit changes this suffix")
+        return one_way(made, request, rng)
 
 
 def _turned(word: str, rng: random.Random) -> str:

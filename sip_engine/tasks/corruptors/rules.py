@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from sip_engine.config.schema import RunConfig
 from sip_engine.data.corpus import Corpus
 from sip_engine.distributed.mesh import Mesh
-from sip_engine.tasks.corruptors.base import Corruption, rng_of
+from sip_engine.tasks.corruptors.base import Corruption, one_way, rng_of
 from sip_engine.types import Failure, RewriteRequest
 
 _SENTENCE = re.compile(r"[^.!?]*[.!?]+\s*|[^.!?]+$")
@@ -42,10 +42,7 @@ class RuleCorruptor:
             "repeat": "".join(sentence * 2 for sentence in sentences),
             "digress": other.suffix,
         }
-        for way in rng.sample(sorted(made), len(made)):
-            if made[way].split() != request.suffix.split():
-                return Corruption(made[way], way)
-        return Failure("no rule changes this suffix")
+        return one_way(made, request, rng)
 
 
 def _shuffle_words(sentence: str, rng: random.Random) -> str:
