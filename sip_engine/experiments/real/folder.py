@@ -17,8 +17,19 @@ BEGUN = "real.json"
 _DOCUMENTS = "documents"
 _MINUTES = {"minutes": 0.0, "judge_minutes": 0.0}
 """Numbers of a recipe, and what is meant where one is missing: earlier versions trained no judge."""
-_MADE = ("model*", "text", "cache", "judge", "continued_*", "scratch_*", "summary.json", "spent.json")
-"""Names of what is made in a folder."""
+_MADE = (
+    "model",
+    "model_unpacked",
+    "text",
+    "cache",
+    "checkpoints",
+    "continued_*",
+    "judge",
+    "scratch_*",
+    "spent.json",
+    "summary.json",
+)
+"""Names of what is made in a folder, here or by a training run."""
 
 
 def begun_judge_minutes(out: Path) -> float | None:
@@ -54,10 +65,9 @@ def beginning(out: Path, recipe: dict[str, Any]) -> Iterator[None]:
 def _record(path: Path, recipe: dict[str, Any]) -> None:
     """Write down what was asked for, or refuse to go on with something else."""
     before = read_numbers(path, _MINUTES) if path.is_file() else {}
-    known = dict(before)
     if before and not (before["judge_minutes"] and recipe["judge_minutes"]):
-        known["judge_minutes"] = recipe["judge_minutes"]
-    if changes := changed_settings(known, recipe):
+        before["judge_minutes"] = recipe["judge_minutes"]
+    if changes := changed_settings(before, recipe):
         name, _, was = changes[0].split(" -> ")[0].partition(" ")
         if name == "minutes":
             name, was = "--minutes", f"{before['minutes'] + before['judge_minutes']:g}"
