@@ -65,10 +65,14 @@ def _answer(said: Any, prompt: Prompt) -> float | Failure:
     """What a verdict's word stands for, whatever its case, with the prompt's remark on it or another in brackets."""
     if isinstance(said, bool):
         said = "yes" if said else "no"
+    if isinstance(said, float) and said.is_integer():
+        said = int(said)
     if not isinstance(said, str | int):
         return Failure(_NO_WORD)
     words = {word.lower(): word for word in prompt.verdicts}
-    found = re.fullmatch(rf"\W*({'|'.join(words)})\b(.*)", plain_line(str(said)).lower(), re.DOTALL)
+    found = re.fullmatch(
+        rf"\W*(?<!-)(?:continuation[_ ])?({'|'.join(words)})\b(.*)", plain_line(str(said)).lower(), re.DOTALL
+    )
     if found is None:
         return Failure(_NO_WORD)
     word, remark = words[found[1]], found[2]

@@ -34,15 +34,13 @@ class _Part(BaseModel):
     text: Any = None
 
 
-class _Message(BaseModel):
-    content: str | list[_Part] | None = None
+class _Message(BaseModel, extra="allow"):
+    content: str | list[_Part | str] | None = None
     refusal: Any = None
-    reasoning_content: Any = None
-    reasoning: Any = None
 
 
 class _Choice(BaseModel):
-    index: int = 0
+    index: int | None = 0
     message: _Message = Field(default_factory=_Message)
     text: Any = None
     """Of a server that answers a chat in the form of plain completions."""
@@ -69,7 +67,7 @@ def read_completion(data: bytes, max_tokens: int | None = None) -> tuple[str | F
     if len(found.choices) != 1:
         return _lost(f"the response has {len(found.choices)} choices, not the one asked for", data), tokens
     (choice,) = found.choices
-    if choice.index != 0:
+    if choice.index not in (0, None):
         return Failure(f"the response numbers its only choice {choice.index}, not 0"), tokens
     text, reason = _text_of(choice), (choice.finish_reason or "").lower()
     if reason in _CUT:
@@ -78,7 +76,7 @@ def read_completion(data: bytes, max_tokens: int | None = None) -> tuple[str | F
             text or _thoughts(choice),
         ), tokens
     if reason in _WITHHELD or reason in _CALLS:
-        words = text or choice.message.refusal or ""
+        words = text or choice.message.refusal or data
         return _lost(
             f"the reply did not end by itself (finish_reason {choice.finish_reason!r:.40})", words
         ), tokens
@@ -93,7 +91,7 @@ def read_completion(data: bytes, max_tokens: int | None = None) -> tuple[str | F
             f"parser, or {_remedy(max_tokens)}",
             thoughts,
         ), tokens
-    return Failure("the reply is empty"), tokens
+    return _lost("the reply is empty", data), tokens
 
 
 def _remedy(max_tokens: int | None) -> str:
@@ -105,19 +103,19 @@ def _text_of(choice: _Choice) -> str:
     """The text of a message: its content, or the text parts of it."""
     content = choice.message.content
     if isinstance(content, list):
-        return "".join(
-            part.text
+        texts = [
+            part if isinstance(part, str) else part.text if part.type in ("text", "output_text") else None
             for part in content
-            if part.type in ("text", "output_text") and isinstance(part.text, str)
-        )
+        ]
+        return "".join(text for text in texts if isinstance(text, str))
     return content or (choice.text if isinstance(choice.text, str) else "")
 
 
 def _thoughts(choice: _Choice) -> str:
-    return next(
-        (t for t in (choice.message.reasoning_content, choice.message.reasoning) if isinstance(t, str) and t),
-        "",
-    )
+    """What stands beside the content by a name such as reasoning, reasoning_content or thinking."""
+    beside = (choice.message.model_extra or {}).items()
+    found = (text for name, text in beside if name.startswith(("reason", "think", "thought")))
+    return next((text for text in found if isinstance(text, str) and text), "")
 
 
 def _lost(reason: str, said: bytes | str | Any) -> Failure:

@@ -15,17 +15,22 @@ _MAX_ATTEMPTS = 500
 """Braces that are tried as the beginning of an object."""
 
 _THINKING = r"think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad"
+_SPACE = r"(?:\w{1,20}:)?"
+_ATTRIBUTES = r"(?:\s[^<>\n=]{1,40}=[^<>\n]{1,80})?"
 _THOUGHTS_BEGIN = re.compile(
-    rf"<(?:{_THINKING})>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>", re.IGNORECASE
+    rf"<\|?{_SPACE}(?:(?:begin_of|start)_)?(?:{_THINKING}){_ATTRIBUTES}\|?>|\[THINK\]|\u25c1think\u25b7",
+    re.IGNORECASE,
 )
 _THOUGHTS_END = re.compile(
-    rf"</(?:{_THINKING})>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>",
+    rf"<\|?/\|?{_SPACE}(?:{_THINKING})\|?>|<\|end_(?:of_)?(?:{_THINKING})\|>|\[/THINK\]|\u25c1/think\u25b7"
+    r"|<\|channel\|>final<\|message\|>",
     re.IGNORECASE,
 )
 # Tags of an answer and special tokens that leak, with their bars also in full width; TeX that frames a result.
 _TAGS = re.compile(
-    r"</?[A-Za-z_]{1,20}/?>|<[|\uff5c][^<>|\uff5c\n]{1,40}[|\uff5c]>|\\(?:boxed|text|mathrm)\b"
+    rf"</?[A-Za-z_]{{1,20}}{_ATTRIBUTES}/?>|<[|\uff5c][^<>|\uff5c\n]{{1,40}}[|\uff5c]>|\\(?:boxed|text|mathrm)\b"
 )
+_LINE_END = re.compile(r"\n|<br\s?/?>|</p>", re.IGNORECASE)
 _FENCE = re.compile(r"\s*(?:```+|~~~+)[ \t]*[A-Za-z_]{0,12}\s*$|~~~+")
 _MARKDOWN = re.compile(r"[*`\"'\u2018\u2019\u201c\u201d\u00ab\u00bb$\\{}]|(?<![^\W_])_+|_+(?![^\W_])")
 
@@ -51,7 +56,7 @@ def plain_line(line: str) -> str:
 def plain_lines(text: str) -> list[str]:
     """The lines of a text that say something once they are plain."""
     # Not splitlines(): its notion of a line end is wider than that of the model that was asked for a line.
-    plain = [plain_line(line) for line in text.split("\n")]
+    plain = [plain_line(line) for line in _LINE_END.split(text)]
     return [line for line in plain if re.search(r"\w", line)]
 
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -147,6 +148,16 @@ def sync(path: Path) -> None:
 def _beside(path: Path) -> Path:
     """A hidden name in the same folder that nobody else has."""
     return path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}.tmp")
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder; nobody else may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

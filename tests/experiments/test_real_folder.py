@@ -78,8 +78,13 @@ def test_a_first_start_that_fails_takes_away_what_it_made_and_nothing_else(tmp_p
         fail()
     assert list(tmp_path.iterdir()) == [mine]
     _begin(tmp_path, 10, 0.0)
+    killed, own = tmp_path / f".model.{'0a' * 16}.tmp", tmp_path / ".model.tmp"
+    for one in (killed, own):
+        one.mkdir()
+        (one / "weights").write_text("half")
     with pytest.raises(DataError, match="no text"):
         fail()
+    assert own.is_dir() and not killed.exists(), "what a killed import left goes, a name of another's stays"
     assert (tmp_path / "model" / "made").is_file(), "what goes on keeps what it has"
 
 

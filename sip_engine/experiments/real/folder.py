@@ -11,7 +11,7 @@ from typing import Any
 from sip_engine.config.parse import changed_settings
 from sip_engine.experiments.real.results import read_numbers
 from sip_engine.utils.errors import ConfigError
-from sip_engine.utils.files import write_json
+from sip_engine.utils.files import sweep, write_json
 
 BEGUN = "real.json"
 _DOCUMENTS = "documents"
@@ -46,6 +46,8 @@ def beginning(out: Path, recipe: dict[str, Any]) -> Iterator[None]:
     Raises:
         ConfigError: the folder was begun with something else, or holds what another command has made.
     """
+    for folder in (out, out / "judge", out / "text", out / "cache"):
+        sweep(folder)
     there = set(out.iterdir())
     is_new = not (out / BEGUN).is_file()
     if is_new and (taken := sorted(path for name in _MADE for path in out.glob(name))):
