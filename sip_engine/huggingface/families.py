@@ -135,7 +135,7 @@ def read_config(folder: Path) -> SourceConfig:
             **rope,
         )
         vocab_size = raw["vocab_size"]
-        scales, scale_notes = _read_scales(raw, model, query_scale)
+        scales, scale_notes = _read_scales(path, raw, model, query_scale)
     except KeyError as error:
         raise CheckpointError(f"{path}: {error.args[0]} is missing") from None
     except ValidationError as error:
@@ -163,7 +163,7 @@ def _family_of(path: Path, folder: Path, raw: dict[str, Any]) -> Family:
     if isinstance(architecture, str) and architecture in FAMILIES:
         family = FAMILIES[architecture]
         ropes = raw.get("no_rope_layers")
-        if family.model_type == "smollm3" and (ropes is None or not all(ropes)):
+        if family.model_type == "smollm3" and not (isinstance(ropes, list) and all(ropes)):
             raise CheckpointError(
                 f"{path}: no_rope_layers leaves rotary positions out of some layers, the policy has them in all"
             )
@@ -178,9 +178,9 @@ def _family_of(path: Path, folder: Path, raw: dict[str, Any]) -> Family:
 
 def _read_context(path: Path, raw: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
     """Longest context in which every layer sees all of it."""
-    context, window = raw.get("max_position_embeddings", 2048), raw.get("sliding_window")
-    kinds = raw.get("layer_types") or ()
-    if any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+    context, window = _number(path, raw, "max_position_embeddings", 2048), raw.get("sliding_window")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(k not in ("full_attention", "sliding_attention") for k in kinds):
         raise CheckpointError(f"{path}: layer_types other than full and sliding attention are not supported")
     slides = "sliding_attention" in kinds if kinds else raw.get("use_sliding_window", True)
     if not slides or not isinstance(window, int) or window >= context:
@@ -196,11 +196,11 @@ def _read_rope(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], float, 
     Both spellings are read: rope_theta beside rope_scaling, and rope_parameters since transformers 5.
     """
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     supported = ("default", "llama3", "linear", "yarn", "dynamic")
     if kind not in supported or any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(
-            f"{path}: rope scaling {kind!r} is not supported; supported: {', '.join(supported)}"
+            f"{path}: rope scaling {kind or rope!r} is not supported; supported: {', '.join(supported)}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{path}: partial_rotary_factor is not supported; it must be 1.0")
@@ -213,7 +213,7 @@ def _read_rope(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], float, 
             1.0,
             ("dynamic rope: static up to max_position_embeddings, which is as far as it goes here",),
         )
-    base |= {"rope_scaling": kind, "rope_factor": rope["factor"]}
+    base |= {"rope_scaling": kind, "rope_factor": _number(path, rope, "factor")}
     if kind == "linear":
         return base, 1.0, ()
     original = rope.get("original_max_position_embeddings")
@@ -230,31 +230,45 @@ def _read_rope(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], float, 
         "rope_beta_slow": rope.get("beta_slow") or 1.0,
         "rope_original_context": original or raw["max_position_embeddings"],
     }
-    factor = _yarn_attention(rope)
+    factor = _yarn_attention(path, rope)
     return base, factor**2, ()
 
 
-def _yarn_attention(rope: Mapping[str, Any]) -> float:
+def _yarn_attention(path: Path, rope: Mapping[str, Any]) -> float:
     """What YaRN multiplies queries and keys by (arXiv 2309.00071, section 3.4, and DeepSeek's two scales)."""
-    given = rope.get("attention_factor")
-    if given is not None:
-        return float(given)
+    if rope.get("attention_factor") is not None:
+        return _number(path, rope, "attention_factor")
+    longer = math.log(max(1.0, _number(path, rope, "factor")))
 
     def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+        return 0.1 * weight * longer + 1.0
 
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+        return scale(_number(path, rope, "mscale")) / scale(_number(path, rope, "mscale_all_dim"))
     return scale(1.0)
 
 
+def _number(path: Path, values: Mapping[str, Any], name: str, default: float | None = None) -> Any:
+    """A number above 0 of a config; `default` where there is none. Raises CheckpointError; KeyError without one."""
+    value = values[name] if default is None else values.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
+        raise CheckpointError(f"{path}: {name}={value!r:.40} must be a number above 0")
+    return value
+
+
 def _read_scales(
-    raw: dict[str, Any], model: ModelConfig, query_scale: float
+    path: Path, raw: dict[str, Any], model: ModelConfig, query_scale: float
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Factors that go into weights: YaRN's of the attention, and Granite's four multipliers."""
-    query_scale *= (raw.get("attention_multiplier") or model.kv_channels**-0.5) * model.kv_channels**0.5
-    embedding, residual = raw.get("embedding_multiplier", 1.0), raw.get("residual_multiplier", 1.0)
-    logits = 1.0 / raw.get("logits_scaling", 1.0)
+    query_scale *= (
+        _number(path, raw, "attention_multiplier", model.kv_channels**-0.5) * model.kv_channels**0.5
+    )
+    embedding, residual = (
+        _number(path, raw, f"{name}_multiplier", 1.0) for name in ("embedding", "residual")
+    )
+    logits = 1.0 / _number(path, raw, "logits_scaling", 1.0)
     if model.tie_embeddings:
         logits /= embedding  # the head is the embedding, with its factor
     queries = ("q_norm.weight",) if model.qk_norm else ("q_proj.weight", "q_proj.bias")

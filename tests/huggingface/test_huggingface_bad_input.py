@@ -17,7 +17,7 @@ from sip_engine.config.model import ModelConfig
 from sip_engine.data.tokenizer import Tokenizer
 from sip_engine.distributed.mesh import Mesh
 from sip_engine.huggingface.exporting import export_model
-from sip_engine.huggingface.families import config_json
+from sip_engine.huggingface.families import config_json, read_config
 from sip_engine.huggingface.importing import import_model
 from sip_engine.utils.errors import CheckpointError
 
@@ -203,3 +203,41 @@ def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
 def test_what_no_family_has_is_not_exported() -> None:
     with pytest.raises(CheckpointError, match="both qkv_bias and qk_norm"):
         config_json(ModelConfig(qkv_bias=True, qk_norm=True), 100, bos_id=1, eos_id=2, dtype="float32")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "4", [], [1], True, -1.0, 0, float("nan"), float("inf"), 10**400]
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_name(tmp_path: Path, value: Any) -> None:
+    whole = config_json(ModelConfig(), 300, bos_id=1, eos_id=2, dtype="float32")
+    names = ["max_position_embeddings", "logits_scaling"]
+    names += [f"{name}_multiplier" for name in ("attention", "embedding", "residual")]
+    cases = [(name, {name: value}) for name in names]
+    for name in ("factor", "attention_factor", "mscale"):
+        rope = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, name: value}
+        if value or name != "mscale":  # 0 switches it off
+            cases.append((name, {"rope_scaling": rope}))
+    for name, changes in cases:
+        (tmp_path / "config.json").write_text(json.dumps(whole | {"tie_word_embeddings": True} | changes))
+        with pytest.raises(CheckpointError, match=f"{name}=.* must be a number above 0"):
+            read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_scaling": "default"}, "rope scaling 'default' is not supported"),
+        ({"rope_scaling": [YARN]}, "rope scaling"),
+        ({"layer_types": 5}, "layer_types"),
+        ({"layer_types": "full_attention"}, "layer_types"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": 5}, "no_rope_layers"),
+    ],
+)
+def test_a_list_or_table_that_is_none_is_refused(tmp_path: Path, changes: Any, said: str) -> None:
+    whole = config_json(ModelConfig(), 300, bos_id=1, eos_id=2, dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(whole | changes))
+    with pytest.raises(CheckpointError, match=said):
+        read_config(tmp_path)
