@@ -193,20 +193,28 @@ def _special_ids(
 
 
 def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    return _object(files, _CONFIG_FILE)
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
-        value = json.loads(files.get(_CONFIG_FILE, b"{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{_CONFIG_FILE}: not readable as JSON ({error})") from None
-    return value if isinstance(value, dict) else {}
+        value = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name}: holds a {type(value).__name__}, must be a JSON object")
+    return value
 
 
 def _piece_id(tokenizer: Tokenizer, files: Mapping[str, bytes], name: str) -> int | None:
     """The id of a token of a sentencepiece model, or of one added to it, by its name."""
-    added = json.loads(files.get("added_tokens.json", b"{}"))
-    decoder = _settings(files).get("added_tokens_decoder", {})
-    added |= {one["content"]: int(token) for token, one in decoder.items() if "content" in one}
-    if name in added:
-        return int(added[name])
+    added = _object(files, "added_tokens.json")
+    decoder = _settings(files).get("added_tokens_decoder")
+    for token, one in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(one, dict) and one.get("content") == name and token.isdecimal():
+            added[name] = int(token)
+    if type(added.get(name)) is int:
+        return added[name]
     proto_module: Any = sentencepiece_model_pb2
     pieces = proto_module.ModelProto.FromString(tokenizer.model).pieces
     return next((number for number, piece in enumerate(pieces) if piece.piece == name), None)

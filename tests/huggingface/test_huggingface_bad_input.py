@@ -136,6 +136,18 @@ BAD = {
     "type": (edit_tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), "is F8_E4M3, not one of"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model and no tokenizer.json"),
     "damaged tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"abc"), "not a sentencepiece model"),
+    "cut added tokens": (
+        lambda f: (f / "added_tokens.json").write_text('{"a": 1'),
+        "added_tokens.json: not readable as JSON",
+    ),
+    "list of added tokens": (
+        lambda f: (f / "added_tokens.json").write_text("[1]"),
+        "added_tokens.json: holds a list",
+    ),
+    "nested settings": (
+        lambda f: (f / "tokenizer_config.json").write_text("[" * 50_000),
+        "tokenizer_config.json: not readable as JSON",
+    ),
     "changing tokenizer": (lowercasing_tokenizer, "this tokenizer changes text"),
 }
 
@@ -208,9 +220,7 @@ def test_what_no_family_has_is_not_exported() -> None:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
 
 
-@pytest.mark.parametrize(
-    "value", ["x", "4", [], [1], True, -1.0, 0, float("nan"), float("inf"), 10**400]
-)
+@pytest.mark.parametrize("value", ["x", "4", [], [1], True, -1.0, 0, float("nan"), float("inf"), 10**400])
 def test_a_value_of_the_wrong_kind_is_refused_by_its_name(tmp_path: Path, value: Any) -> None:
     whole = config_json(ModelConfig(), 300, bos_id=1, eos_id=2, dtype="float32")
     names = ["max_position_embeddings", "logits_scaling"]
