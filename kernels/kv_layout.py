@@ -17,8 +17,8 @@ the heads beside it are read by the programs beside. The same kernels compiled f
 A program reads a page number, 4 bytes, for 2 * page_size * D elements: 1 byte in 2,048 at pages of 16. On average
 half a page of each prefix and suffix stays empty: of a prefix of 1024 tokens 0.8 % at 16 and 3 % at 64, of a reply of
 50 tokens 14 % and 39 %. `sampler.page_size` sets the size. A TMA descriptor takes either layout, as a box of
-[page_size, 1, D] or [1, page_size, D]; it wants a box for every page, so pages of at least a tile of keys: to be
-tried on a GPU.
+[page_size, 1, D] or [1, page_size, D]; it wants a box for every page, so pages of at least a tile of keys. Compiled
+so, the kernels gain nothing: benchmarks/gpu/README.md.
 """
 
 from __future__ import annotations
