@@ -238,6 +238,9 @@ def test_megatrons_engine_is_called_by_the_signatures_of_the_line_that_is_instal
         config = peer.ModelConfig(num_layers=1, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48)
         assert peer.engine_of(None, config, 90, 4) == "DynamicInferenceEngine"  # type: ignore[arg-type]
     assert list(calls) == list(names)
+    assert calls["DynamicInferenceContext"][1].get("num_attention_heads", 2) == 2, (
+        "0.16 sizes its pages by KV heads"
+    )
     assert peer.sampling_of(3).num_tokens_to_generate == 3
 
 
