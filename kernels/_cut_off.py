@@ -107,14 +107,6 @@ def find_level(logits_ptr, masses_ptr, num_columns, limit, WEIGHTED: tl.constexp
     return level, above
 
 
-@jit
-def keep_from(order, live, level, room):
-    """Which columns of a block stay, those above a level and the first `room` at it, and what room is left then."""
-    ties = (live & (order == level)).to(tl.int64)
-    kept = (live & (order > level)) | ((ties > 0) & (tl.cumsum(ties, 0) <= room))
-    return kept, room - tl.minimum(room, tl.sum(ties))
-
-
 @jit(do_not_specialize=["num_columns", "top_k", "stride"])
 def cut_off_kernel(
     logits_ptr, masses_ptr, keep_ptr, top_p_ptr, stride, num_columns, top_k,
@@ -131,13 +123,20 @@ def cut_off_kernel(
         num_ties = top_k - above
     if HAS_P:
         total = tl.full([], 0, tl.int64)
-        room = num_ties
         for start in range(0, num_columns, BLOCK_V):
             column = start + tl.arange(0, BLOCK_V)
             live = column < num_columns
             order = order_of(tl.load(logits_ptr + column, mask=live, other=0.0))
-            kept, room = keep_from(order, live, level, room)
-            total += tl.sum(tl.where(kept, tl.load(masses_ptr + column, mask=live, other=0), 0))
+            mass = tl.load(masses_ptr + column, mask=live, other=0)
+            total += tl.sum(tl.where(live & (order > level), mass, 0))
+            if HAS_K:  # and of those at the level as many as there is room for
+                ties = (live & (order == level)).to(tl.int64)
+                total += tl.sum(tl.where((ties > 0) & (tl.cumsum(ties, 0) <= num_ties), mass, 0))
+                num_ties -= tl.minimum(num_ties, tl.sum(ties))
+            else:
+                total += tl.sum(tl.where(live & (order == level), mass, 0))
+        if HAS_K:
+            num_ties = top_k - above
         limit = tl.maximum(tl.ceil(total.to(tl.float64) * tl.load(top_p_ptr)).to(tl.int64), 1)
         mass_level, mass_above = find_level(logits_ptr, masses_ptr, num_columns, limit, True, BLOCK_V)
         at_level = tl.full([], 0, tl.int64)
@@ -155,7 +154,9 @@ def cut_off_kernel(
         column = start + tl.arange(0, BLOCK_V)
         live = column < num_columns
         order = order_of(tl.load(logits_ptr + column, mask=live, other=0.0))
-        kept, num_ties = keep_from(order, live, level, num_ties)
+        ties = (live & (order == level)).to(tl.int64)
+        kept = (order > level) | ((ties > 0) & (tl.cumsum(ties, 0) <= num_ties))
+        num_ties -= tl.minimum(num_ties, tl.sum(ties))
         tl.store(keep_ptr + row * num_columns + column, kept.to(tl.int8), mask=live)
 
 
