@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from run_records import a_pool, records_of
 
 from sip_engine.monitoring.curves import Curve
 from sip_engine.monitoring.load import MAX_POOLS, RunRecords, load_runs
 from sip_engine.monitoring.records import METRICS, POOLS, Records
-from sip_engine.monitoring.signatures import all_signatures, looks_complete
 from sip_engine.report import html as report_html
 from sip_engine.report.html import script_json, write_report
 from sip_engine.report.plots import all_plots, time_split
@@ -71,19 +71,6 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def a_pool(texts: list[str] | None = None, *, prefix: str = "Once", **changes: Any) -> dict[str, Any]:
-    """A judged pool with an original and rollouts, as a run records it."""
-    texts = texts or [" upon a time.", " more", " again and again."]
-    size = len(texts)
-    candidates = [
-        {"kind": "rollout" if n else "original", "text": text, "reward": n / size, "quality": n / size}
-        for n, text in enumerate(texts)
-    ]
-    pairs = [[i, j, 0.0] for i in range(size) for j in range(i + 1, size)]
-    entry = {"document": 7, "cut": 40, "prefix": prefix, "candidates": candidates, "pairs": pairs}
-    return entry | {"failures": [], "chosen": size - 1, "rejected": 0} | changes
-
-
 def a_run(
     folder: Path, rows: dict[int, dict[str, float]], pools: dict[int, list] | None = None, **config: Any
 ):
@@ -129,16 +116,6 @@ def judged_rows(num_steps: int = 20) -> dict[int, dict[str, float]]:
 
 
 FEW_ROWS = {step: {"loss": 1 / step, "reward/rollout": 0.5 * step} for step in range(1, 9)}
-
-
-def records_of(**curves: Any) -> RunRecords:
-    """A run in memory; `a__b` names the metric a/b, values are its curve at steps 1, 2, ..."""
-    config, pools = curves.pop("config", {}), curves.pop("pools", [])
-    named = {
-        name.replace("__", "/"): Curve(np.arange(1.0, len(values) + 1), np.asarray(values, np.float64))
-        for name, values in curves.items()
-    }
-    return RunRecords("run", config, named, pools, pools, len(pools), 0.0)
 
 
 def report_text(folders: list[Path], out: Path, **options: Any) -> str:
@@ -393,109 +370,6 @@ def test_comparison_shows_gains_beside_the_papers():
     assert table.notes == ("Rules judged.",)
 
 
-# --- failure signatures
-
-
-def verdicts(run: RunRecords) -> list[str | None]:
-    """The verdict of each signature, in the order of the page; None where nothing was recorded."""
-    return [s.findings[0].verdict if s.findings else None for s in all_signatures([run])]
-
-
-def line(first: float, last: float, num: int = 50) -> np.ndarray:
-    return np.linspace(first, last, num)
-
-
-@pytest.mark.parametrize(
-    ("safety", "coherence", "win_rate", "verdict"),
-    [
-        ([0.7, 0.95], [0.8, 0.85], [0.5, 0.8], "clear"),
-        ([0.7, 0.95], [0.8, 0.75], [0.5, 0.8], "watch"),
-        ([0.7, 0.95], [0.8, 0.85], [0.5, 0.2], "seen"),
-        ([0.7, 0.95], [0.8, 0.30], [0.5, 0.6], "seen"),
-        ([0.7, 0.30], [0.8, 0.30], [0.5, 0.2], "clear"),  # worse in all: failing, but not into safety
-    ],
-)
-def test_collapse(safety, coherence, win_rate, verdict):
-    run = records_of(eval__safety=safety, eval__coherence=coherence, eval__win_rate=win_rate)
-    assert verdicts(run) == [verdict, None, None, None, None, None, None]
-
-
-def test_collapse_without_evaluations_reads_the_rollouts():
-    run = records_of(safety__rollout=line(0.5, 1.0), quality__rollout=line(0.5, 0.1))
-    assert verdicts(run)[0] == "seen"
-
-
-@pytest.mark.parametrize(("share", "verdict"), [(0.5, "clear"), (0.65, "watch"), (0.8, "seen")])
-def test_completeness(share, verdict):
-    """The complete-looking rollout is first in half of the pools; originals and ties of form do not count."""
-    pools = []
-    for n in range(100):
-        texts = (
-            [" It ended.", " It ended.", " and then"] if n % 2 else [" It ended.", " and then", " It ended."]
-        )
-        complete_wins = float(n // 2 < 50 * share)
-        win = complete_wins if n % 2 else 1.0 - complete_wins
-        pools.append(a_pool(texts, pairs=[[0, 1, 1.0], [0, 2, 1.0], [1, 2, win], [2, 1, None]]))
-    assert verdicts(records_of(pools=pools))[1] == verdict
-    assert verdicts(records_of(pools=pools[:10]))[1] == "unknown"
-
-
-@pytest.mark.parametrize(
-    ("text", "complete"),
-    [
-        ("He left.", True),
-        ('"He left!" ', True),
-        ("(why?)", True),
-        ("He lef", False),
-        ("one, two,", False),
-        ("", False),
-    ],
-)
-def test_looks_complete(text, complete):
-    assert looks_complete(text) is complete
-
-
-@pytest.mark.parametrize(
-    ("distinct", "entropy", "reward", "verdict"),
-    [
-        (line(0.5, 0.5), line(2.0, 1.9), line(1, 2), "clear"),
-        (line(0.5, 0.35), line(2.0, 2.0), line(1, 2), "watch"),
-        (line(0.5, 0.5), line(2.0, 0.5), line(1, 2), "seen"),
-        (line(0.5, 0.5), line(2.0, 0.5), line(2, 1), "watch"),
-        (line(0.5, 0.1, 5), line(2.0, 0.5, 5), line(1, 2, 5), "unknown"),
-    ],
-)
-def test_narrowing(distinct, entropy, reward, verdict):
-    run = records_of(diversity__distinct_2=distinct, diversity__entropy=entropy, reward__rollout=reward)
-    assert verdicts(run)[2] == verdict
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "verdict"),
-    [(3.0, -9.0, "clear"), (-1.0, -9.0, "watch"), (-8.0, -20.0, "seen"), (-8.0, 1.0, "clear")],
-)
-def test_unlearning(chosen, rejected, verdict):
-    """The reference gives chosen -100 nats: losing 8 of them is more than the 5 % allowed, losing 1 is not."""
-    gain = line(0.0, chosen)
-    run = records_of(
-        dpo__chosen_gain=gain, dpo__rejected_gain=line(0.0, rejected), dpo__chosen_logprob=gain - 100.0
-    )
-    assert verdicts(run)[3] == verdict
-
-
-@pytest.mark.parametrize(
-    ("drift", "verdict"),
-    [
-        (line(2e-6, 2e-6), "clear"),
-        (np.append(np.full(40, 1e-6), np.full(10, 1e-4)), "clear"),
-        (np.append(np.full(40, 1e-5), np.full(10, 5e-3)), "watch"),
-        (np.append(np.full(49, 1e-5), 0.06), "seen"),
-    ],
-)
-def test_drifting(drift, verdict):
-    assert verdicts(records_of(drift__mean=drift, config={"max_drift": 0.1}))[4] == verdict
-
-
 # --- the sample of pools
 
 
@@ -523,37 +397,3 @@ def test_long_texts_and_many_pools_are_shortened(tmp_path, monkeypatch):
     pool = run["pools"][0]
     assert (pool["prefix"], pool["cut_chars"]) == ("z" * 100, 300)
     assert [(c["text"], c["cut_chars"]) for c in pool["candidates"][:2]] == [("b" * 50, 7), (" short", 0)]
-
-
-@pytest.mark.parametrize(
-    ("faultless", "everything", "diversity", "verdict"),
-    [
-        ([0.5, 0.52], [0.8, 1.9], None, "clear"),  # the rise on all documents is that on faulty ones
-        ([0.5, 0.57], None, None, "watch"),
-        ([0.5, 0.9, 0.76], None, [0.9, 0.95], "seen"),
-        (None, [0.8, 1.2], None, "seen"),
-        ([0.5, 0.4], None, [1.0, 0.89], "watch"),
-        ([0.5, 0.4], None, [1.0, 0.59], "seen"),
-        ([0.5, 0.4], None, [0.4, 0.45], "clear"),  # narrow from the start, and widening
-        ([0.5], None, None, None),
-    ],
-)
-def test_forgetting(faultless, everything, diversity, verdict):
-    curves = {
-        "eval__heldout_loss_faultless": faultless,
-        "eval__heldout_loss": everything,
-        "eval__relative_diversity": diversity,
-    }
-    run = records_of(**{name: values for name, values in curves.items() if values is not None})
-    assert verdicts(run)[5] == verdict
-
-
-@pytest.mark.parametrize(
-    ("rollouts", "documents", "verdict"),
-    [(0.30, 0.05, "seen"), (0.30, 0.25, "watch"), (0.06, 0.05, "clear"), (0.9, None, None)],
-)
-def test_copying(rollouts, documents, verdict):
-    curves = {"copied__rollout": [0.05] * 6 + [rollouts] * 6}
-    if documents is not None:
-        curves["copied__document"] = [documents] * 12
-    assert verdicts(records_of(**curves))[6] == verdict
