@@ -275,9 +275,11 @@ class quiet_megatron:
 
 def _enum_member(kind: object, name: object) -> enum.Enum:
     """What an index may ask of `getattr`: Python 3.11.0 to 3.11.3 write a member of an enumeration by its name."""
-    if not (isinstance(kind, enum.EnumMeta) and isinstance(name, str) and name in kind.__members__):
-        raise pickle.UnpicklingError(f"the index asks for {name} of {kind}, which no index needs")
-    return kind[name]
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(name, str):
+        member = kind.__members__.get(name)
+        if member is not None:
+            return member
+    raise pickle.UnpicklingError(f"the index asks for {name} of {kind}, which no index needs")
 
 
 class _IndexUnpickler(pickle.Unpickler):

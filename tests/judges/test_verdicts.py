@@ -293,7 +293,7 @@ def test_a_thousand_random_objects_invent_no_score(reply: str) -> None:
         said = unicodedata.normalize("NFKC", str(whole))
         assert len(verdicts) == 1 and re.sub(r"[\W_]", "", said) == {1.0: "1", 0.0: "2"}[found]
     if verdicts in (["1"], ["2"]) and reply == json.dumps(GOOD_OBJECT | {"verdict": verdicts[0]}):
-        assert found == {"1": 1.0, "2": 0.0}[verdicts[0]]
+        assert found == {"1": 1.0, "2": 0.0}[str(verdicts[0])]
 
 
 def test_a_text_does_not_differ_from_itself() -> None:
