@@ -29,6 +29,8 @@ def use_torch_adam() -> None:
 
 _STATE = ("params", "step")
 """What of a parameter group is state, or is no setting."""
+_KINDS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What tells one group of parameters from another, whatever the run's settings."""
 
 
 def fill_adam_state(optimizer: Any) -> None:
@@ -60,6 +62,10 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     No two parameters share a state's tensor. Settings (decay rates, peak learning rate) stay this optimizer's own.
     """
     settings = [{k: v for k, v in group.items() if k not in _STATE} for group in optimizer.param_groups]
+    # Megatron-core 0.19 finds a saved group by its settings, too, and so would find none once they have changed.
+    ours = {_kind_of(group): group for group in settings}
+    for saved in _state_of(state)["param_groups"]:
+        saved.update(ours.get(_kind_of(saved), {}))
     with ExitStack() as stack:
         for part in _torch_adams(optimizer):
             if hasattr(part, "_set_main_param_and_optimizer_states"):
@@ -67,11 +73,15 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
             else:
                 _state_of(state)["state"].setdefault("common_step", torch.tensor(0.0))
         optimizer.load_state_dict(state)
-    for group, ours in zip(optimizer.param_groups, settings, strict=True):
-        group.update(ours)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
     for part in _torch_adams(optimizer):
         _own_tensors(part.optimizer)
         _fuse(part.optimizer)
+
+
+def _kind_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(name) for name in _KINDS)
 
 
 def _torch_adams(optimizer: Any) -> Iterator[Any]:

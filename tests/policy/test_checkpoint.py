@@ -434,6 +434,36 @@ def test_the_malicious_files_would_have_run(copy: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ran").is_dir()
 
 
+@pytest.mark.parametrize("is_distributed", [False, True])
+def test_a_run_goes_on_with_the_rates_and_decay_of_now(
+    mesh: Mesh, tokenizer: Tokenizer, tmp_path: Path, is_distributed: bool
+) -> None:
+    """And with the moments of then: Megatron-core 0.19 looks for groups of the same rates."""
+    parallel = CFG.parallel.model_copy(update={"distributed_optimizer": is_distributed})
+    then = CFG.model_copy(update={"parallel": parallel})
+    other = then.optimizer.model_copy(update={"lr": 7e-5, "min_lr_ratio": 0.5, "weight_decay": 0.3})
+    policy, later = (
+        Policy(then, VOCAB, mesh),
+        Policy(then.model_copy(update={"optimizer": other}), VOCAB, mesh),
+    )
+    train_once(policy, 3)
+    path = save_checkpoint(tmp_path / "checkpoints", policy, None, state_of(1), tokenizer, keep=1)
+    load_checkpoint(path, later, None, CFG.model, VOCAB)
+    for group in later.optimizer.param_groups:
+        assert (group["max_lr"], group["min_lr"]) == (7e-5, 3.5e-5)
+        assert group["weight_decay"] == 0.3 * group["wd_mult"]
+    moments = [
+        [
+            state["exp_avg"]
+            for part in one.optimizer.chained_optimizers
+            for state in part.optimizer.state.values()
+        ]
+        for one in (policy, later)
+    ]
+    assert len(moments[0]) == len(moments[1]) > 0 and any(moment.any() for moment in moments[0])
+    assert all(map(torch.equal, *moments))
+
+
 # Full disks
 
 
