@@ -434,6 +434,12 @@ def test_the_malicious_files_would_have_run(copy: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ran").is_dir()
 
 
+def moments_of(policy: Policy) -> list[torch.Tensor]:
+    optimizer: Any = policy.optimizer
+    parts = [part.optimizer for part in optimizer.chained_optimizers]
+    return [state["exp_avg"] for part in parts for state in part.state.values()]
+
+
 @pytest.mark.parametrize("is_distributed", [False, True])
 def test_a_run_goes_on_with_the_rates_and_decay_of_now(
     mesh: Mesh, tokenizer: Tokenizer, tmp_path: Path, is_distributed: bool
@@ -452,14 +458,7 @@ def test_a_run_goes_on_with_the_rates_and_decay_of_now(
     for group in later.optimizer.param_groups:
         assert (group["max_lr"], group["min_lr"]) == (7e-5, 3.5e-5)
         assert group["weight_decay"] == 0.3 * group["wd_mult"]
-    moments = [
-        [
-            state["exp_avg"]
-            for part in one.optimizer.chained_optimizers
-            for state in part.optimizer.state.values()
-        ]
-        for one in (policy, later)
-    ]
+    moments = [moments_of(one) for one in (policy, later)]
     assert len(moments[0]) == len(moments[1]) > 0 and any(moment.any() for moment in moments[0])
     assert all(map(torch.equal, *moments))
 
