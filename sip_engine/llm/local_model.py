@@ -60,9 +60,8 @@ def open_local_model(cfg: LocalModelConfig, mesh: Mesh, role: str) -> LocalModel
     assert cfg.checkpoint is not None, "the settings were checked"
     policy, state = FrozenPolicy.load(resolve_checkpoint(cfg.checkpoint), mesh.without_pipeline())
     trained_as = state.run.get("config", {}).get("task", role)  # of an imported model nobody knows
-    is_asked = (
-        cfg.style == "compact" and cfg.method != "mutual_information"
-    )  # which any language model is fit for
+    # Any language model is fit for mutual information.
+    is_asked = cfg.style == "compact" and cfg.method != "mutual_information"
     if trained_as != role and is_asked and mesh.is_main:
         console.print(
             f'{cfg.checkpoint} was trained with task = "{trained_as}", not as a {role}: what it says means little',

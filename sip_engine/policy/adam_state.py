@@ -61,11 +61,10 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
     No two parameters share a state's tensor. Settings (decay rates, peak learning rate) stay this optimizer's own.
     """
-    settings = [{k: v for k, v in group.items() if k not in _STATE} for group in optimizer.param_groups]
-    # Megatron-core 0.19 finds a saved group by its settings, too, and so would find none once they have changed.
-    ours = {_kind_of(group): group for group in settings}
+    # Before loading: Megatron-core 0.19 finds a saved group by its settings, too, and finds none that have changed.
+    ours = {_kind_of(group): group for group in optimizer.param_groups}
     for saved in _state_of(state)["param_groups"]:
-        saved.update(ours.get(_kind_of(saved), {}))
+        saved.update((k, v) for k, v in ours.get(_kind_of(saved), {}).items() if k not in _STATE)
     with ExitStack() as stack:
         for part in _torch_adams(optimizer):
             if hasattr(part, "_set_main_param_and_optimizer_states"):
@@ -73,8 +72,6 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
             else:
                 _state_of(state)["state"].setdefault("common_step", torch.tensor(0.0))
         optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
     for part in _torch_adams(optimizer):
         _own_tensors(part.optimizer)
         _fuse(part.optimizer)

@@ -130,7 +130,7 @@ class TensorSave:
 
         save_preprocess = serialization.save_preprocess
         ours = mock.patch.object(serialization, "save_preprocess", split)
-        with megatron_device(), quiet_megatron(), _results_in_process(), ours, _no_common_file():
+        with megatron_device(), quiet_checkpoints(), _results_in_process(), ours, _no_common_file():
             request: Any = dist_checkpointing.save(
                 tensors, str(folder), async_sharded_save=True, **_PLANNED_HERE
             )
@@ -192,7 +192,7 @@ class TensorSave:
         finish, save_config = FileSystemWriterAsync.finish, serialization.save_config
         with (
             megatron_device(),
-            quiet_megatron(),
+            quiet_checkpoints(),
             mock.patch.object(FileSystemWriterAsync, "finish", _keeping_errors(finish, errors)),
             mock.patch.object(serialization, "save_config", _keeping_errors(save_config, errors)),
         ):
@@ -226,7 +226,7 @@ def load_tensors(path: Path, wanted: dict[str, Any], files: set[str]) -> dict[st
     try:
         with (
             megatron_device(),
-            quiet_megatron(),
+            quiet_checkpoints(),
             refused,
             mock.patch.object(megatron_torch, "_get_filesystem_reader", reader),
         ):
@@ -262,7 +262,7 @@ def cause_of(error: BaseException) -> BaseException:
     return next(iter(failures.values()))[0] if failures else error
 
 
-class quiet_megatron:
+class quiet_checkpoints:
     """Megatron logs every save at warning level; a progress bar and our own records say enough."""
 
     def __enter__(self) -> None:
